@@ -1,0 +1,1 @@
+"""The decoding engine: policy, cache, session, generation."""

@@ -1,0 +1,7 @@
+"""The kernels: stateful flash attention over dense and quantized segments, and the merge of partial attentions."""
+
+from .flash import flash_attention
+from .segment import Segment, quantize
+from .state import empty_state, merge_states
+
+__all__ = ["Segment", "empty_state", "flash_attention", "merge_states", "quantize"]

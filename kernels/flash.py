@@ -1,0 +1,243 @@
+"""``flash_attention``: the public door of the kernel. It validates everything before the first write, then calls it."""
+
+import math
+
+import numba
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .attention import BLOCK_ROWS, SPLIT, attend_blocks, attend_splits, merge_partials
+from .segment import Int64, Segment, segment_of_arrays
+from .state import Float32, check_out, check_state, empty_state, pad_last_axis
+
+PRECISIONS = ("default", "f32")
+_NO_MASK = np.zeros(2, np.int64)
+
+
+def flash_attention(
+    q: Float32,
+    k: NDArray[np.generic] | Segment,
+    v: NDArray[np.generic] | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    start: ArrayLike | None = None,
+    stop: ArrayLike | None = None,
+    mask: Float32 | None = None,
+    softcap: float = 0.0,
+    max_bias: float = 0.0,
+    sink_logits: Float32 | None = None,
+    precision: str = "default",
+    state: Float32 | None = None,
+    out: Float32 | None = None,
+    positions: ArrayLike | None = None,
+    k_position: int = 0,
+) -> Float32:
+    """Attention of q over one segment of keys; with a state, continued from what that state has already seen.
+
+    The logit of a key is, in this order: scale * q.k; soft-cap ``softcap * tanh(l / softcap)``; ALiBi bias
+    ``slope_h * (key position - query position)``; plus ``mask``.
+
+    Args:
+        q: float32 (T, H, D).
+        k: float32, float16 or bfloat16 (N, Hkv, D) with Hkv dividing H, or one quantized segment (then ``v`` is None).
+        v: like k.
+        scale: softmax scale; 1 / sqrt(D) unless given.
+        causal: a query sees no key after its own position.
+        start, stop: (T,) or scalars: each query sees the keys start <= index < stop, indices into k (for a segment of
+            a cache: absolute positions). A range outside of the keys is an empty one.
+        mask: float32 (T, N) or (H, T, N), added to the logit, unscaled. -inf hides a key. Arrays only.
+        softcap: 0 for none.
+        max_bias: ALiBi's largest slope exponent (8 in the paper, https://arxiv.org/abs/2108.12409); 0 for none.
+        sink_logits: float32 (H,): a logit a head that takes part in the sum but has no value. Counted in this call.
+        precision: "f32" keeps everything float32. "default" may compute in integers of 15 bits or better; today it is
+            the same route.
+        state: float32 (H, T, 2) with [..., 0] = M, [..., 1] = S, natural logarithm; read, and updated in place.
+        out: float32 (T, H, D), the normalised output that belongs to the state; updated in place and returned.
+            Required where any S > 0; rows with S = 0 are not read.
+        positions: (T,) absolute positions of the queries; unless given, they are the last T positions of the keys.
+        k_position: absolute position of key 0, for ``causal`` and ``max_bias`` when keys are cut into segments.
+
+    Returns:
+        float32 (T, H, D). A query that sees no key (and no sink logit) gets 0.
+
+    Raises:
+        ValueError: anything that does not fit, said in full; nothing has been written then.
+
+    """
+    if not isinstance(q, np.ndarray) or q.ndim != 3 or q.dtype != np.float32:
+        found = f"{q.dtype} {q.shape}" if isinstance(q, np.ndarray) else type(q).__name__
+        raise ValueError(f"q must be a float32 array (T, H, D), found {found}")
+    if isinstance(k, Segment):
+        if v is not None:
+            raise ValueError("v must be None when k is a segment: the segment holds both")
+        segment = k
+    else:
+        segment = segment_of_arrays(k, v)
+    t, h, d = q.shape
+    if d != segment.head_dim:
+        raise ValueError(f"q and k must have the same head_dim, found {d} and {segment.head_dim}")
+    if h == 0 or segment.n_kv_heads == 0 or h % segment.n_kv_heads:
+        raise ValueError(f"the {h} query heads must be a multiple of the {segment.n_kv_heads} KV heads")
+    scale = d**-0.5 if scale is None else float(scale)
+    for name, number in (("scale", scale), ("softcap", softcap), ("max_bias", max_bias)):
+        if not math.isfinite(number) or (name != "scale" and number < 0):
+            raise ValueError(f"{name} must be a finite number{'' if name == 'scale' else ', 0 or more'}, found {number}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, found {precision!r}")
+    if out is not None:
+        check_out("out", out, (t, h, d), writable=True)
+    if state is not None:
+        check_state("state", state, h, t, writable=True)
+        if out is None and (state[..., 1] > 0).any():
+            raise ValueError("the state has rows with S > 0: pass the out that belongs to it")
+    where = _positions(positions, t, k_position, segment)
+    starts, stops = _ranges(start, stop, t, segment)
+    if causal:
+        stops = np.minimum(stops, where - k_position + 1)
+    tall_mask = _mask(mask, h, t, segment, isinstance(k, Segment))
+    sinks = _sink_logits(sink_logits, h)
+
+    running = empty_state(h, t) if state is None else state
+    padded_q = pad_last_axis(q)
+    aligned = out is not None and padded_q.shape[2] == d
+    result = out if out is not None and aligned else _prior(out, state, padded_q.shape)
+    if out is not None and aligned:
+        _clear_empty_rows(result, running)
+    attend(
+        padded_q, segment, starts, stops, result, running, scale=scale, softcap=softcap, slopes=_slopes(max_bias, h),
+        distances=k_position - where, mask=tall_mask,
+    )  # fmt: skip
+    if sinks is not None:
+        _add_sink_logits(result, running, sinks)
+    if out is None:
+        return result if result.shape[2] == d else np.ascontiguousarray(result[..., :d])
+    if not aligned:
+        out[...] = result[..., :d]
+    return out
+
+
+def attend(
+    q: Float32,
+    segment: Segment,
+    starts: Int64,
+    stops: Int64,
+    out: Float32,
+    state: Float32,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    slopes: Float32 | None = None,
+    distances: Int64 | None = None,
+    mask: Float32 | None = None,
+) -> None:
+    """Continue ``out`` and ``state`` over a segment. The checked inside of ``flash_attention``; the cache calls it too.
+
+    Args:
+        q: float32 (T, H, width), C order, width a multiple of 16.
+        starts, stops: int64 (T,), absolute positions within the segment.
+        out: float32 (T, H, width), C order; rows with S = 0 hold finite numbers.
+        state: float32 (H, T, 2), C order.
+        slopes: float32 (H,); distances: int64 (T,), key position 0 minus query position (both for ALiBi).
+        mask: float32 (H, T, N rounded up to 16), any strides but the last.
+
+    """
+    n_queries, n_heads, width = q.shape
+    low, high = int(starts.min(initial=segment.stop)), int(stops.max(initial=0))
+    if low >= high or n_queries == 0:
+        return
+    first_split, stop_split = low // SPLIT, -(-high // SPLIT)
+    options = np.array([scale, softcap], np.float32)
+    slopes = np.zeros(n_heads, np.float32) if slopes is None else slopes
+    distances = np.zeros(n_queries, np.int64) if distances is None else distances
+    address = 0 if mask is None else mask.ctypes.data
+    strides = _NO_MASK if mask is None else np.array(mask.strides[:2], np.int64)
+    workers = numba.get_num_threads()
+    common = (
+        q, starts, stops, first_split, stop_split, segment.k_table, segment.v_table, segment.geometry, options, slopes,
+        distances, address, strides,
+    )  # fmt: skip
+    n_splits = stop_split - first_split
+    if n_splits == 1 or n_queries * n_heads // segment.n_kv_heads > BLOCK_ROWS:
+        attend_blocks(*common, out, state, workers)
+    else:
+        outs = np.zeros((n_splits, n_queries, n_heads, width), np.float32)
+        states = np.zeros((n_splits, n_heads, n_queries, 2), np.float32)
+        states[..., 0] = -np.inf
+        attend_splits(*common, outs, states, workers)
+        merge_partials(outs, states, out, state)
+
+
+def _positions(positions: ArrayLike | None, t: int, k_position: int, segment: Segment) -> Int64:
+    if positions is None:
+        return np.arange(t, dtype=np.int64) + (k_position + segment.stop - t)
+    return _integers("positions", positions, t)
+
+
+def _integers(name: str, values: ArrayLike, t: int) -> Int64:
+    array = np.asarray(values)
+    if array.dtype.kind not in "iu" or array.shape not in ((), (t,)):
+        raise ValueError(f"{name} must be integers of shape ({t},) or one integer, found {array.dtype} {array.shape}")
+    return np.ascontiguousarray(np.broadcast_to(array, (t,)), dtype=np.int64)
+
+
+def _ranges(start: ArrayLike | None, stop: ArrayLike | None, t: int, segment: Segment) -> tuple[Int64, Int64]:
+    low = np.full(t, segment.start) if start is None else np.maximum(_integers("start", start, t), segment.start)
+    high = np.full(t, segment.stop) if stop is None else np.minimum(_integers("stop", stop, t), segment.stop)
+    return low, high
+
+
+def _mask(mask: object, h: int, t: int, segment: Segment, in_tiles: bool) -> Float32 | None:
+    if mask is None:
+        return None
+    if in_tiles:
+        n = segment.stop
+    else:
+        n = segment.stop - segment.start
+    if not isinstance(mask, np.ndarray) or mask.dtype != np.float32 or mask.shape not in ((t, n), (h, t, n)):
+        found = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
+        raise ValueError(f"mask must be float32 of shape (T, N) = {(t, n)} or (H, T, N) = {(h, t, n)}, found {found}")
+    return np.broadcast_to(pad_last_axis(mask), (h, t, -(-n // 16) * 16))
+
+
+def _slopes(max_bias: float, n_heads: int) -> Float32:
+    """ALiBi's slopes, float32 (H,): a geometric series for the largest power of two of heads, then every second one of a
+    finer series for the rest (as in https://arxiv.org/abs/2108.12409 and its reference code)."""
+    if max_bias == 0:
+        return np.zeros(n_heads, np.float32)
+    power = 1 << (n_heads.bit_length() - 1)
+    head = np.arange(n_heads)
+    exponent = np.where(head < power, (head + 1) / power, (2 * (head - power) + 1) / (2 * power))
+    return (2.0 ** (-max_bias * exponent)).astype(np.float32)
+
+
+def _sink_logits(sink_logits: object, h: int) -> Float32 | None:
+    if sink_logits is None:
+        return None
+    if not isinstance(sink_logits, np.ndarray) or sink_logits.dtype != np.float32 or sink_logits.shape != (h,):
+        found = getattr(sink_logits, "shape", type(sink_logits).__name__)
+        raise ValueError(f"sink_logits must be float32 of shape (H,) = ({h},), found {found}")
+    return sink_logits
+
+
+def _prior(out: Float32 | None, state: Float32 | None, shape: tuple[int, ...]) -> Float32:
+    """An output buffer of the padded shape: zeros, and the rows of ``out`` that the state says were computed."""
+    result = np.zeros(shape, np.float32)
+    if out is not None and state is not None:
+        np.copyto(result[..., : out.shape[2]], out, where=(state[..., 1] > 0).T[..., None])
+    return result
+
+
+def _clear_empty_rows(out: Float32, state: Float32) -> None:
+    """Rows without keys so far: their output is 0 and their M is -inf, whatever the buffers held."""
+    np.copyto(out, 0, where=(state[..., 1] == 0).T[..., None])
+    np.copyto(state[..., 0], -np.inf, where=state[..., 1] == 0)
+
+
+def _add_sink_logits(out: Float32, state: Float32, sink_logits: Float32) -> None:
+    """Merge the partial attention (O = 0, M = logit, S = 1) into every row."""
+    t, h, width = out.shape
+    sinks = np.empty((1, h, t, 2), np.float32)
+    sinks[0, ..., 0] = sink_logits[:, None]
+    sinks[0, ..., 1] = np.where(np.isneginf(sink_logits), 0, 1)[:, None]
+    merge_partials(np.zeros((1, t, h, width), np.float32), sinks, out, state)

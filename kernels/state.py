@@ -1,0 +1,130 @@
+"""Partial attention: the triple (O, M, S) and its merge. The algebra is in docs/design.md.
+
+O is the normalised output, M the largest logit and S the sum of exp(logit - M), for each query and head, natural
+logarithms throughout. The empty partial is O = 0, M = -inf, S = 0; it is the identity of the merge.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import simd
+from .jit import inner, kernel
+
+Float32 = NDArray[np.float32]
+
+
+def empty_state(n_heads: int, q_len: int) -> Float32:
+    """The state of attention over no keys: float32 (n_heads, q_len, 2), [..., 0] = M = -inf and [..., 1] = S = 0."""
+    state = np.zeros((n_heads, q_len, 2), dtype=np.float32)
+    state[..., 0] = -np.inf
+    return state
+
+
+def check_state(name: str, state: object, n_heads: int, q_len: int, *, writable: bool = False) -> None:
+    """Refuse with ValueError what is not a C-ordered float32 array (n_heads, q_len, 2) of valid pairs (M, S)."""
+    if not isinstance(state, np.ndarray):
+        raise ValueError(f"{name} must be a NumPy array, found {type(state).__name__}")
+    if state.dtype != np.float32:
+        raise ValueError(f"{name} must be float32, found {state.dtype}")
+    if state.shape != (n_heads, q_len, 2):
+        raise ValueError(f"{name} must have shape (n_heads, q_len, 2) = {(n_heads, q_len, 2)}, found {state.shape}")
+    if not state.flags.c_contiguous:
+        raise ValueError(f"{name} must be C-contiguous, found strides {state.strides}")
+    if writable and not state.flags.writeable:
+        raise ValueError(f"{name} must be writable, since it is updated in place; found a read-only array")
+    sums = state[..., 1]
+    if not (sums >= 0).all():
+        raise ValueError(f"{name}[..., 1] holds sums of exponentials, S >= 0; found {sums[~(sums >= 0)].flat[0]}")
+
+
+def check_out(name: str, out: object, shape: tuple[int, ...], *, writable: bool = False) -> None:
+    """Refuse with ValueError what is not a C-ordered float32 array of this shape."""
+    if not isinstance(out, np.ndarray):
+        raise ValueError(f"{name} must be a NumPy array, found {type(out).__name__}")
+    if out.dtype != np.float32 or out.shape != shape:
+        raise ValueError(f"{name} must be float32 of shape {shape}, found {out.dtype} of shape {out.shape}")
+    if not out.flags.c_contiguous:
+        raise ValueError(f"{name} must be C-contiguous, found strides {out.strides}")
+    if writable and not out.flags.writeable:
+        raise ValueError(f"{name} must be writable, since it receives the output; found a read-only array")
+
+
+@inner
+def merge_row(out, M, S, other, other_M, other_S, size):  # type: ignore[no-untyped-def]
+    """Merge one row (other, other_M, other_S) into the row at address ``out``; returns the new (M, S).
+
+    ``out`` and ``other`` are addresses of ``size`` float32, a multiple of 16. A row without keys (S = 0) is never read.
+    """
+    if other_S == 0:
+        return M, S
+    if S == 0:
+        for c in range(0, size, 16):
+            simd.store_f32(out + 4 * c, simd.load_f32(other + 4 * c))
+        return other_M, other_S
+    top = simd.max_lanes(simd.maximum(simd.splat(M), simd.splat(other_M)))
+    weight = simd.mul(simd.splat(S), simd.exp(simd.splat(M - top)))
+    other_weight = simd.mul(simd.splat(other_S), simd.exp(simd.splat(other_M - top)))
+    total = simd.add(weight, other_weight)
+    share, other_share = simd.div(weight, total), simd.div(other_weight, total)
+    for c in range(0, size, 16):
+        theirs = simd.mul(simd.load_f32(other + 4 * c), other_share)
+        simd.store_f32(out + 4 * c, simd.fma(simd.load_f32(out + 4 * c), share, theirs))
+    return top, simd.max_lanes(total)
+
+
+@kernel
+def _merge(out, state, other, other_state, width):  # type: ignore[no-untyped-def]
+    """Merge ``other`` (T, H, width) into ``out`` in place, and the states (H, T, 2) likewise."""
+    for h in range(state.shape[0]):
+        for t in range(state.shape[1]):
+            at = (t * state.shape[0] + h) * width * 4
+            M, S = merge_row(
+                out.ctypes.data + at, state[h, t, 0], state[h, t, 1],
+                other.ctypes.data + at, other_state[h, t, 0], other_state[h, t, 1], width,
+            )  # fmt: skip
+            state[h, t, 0] = M
+            state[h, t, 1] = S
+
+
+def pad_last_axis(x: Float32, multiple: int = simd.LANES) -> Float32:
+    """A C-ordered float32 array whose last axis is filled with zeros up to a multiple; the same array if it is that."""
+    missing = -x.shape[-1] % multiple
+    if missing:
+        x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+    return np.ascontiguousarray(x, dtype=np.float32)
+
+
+def merge_states(
+    out1: Float32, state1: Float32, out2: Float32, state2: Float32, out: Float32 | None = None
+) -> tuple[Float32, Float32]:
+    """Merge two partial attentions into that over the union of their keys.
+
+    Args:
+        out1, out2: float32 (T, H, D) normalised outputs. Rows whose S is 0 are not read: they may hold NaN.
+        state1, state2: float32 (H, T, 2) with [..., 0] = M and [..., 1] = S, natural logarithm.
+        out: float32 (T, H, D) that receives the output, or None for a new array. It may be ``out1`` itself.
+
+    Returns:
+        (out, state). A row with no keys on either side is 0, with state (-inf, 0).
+
+    Raises:
+        ValueError: a dtype, shape or layout that does not fit, said in full; nothing has been written then.
+
+    """
+    if not isinstance(out1, np.ndarray) or out1.ndim != 3:
+        raise ValueError(f"out1 must be a float32 array (T, H, D), found {getattr(out1, 'shape', type(out1).__name__)}")
+    t, h, d = out1.shape
+    check_out("out2", out2, (t, h, d))
+    check_out("out1", out1, (t, h, d))
+    check_state("state1", state1, h, t)
+    check_state("state2", state2, h, t)
+    if out is not None:
+        check_out("out", out, (t, h, d), writable=True)
+    empty = (state1[..., 1] == 0).T
+    merged = pad_last_axis(np.where(empty[..., None], np.float32(0), out1))
+    state = np.where(state1[..., 1:] == 0, np.array([-np.inf, 0], np.float32), state1)
+    _merge(merged, state, pad_last_axis(out2), state2, merged.shape[-1])
+    if out is None:
+        return np.ascontiguousarray(merged[..., :d]), state
+    out[...] = merged[..., :d]
+    return out, state

@@ -1,0 +1,1 @@
+"""Models: configuration, files, tokenizer, transformer."""

@@ -1,0 +1,29 @@
+"""Every bound that mixkv puts on foreign input, in one place. Bytes, tokens or counts, as the name says."""
+
+# Files
+MAX_JSON_BYTES = 64 << 20  # config.json, tokenizer.json, an index: the largest seen in the wild is about 20 MB
+MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # what the safetensors format itself allows
+MAX_SAFETENSORS_DIMS = 8
+MAX_SAFETENSORS_ITEMS = 1 << 60  # of one tensor, an empty dimension counted as 1; NumPy can still shape that
+MAX_GGUF_METADATA_BYTES = 256 << 20  # everything before the tensor data of a GGUF file
+MAX_GGUF_KEYS = 65_536
+MAX_GGUF_TENSORS = 1 << 20
+MAX_GGUF_NAME_BYTES = 65_535  # of a metadata key (the format's own limit) or a tensor's name
+MAX_GGUF_STRING_BYTES = 64 << 20
+MAX_GGUF_ARRAY_ITEMS = 1 << 24
+MAX_GGUF_ALIGNMENT = 1 << 16
+
+# Model dimensions: far above any published model, far below what would make an allocation absurd
+MAX_LAYERS = 4_096
+MAX_HIDDEN_SIZE = 1 << 20
+MAX_INTERMEDIATE_SIZE = 1 << 22
+MAX_VOCAB_SIZE = 1 << 24
+MAX_HEADS = 4_096
+MAX_HEAD_DIM = 256
+MAX_CONTEXT = 1 << 24
+
+# Text
+MAX_PROMPT_BYTES = 16 << 20  # a prompt is refused beyond this before it is tokenized
+MAX_TEMPLATE_BYTES = 1 << 20
+MAX_TEMPLATE_STEPS = 200_000  # loop iterations and macro calls of one rendering
+MAX_TEMPLATE_STRING = 32 << 20  # characters in any one string, or items in any one list, a template makes
