@@ -29,6 +29,11 @@ def cache_folder() -> Path:
     return Path(root) / "kernels" / _sources_hash()
 
 
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    # How long an idle worker of the OpenMP pool spins before it sleeps. The default, milliseconds, starves NumPy's BLAS,
+    # whose threads want the same cores; this many rounds (some 25 us) bridge the gap from one kernel to the next.
+    os.environ["GOMP_SPINCOUNT"] = "5000"
+
 if not os.environ.get("NUMBA_CACHE_DIR"):
     numba.config.CACHE_DIR = str(cache_folder())
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .layout import DENSE_DTYPES, KIND_NAMES, LANES, Bytes, Q4, Q8, Side, TileLayout
+from .attention import FIRST_TILE
+from .layout import DENSE_DTYPES, F32, LANES, Q4, Q8, Bytes, Side, TileLayout
 from .quantize import Float32, quantize_tile, store_rows
 
 Int64 = NDArray[np.int64]
@@ -83,13 +84,65 @@ def _rows(x: NDArray[Any]) -> NDArray[Any]:
     return x
 
 
-def segment_of_tiles(layout: TileLayout, tiles: list[Bytes], first_tile: int, start: int, stop: int) -> Segment:
-    """A segment over tiles of one layout; ``tiles[0]`` holds the positions from first_tile * tile on."""
-    table = np.array([tile.ctypes.data for tile in tiles], dtype=np.int64)
-    geometry = make_geometry(layout.tile, first_tile, layout.width, layout.n_kv_heads, layout.k, layout.v)
-    return Segment(
-        table, table + layout.v_offset, geometry, start, stop, layout.n_kv_heads, layout.head_dim, tiles
-    )  # fmt: skip
+class TileStore:
+    """Tiles of one layout, from tile ``first`` on without a gap, with the tables that the kernel reads.
+
+    Growing by one tile allocates nothing but the tile. Every change becomes visible by one assignment or list
+    operation, so that an interrupt finds the store either before or after it.
+    """
+
+    def __init__(self, layout: TileLayout) -> None:
+        self.layout = layout
+        self._geometry = make_geometry(layout.tile, 0, layout.width, layout.n_kv_heads, layout.k, layout.v)
+        self._held: tuple[int, list[Bytes], Int64] = 0, [], np.zeros((2, 16), np.int64)  # first, tiles, addresses
+
+    @property
+    def first(self) -> int:
+        """The first tile held, or that will be."""
+        return self._held[0]
+
+    @property
+    def stop(self) -> int:
+        """One past the last tile held."""
+        return self._held[0] + len(self._held[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tiles."""
+        return len(self._held[1]) * self.layout.nbytes
+
+    def __getitem__(self, tile: int) -> Bytes:
+        """The tile of this absolute number, from ``first`` to ``stop`` - 1."""
+        return self._held[1][tile - self._held[0]]
+
+    def append(self, tile: Bytes) -> None:
+        """Hold one more tile, the next one."""
+        first, tiles, tables = self._held
+        n = len(tiles)
+        if n == tables.shape[1]:
+            tables = np.concatenate([tables, np.zeros_like(tables)], axis=1)
+            self._held = first, tiles, tables
+        address = tile.ctypes.data
+        tables[:, n] = address, address + self.layout.v_offset
+        tiles.append(tile)
+
+    def forget_before(self, stop: int) -> None:
+        """Drop the tiles before tile ``stop``."""
+        first, tiles, tables = self._held
+        count = stop - first
+        if count > 0:
+            self._held = stop, tiles[count:], np.roll(tables, -count, axis=1)
+
+    def forget_from(self, stop: int) -> None:
+        """Drop the tiles from tile ``stop`` on."""
+        del self._held[1][max(0, stop - self._held[0]) :]
+
+    def segment(self, start: int, stop: int) -> Segment:
+        """The positions start .. stop as a segment. Valid until the next change."""
+        first, tiles, (k_table, v_table) = self._held
+        self._geometry[FIRST_TILE] = first
+        layout = self.layout
+        return Segment(k_table, v_table, self._geometry, start, stop, layout.n_kv_heads, layout.head_dim, tiles)
 
 
 def quantize(k: Float32, v: Float32, *, k_bits: int = 4, v_bits: int = 4, tile: int = 64) -> Segment:
@@ -108,18 +161,12 @@ def quantize(k: Float32, v: Float32, *, k_bits: int = 4, v_bits: int = 4, tile: 
             raise ValueError(f"{name} must be one of {tuple(_KIND_OF_BITS)}, found {bits}")
     plain = segment_of_arrays(k, v)
     n, heads, head_dim = k.shape
-    dense = TileLayout(heads, head_dim, tile, 0, 0)
+    dense = TileLayout(heads, head_dim, tile, F32, F32)
     target = TileLayout(heads, head_dim, tile, _KIND_OF_BITS[k_bits], _KIND_OF_BITS[v_bits])
-    tiles = []
+    store = TileStore(target)
     for first in range(0, n, tile):
         source = dense.empty_tile()
         rows = np.minimum(np.arange(first, first + tile), n - 1)  # a last, partial tile repeats its last token
         store_rows(dense, source, 0, np.asarray(k, np.float32)[rows], np.asarray(v, np.float32)[rows])
-        tiles.append(quantize_tile(source, dense, target))
-    return segment_of_tiles(target, tiles, 0, plain.start, plain.stop)
-
-
-def describe(segment: Segment) -> str:
-    """One line for people: formats and number of tokens."""
-    k, v = KIND_NAMES[segment.geometry[4]], KIND_NAMES[segment.geometry[8]]
-    return f"{segment.stop - segment.start} tokens, K {k}, V {v}"
+        store.append(quantize_tile(source, dense, target))
+    return store.segment(plain.start, plain.stop)

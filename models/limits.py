@@ -24,6 +24,7 @@ MAX_CONTEXT = 1 << 24
 
 # Text
 MAX_PROMPT_BYTES = 16 << 20  # a prompt is refused beyond this before it is tokenized
-MAX_TEMPLATE_BYTES = 1 << 20
+MAX_TEMPLATE_BYTES = 256 << 10  # the longest published chat templates have about 30 kB
+MAX_TEMPLATE_NODES = 20_000  # names, operators, tags: compiling takes a second for so many
 MAX_TEMPLATE_STEPS = 200_000  # loop iterations and macro calls of one rendering
-MAX_TEMPLATE_STRING = 32 << 20  # characters in any one string, or items in any one list, a template makes
+MAX_TEMPLATE_WORK = 32 << 20  # characters that one rendering may read or make, beyond a multiple of the conversation

@@ -1,0 +1,97 @@
+"""CachePolicy: what a cache keeps, and how precisely."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..kernels.layout import BF16, F16, F32, Q4, Q8, TILES, TileLayout
+from ..models.errors import UsageError
+
+DENSE = {"f16": F16, "bf16": BF16, "f32": F32}
+BITS = (4, 8, 16, 32)
+MAX_WINDOW = 1 << 24
+MAX_SINKS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class CachePolicy:
+    """How the KV cache of a session is kept. Frozen, and checked when it is made.
+
+    Attributes:
+        window: tokens of the recent past that every query is guaranteed to see at high precision, itself included.
+        sinks: first tokens of the text that stay at high precision for ever.
+        k_bits, v_bits: bits of a code of the old segment; 16 and 32 are float16 and float32.
+        tile: tokens that are quantized together: 32, 64 or 128.
+        dense: dtype of the sinks and the recent segment: "f16", "bf16" or "f32".
+
+    Raises:
+        UsageError: (a ValueError) a value out of its range, with the range.
+
+    """
+
+    window: int = 128
+    sinks: int = 4
+    k_bits: int = 4
+    v_bits: int = 4
+    tile: int = 64
+    dense: str = "f16"
+
+    def __post_init__(self) -> None:
+        self._check_range("window", self.window, 0, MAX_WINDOW)
+        self._check_range("sinks", self.sinks, 0, MAX_SINKS)
+        for name, allowed in (("k_bits", BITS), ("v_bits", BITS), ("tile", TILES)):
+            value = getattr(self, name)
+            if not _is_int(value) or value not in allowed:
+                nearest = f"; the nearest is {min(allowed, key=lambda a: abs(a - value))}" if _is_int(value) else ""
+                raise UsageError(f"{name} must be one of {', '.join(map(str, allowed))}, found {value!r}{nearest}")
+        if self.dense not in DENSE:
+            raise UsageError(f"dense must be one of {', '.join(DENSE)}, found {self.dense!r}")
+
+    @staticmethod
+    def _check_range(name: str, value: object, low: int, high: int) -> None:
+        if not _is_int(value) or not low <= value <= high:  # type: ignore[operator]
+            raise UsageError(f"{name} must be a whole number from {low} to {high}, found {value!r}")
+
+    @classmethod
+    def full(cls) -> "CachePolicy":
+        """Everything in float32: no token is ever rounded."""
+        return cls(window=0, sinks=0, k_bits=32, v_bits=32, dense="f32")
+
+    def boundary(self, position: int) -> int:
+        """B(p): the query at this position sees old tokens below it and dense ones from it on; a multiple of ``tile``."""
+        return self.tile * max(0, (position + 1 - self.window) // self.tile)
+
+    def boundaries(self, positions: np.ndarray) -> np.ndarray:
+        """B(p) of many positions, int64."""
+        return self.tile * np.maximum(0, (positions + 1 - self.window) // self.tile)
+
+    def dense_layout(self, n_kv_heads: int, head_dim: int) -> TileLayout:
+        """The layout of the recent segment's tiles."""
+        return TileLayout(n_kv_heads, head_dim, self.tile, DENSE[self.dense], DENSE[self.dense])
+
+    def old_layout(self, n_kv_heads: int, head_dim: int) -> TileLayout:
+        """The layout of the old segment's tiles."""
+        k, v = (_kind(bits, self.dense) for bits in (self.k_bits, self.v_bits))
+        return TileLayout(n_kv_heads, head_dim, self.tile, k, v)
+
+    def nbytes_per_token(self, n_kv_heads: int, head_dim: int) -> tuple[float, float]:
+        """Bytes of one token of one layer: (old, dense), scales and padding included."""
+        old, dense = self.old_layout(n_kv_heads, head_dim), self.dense_layout(n_kv_heads, head_dim)
+        return old.nbytes / self.tile, dense.nbytes / self.tile
+
+    def __str__(self) -> str:
+        return (
+            f"window={self.window} sinks={self.sinks} k_bits={self.k_bits} v_bits={self.v_bits} "
+            f"tile={self.tile} dense={self.dense}"
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _kind(bits: int, dense: str) -> int:
+    """The format of so many bits; 16 bits are bfloat16 where the dense parts are."""
+    if bits == 16:
+        return BF16 if dense == "bf16" else F16
+    return {4: Q4, 8: Q8, 32: F32}[bits]

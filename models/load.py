@@ -1,0 +1,222 @@
+"""``load``: from the name of a model to a model that can run."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import hub, toy
+from .bpe import BPETokenizer
+from .bpe_gguf import tokenizer_from_gguf
+from .bpe_json import tokenizer_from_json
+from .chat import ChatTemplate
+from .check import check_finite, check_tensors
+from .config import ModelConfig, config_from_hf
+from .errors import ModelError, UsageError
+from .gguf import open_gguf
+from .gguf_names import GGUFSource, config_from_gguf
+from .linear import Linear, check_weights_option
+from .safetensors import open_safetensors
+from .tokenizer import ByteTokenizer, Tokenizer
+from .transformer import Layer, Transformer, Weights
+
+Float32 = NDArray[np.float32]
+Progress = Callable[[int, int], None]
+
+
+class Source(Protocol):
+    """Where weights come from: tensors under Hugging Face's names."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every tensor."""
+
+    @property
+    def stored_types(self) -> Mapping[str, str]:
+        """The type in which every tensor is stored, as its file calls it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+
+    def read(self, name: str) -> Float32:
+        """One tensor as float32, C order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model ready to run. ``tokenizer`` is None for a folder without one: then it takes and gives ids only."""
+
+    name: str
+    config: ModelConfig
+    transformer: Transformer
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a raw text (with the model's beginning-of-text token where it wants one); UsageError without tokenizer."""
+        if self.tokenizer is None:
+            raise UsageError(f"model {self.name!r} has no tokenizer: it takes token ids only")
+        return self.tokenizer.encode(text)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation in the model's chat template, ready for the answer; UsageError without a template."""
+        if self.chat_template is None:
+            raise UsageError(f"model {self.name!r} has no chat template")
+        ids, bos = self.encode(self.chat_template.render(messages)), self.config.bos_token_id
+        # A template that writes the beginning-of-text token itself would give it twice.
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model whose files are open and whose description is read, but not its weights."""
+
+    name: str
+    path: Path | None
+    config: ModelConfig
+    source: Source
+    tokenizer: Callable[[], tuple[Tokenizer | None, ChatTemplate | None]]
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a model of this config has."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    matrices = {
+        "self_attn.q_proj": (q, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, q),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for i in range(config.num_hidden_layers):
+        prefix = f"model.layers.{i}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{prefix}{norm}.weight"] = (hidden,)
+        for name, shape in matrices.items():
+            shapes[f"{prefix}{name}.weight"] = shape
+            if config.attention_bias if name.startswith("self_attn") else config.mlp_bias:
+                shapes[f"{prefix}{name}.bias"] = shape[:1]
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def open_model(name: str, *, progress: Progress | None = None) -> Opened:
+    """Find a model by registry name, folder or file, and read its description. See ``load`` for the arguments."""
+    if name == "toy":
+        source = toy.ToySource(expected_tensors(toy.CONFIG))
+        return Opened(name, None, toy.CONFIG, source, lambda: (ByteTokenizer(toy.VOCAB), None))
+    path = hub.pull(name, progress=progress) if name in hub.REGISTRY else Path(name).expanduser()
+    if path.is_dir():
+        return Opened(name, path, config_from_hf(path), open_safetensors(path), lambda: _folder_tokenizer(path))
+    if not path.is_file():
+        known = ", ".join([*hub.REGISTRY, "toy"])
+        raise UsageError(f"model {name!r}: neither a registry name ({known}) nor an existing folder or .gguf file")
+    if path.suffix != ".gguf":
+        raise ModelError(f"{path}: a model is a folder with config.json and .safetensors files, or one .gguf file")
+    file = open_gguf(path)
+    config = config_from_gguf(file)
+    return Opened(name, path, config, GGUFSource(file, config), lambda: _with_template(tokenizer_from_gguf(file.metadata, str(path))))
+
+
+def _folder_tokenizer(path: Path) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    """The tokenizer of a folder and its chat template; a folder may have neither."""
+    if not (path / "tokenizer.json").exists():
+        return None, None
+    return _with_template(tokenizer_from_json(path))
+
+
+def _with_template(tokenizer: BPETokenizer) -> tuple[Tokenizer, ChatTemplate | None]:
+    source = tokenizer.chat_template
+    if source is None:
+        return tokenizer, None
+    return tokenizer, ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+
+
+def load(
+    name: str,
+    weights: str = "auto",
+    *,
+    progress: Progress | None = None,
+    download_progress: Progress | None = None,
+    check_weights: bool = False,
+) -> Model:
+    """Load a model.
+
+    Args:
+        name: "smollm2" or "toy", a Hugging Face folder (config.json and .safetensors files), or a .gguf file.
+        weights: how weights are kept in memory: "f32"; "auto" is the best supported for the model, today "f32".
+        progress: called with (layers read, layers in all).
+        download_progress: called with (bytes, bytes in all) while a registry model is fetched for the first time.
+        check_weights: refuse NaN and infinite weights by name, at the cost of one more pass over them.
+
+    Raises:
+        UsageError: an unknown name or weight format.
+        ModelError: files that are damaged, incomplete, unsafe or not supported.
+        DownloadError: a registry model that could not be fetched.
+
+    """
+    check_weights_option(weights)
+    opened = open_model(name, progress=download_progress)
+    config, source = opened.config, opened.source
+    check_tensors(expected_tensors(config), source.shapes, str(opened.path or name))
+    tokenizer, chat_template = opened.tokenizer()
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ModelError(
+            f"{opened.path or name}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
+        )
+    loaded = _read_weights(config, source, str(opened.path or name) if check_weights else None, progress)
+    return Model(name, config, Transformer(config, loaded), tokenizer, chat_template)
+
+
+def _read_weights(config: ModelConfig, source: Source, checked: str | None, progress: Progress | None) -> Weights:
+    """All weights as float32; fused matrices are read straight into their rows, so nothing is held twice."""
+    total = config.num_hidden_layers + 1
+
+    def read(name: str) -> Float32:
+        array = source.read(name)
+        if checked is not None:
+            check_finite(name, array, checked)
+        return array
+
+    def fused(names: list[str], biased: bool) -> Linear:
+        rows = [source.shapes[f"{name}.weight"][0] for name in names]
+        weight = np.empty((sum(rows), source.shapes[f"{names[0]}.weight"][1]), np.float32)
+        for name, stop, count in zip(names, np.cumsum(rows), rows, strict=True):
+            weight[stop - count : stop] = read(f"{name}.weight")
+        bias = np.concatenate([read(f"{name}.bias") for name in names]) if biased else None
+        return Linear(weight, bias)
+
+    def layer(i: int) -> Layer:
+        attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        return Layer(
+            input_norm=read(f"model.layers.{i}.input_layernorm.weight"),
+            qkv=fused([f"{attention}{part}_proj" for part in "qkv"], config.attention_bias),
+            o=fused([f"{attention}o_proj"], config.attention_bias),
+            post_attention_norm=read(f"model.layers.{i}.post_attention_layernorm.weight"),
+            gate_up=fused([f"{mlp}gate_proj", f"{mlp}up_proj"], config.mlp_bias),
+            down=fused([f"{mlp}down_proj"], config.mlp_bias),
+        )
+
+    layers: list[Layer] = []
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        embedding = pool.submit(read, "model.embed_tokens.weight")
+        for done in pool.map(layer, range(config.num_hidden_layers)):
+            layers.append(done)
+            if progress is not None:
+                progress(len(layers), total)
+        head = embedding.result() if config.tie_word_embeddings else read("lm_head.weight")
+    if progress is not None:
+        progress(total, total)
+    return Weights(embedding.result(), layers, read("model.norm.weight"), Linear(head))
