@@ -22,6 +22,14 @@ class Token:
     finish_reason: FinishReason | None = None
 
 
+def check_options(max_tokens: int, stop: Sequence[str]) -> None:
+    """UsageError for a number of tokens or stop strings out of range."""
+    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or not 1 <= max_tokens <= MAX_TOKENS:
+        raise UsageError(f"max_tokens must be a whole number from 1 to {MAX_TOKENS}, found {max_tokens!r}")
+    if isinstance(stop, str) or len(stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in stop):
+        raise UsageError(f"stop must be at most {MAX_STOPS} strings, none empty, found {stop!r}")
+
+
 def generate(
     session: Session,
     prompt_ids: Sequence[int],
@@ -52,10 +60,7 @@ def generate(
         PromptError: an empty prompt, or one that does not fit into the context.
 
     """
-    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or not 1 <= max_tokens <= MAX_TOKENS:
-        raise UsageError(f"max_tokens must be a whole number from 1 to {MAX_TOKENS}, found {max_tokens!r}")
-    if isinstance(stop, str) or len(stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in stop):
-        raise UsageError(f"stop must be at most {MAX_STOPS} strings, none empty, found {stop!r}")
+    check_options(max_tokens, stop)
     if stop and session.model.tokenizer is None:
         raise UsageError("stop strings need a tokenizer, and this model has none")
     params = SamplingParams() if sampling is None else sampling

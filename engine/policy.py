@@ -44,7 +44,7 @@ class CachePolicy:
             if not _is_int(value) or value not in allowed:
                 nearest = f"; the nearest is {min(allowed, key=lambda a: abs(a - value))}" if _is_int(value) else ""
                 raise UsageError(f"{name} must be one of {', '.join(map(str, allowed))}, found {value!r}{nearest}")
-        if self.dense not in DENSE:
+        if not isinstance(self.dense, str) or self.dense not in DENSE:
             raise UsageError(f"dense must be one of {', '.join(DENSE)}, found {self.dense!r}")
 
     @staticmethod

@@ -71,7 +71,7 @@ class Session:
         """
         if logits not in ("all", "last", None):
             raise UsageError(f"logits must be 'all', 'last' or None, found {logits!r}")
-        ids = self._checked(token_ids)
+        ids = self.check_fits(token_ids)
         rows: list[Float32] = []
         for first in range(0, len(ids), self.chunk):
             part = ids[first : first + self.chunk]
@@ -90,7 +90,8 @@ class Session:
         """Bytes that the cache uses: {"sink", "old", "recent", "total"}."""
         return self.cache.nbytes()
 
-    def _checked(self, token_ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
+    def check_fits(self, token_ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
+        """The ids as int64 (T,), or PromptError where ``forward`` could not take them now."""
         ids = np.asarray(token_ids)
         if ids.size == 0:
             raise PromptError("the prompt is empty: at least one token is needed")

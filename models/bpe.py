@@ -6,13 +6,15 @@ text comes out the same whether it is decoded whole or streamed, and nothing is 
 
 import codecs
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from tokenizers import Tokenizer as Backend
 
-from .errors import PromptError
+from .errors import ModelError, PromptError
 from .limits import MAX_PROMPT_BYTES
 
+Result = TypeVar("Result")
 # Bytes that never occur in valid UTF-8, so no vocabulary needs a token for them
 _NEVER_IN_UTF8 = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
 
@@ -50,6 +52,16 @@ def prompt_bytes(text: str) -> bytes:
     if len(data) > MAX_PROMPT_BYTES:
         raise PromptError(f"prompt: {len(data)} bytes of UTF-8, at most {MAX_PROMPT_BYTES} are allowed")
     return data
+
+
+def guarded(where: str, call: Callable[[], Result]) -> Result:
+    """The result of a call into the library; what it raises, and what its Rust panics with, becomes a ModelError."""
+    try:
+        return call()
+    except BaseException as error:  # a panic is not an Exception, and its class cannot be imported
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ModelError(f"{where}: {' '.join(str(error).split())}") from error
+        raise
 
 
 class TextStream:
@@ -143,7 +155,8 @@ class BPETokenizer:
                 f"prompt: character {position} is U+{ord(text[position]):04X}, and this model's tokenizer has no "
                 f"token for its byte 0x{found[0][0]:02X}; remove it"
             )
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+        encoding = guarded("the model's tokenizer", lambda: self._backend.encode(text, add_special_tokens=False))
+        ids = encoding.ids
         if ids[: len(self._prefix)] != self._prefix:
             ids = self._prefix + ids
         return ids

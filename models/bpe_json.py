@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from .bpe import BPETokenizer, byte_level_piece
+from .bpe import BPETokenizer, byte_level_piece, guarded
 from .check import read_json_object, shown
 from .errors import ModelError
 from .limits import MAX_TEMPLATE_BYTES, MAX_VOCAB_SIZE
@@ -61,10 +61,7 @@ def _named(file: Path, decoder: Any) -> str:
 
 
 def _backend(file: Path) -> Backend:
-    try:
-        backend = Backend.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception for whatever the file has wrong
-        raise ModelError(f"{file}: {' '.join(str(error).split())}") from error
+    backend = guarded(str(file), lambda: Backend.from_file(str(file)))
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -96,8 +93,8 @@ def _prefix(file: Path, backend: Backend, config: dict[str, Any], bos: tuple[int
         raise ModelError(f"{_beside(file)}: add_bos_token is {shown(add_bos)}, must be true or false")
     if add_bos is not None and bos is not None:
         return [bos[0]] if add_bos else []
-    plain = backend.encode("a", add_special_tokens=False).ids
-    whole = backend.encode("a", add_special_tokens=True).ids
+    plain = guarded(str(file), lambda: backend.encode("a", add_special_tokens=False)).ids
+    whole = guarded(str(file), lambda: backend.encode("a", add_special_tokens=True)).ids
     before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
     return whole[:before]
 

@@ -16,7 +16,7 @@ from jinja2 import Undefined
 from .errors import PromptError
 from .limits import MAX_TEMPLATE_STEPS, MAX_TEMPLATE_WORK
 
-ITEM = 16
+ITEM = 32
 _MAX_DEPTH = 100  # of lists in lists; Python's own recursion over deeper ones is not always guarded
 _MAX_INT_BITS = 4_096
 _SCALARS = (int, float, bool, type(None))

@@ -43,7 +43,7 @@ _PARTS = (nodes.Filter, nodes.Keyword, nodes.Operand, nodes.Pair, nodes.Template
 _STATEMENTS = (nodes.Assign, nodes.AssignBlock, nodes.Break, nodes.CallBlock, nodes.Continue, nodes.FilterBlock)
 _BLOCKS = (nodes.For, nodes.If, nodes.Macro, nodes.Output, nodes.Scope, nodes.With)
 _ALLOWED = _EXPRESSIONS + _LOOKUPS + _PARTS + _STATEMENTS + _BLOCKS
-_NODE = 4  # units, of what runs inline: a name, a condition, an assignment
+_NODE = 8  # units, of what runs inline: a name, a condition, an assignment
 _REPEATED = (nodes.For, nodes.Macro, nodes.CallBlock)
 
 

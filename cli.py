@@ -1,0 +1,424 @@
+"""The command line: parse, call, print. Heavy imports stand inside the commands; this is the only place that prints.
+
+Exit codes: 0 done; 1 another error; 2 wrong usage; 3 a model file refused; 4 a download failed; 5 a prompt refused;
+6 numbers that cannot be continued with; 130 interrupted; 141 the reader of stdout went away.
+"""
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import __version__
+from .models.errors import MixkvError, PromptError, UsageError
+
+if TYPE_CHECKING:
+    from .engine.policy import CachePolicy
+    from .engine.session import Session
+    from .models.load import Model, Opened
+
+INTERRUPTED, PIPE_CLOSED = 130, 141
+
+app = typer.Typer(
+    name="mixkv",
+    help="Generate text with a mixed-precision KV cache, on the CPU.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="Registry name (see `mixkv models`), a model folder, or a .gguf file.")
+]
+Window = Annotated[int, typer.Option(help="Recent tokens that every query sees at high precision.")]
+Sinks = Annotated[int, typer.Option(help="First tokens that stay at high precision.")]
+KBits = Annotated[int, typer.Option(help="Bits of old keys: 4, 8, 16 or 32.")]
+VBits = Annotated[int, typer.Option(help="Bits of old values: 4, 8, 16 or 32.")]
+Tile = Annotated[int, typer.Option(help="Tokens quantized together: 32, 64 or 128.")]
+Dense = Annotated[str, typer.Option(help="Type of sinks and recent tokens: f16, bf16 or f32.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def _reported(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn what a command raises into one line on stderr and the documented exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+            sys.stdout.flush()
+        except MixkvError as error:
+            _say(f"mixkv: {error}")
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            _say("mixkv: interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # What is still buffered would raise again at exit: let it go nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(PIPE_CLOSED) from None
+
+    return run
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class Bars:
+    """Progress bars on stderr, one below the other, gone when they are done."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")
+        self._progress = Progress(
+            *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True, disable=quiet
+        )
+
+    def __enter__(self) -> "Bars":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def bar(self, label: str) -> Callable[..., None]:
+        """A callback (done, in all[, what comes next]); its bar appears with the first call."""
+        task = None
+
+        def update(done: int, total: int, detail: str = "") -> None:
+            nonlocal task
+            text = f"{label}: {detail}" if detail else label
+            if task is None:
+                task = self._progress.add_task(text, total=total)
+            self._progress.update(task, completed=done, total=total, description=text)
+
+        return update
+
+
+def _set_threads(threads: int | None) -> int:
+    """Limit the kernels and NumPy's BLAS to so many threads; returns the number in force."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads is None:
+        threads = cores
+    if not 1 <= threads <= cores:
+        raise UsageError(f"--threads must be from 1 to {cores}, the cores of this machine, found {threads}")
+    import numba
+    import threadpoolctl
+
+    if threads > numba.config.NUMBA_NUM_THREADS:
+        raise UsageError(
+            f"--threads {threads} is more than NUMBA_NUM_THREADS={numba.config.NUMBA_NUM_THREADS} in the environment"
+        )
+    numba.set_num_threads(threads)
+    threadpoolctl.threadpool_limits(threads)
+    return threads
+
+
+def _read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from the one place it was given in: argument, --file, or stdin (for "-" or nothing)."""
+    from .models.limits import MAX_PROMPT_BYTES
+
+    if prompt is not None and file is not None:
+        raise UsageError("give the prompt either as an argument or with --file, not both")
+    if prompt is not None and prompt != "-":
+        return prompt
+    if file is None and prompt is None and sys.stdin.isatty():
+        raise UsageError("give a prompt as an argument, with --file, or on stdin")
+    where = "stdin" if file is None else str(file)
+    try:
+        if file is None:
+            data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+        else:
+            with file.open("rb") as stream:
+                data = stream.read(MAX_PROMPT_BYTES + 1)
+    except OSError as error:
+        raise PromptError(f"{where}: cannot be read: {error.strerror}") from None
+    if len(data) > MAX_PROMPT_BYTES:
+        raise PromptError(f"{where}: more than the {MAX_PROMPT_BYTES} bytes that a prompt may have")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{where}: not UTF-8 at byte {error.start}") from None
+
+
+def _prompt_ids(model: "Model", text: str, chat: bool | None, system: str | None) -> list[int]:
+    """Token ids of the prompt, in the chat template if there is one and nobody asked for the raw text."""
+    if chat is None:
+        chat = model.chat_template is not None
+    if not chat:
+        if system is not None:
+            raise UsageError("--system needs the chat template: this model has none, or --raw was given")
+        return model.encode(text)
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return model.encode_chat([*messages, {"role": "user", "content": text}])
+
+
+@app.command()
+@_reported
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help='The prompt; "-" or nothing reads it from stdin.')] = None,
+    model: ModelOption = "smollm2",
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Only the k most likely tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Only the tokens that together reach this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Only tokens this fraction as likely as the likeliest.")] = 0.0,
+    repeat_penalty: Annotated[float, typer.Option(help="Above 1: tokens already seen become less likely.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the random generator.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given several times.")] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--raw", help="Apply the chat template, or not; unless given, if the model has one."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message for the chat template.")] = None,
+    weights: Annotated[str, typer.Option(help="Weight format in memory: auto or f32.")] = "auto",
+    check_weights: Annotated[bool, typer.Option("--check-weights", help="Refuse NaN and infinite weights.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores unless given.")] = None,
+    context: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer.")] = None,
+    window: Window = 128,
+    sinks: Sinks = 4,
+    k_bits: KBits = 4,
+    v_bits: VBits = 4,
+    tile: Tile = 64,
+    dense: Dense = "f16",
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no statistics on stderr.")] = False,
+) -> None:
+    """Generate text. Text streams to stdout; progress and statistics go to stderr."""
+    started = time.perf_counter()
+    from .engine.policy import CachePolicy
+    from .engine.sampler import SamplingParams
+
+    policy = CachePolicy(window, sinks, k_bits, v_bits, tile, dense)
+    sampling = SamplingParams(temperature, top_k, top_p, min_p, repeat_penalty, seed)
+    text = _read_prompt(prompt, file)
+    used_threads = _set_threads(threads)
+    from .engine import generate as loop
+    from .engine.session import Session
+    from .kernels.warmup import warm_up
+    from .models.load import load
+
+    loop.check_options(max_tokens, stop or ())
+    with Bars(quiet) as bars:
+        loaded = load(
+            model, weights, progress=bars.bar("loading"), download_progress=bars.bar("downloading"),
+            check_weights=check_weights,
+        )  # fmt: skip
+        ids = _prompt_ids(loaded, text, chat, system)
+        session = Session(loaded, policy, context=context)
+        session.check_fits(ids)
+        warm_up(bars.bar("preparing kernels (compiled once)"))
+    run = Run(session, ids, started, as_json, quiet)
+    run.stream(loop.generate(session, ids, max_tokens=max_tokens, sampling=sampling, stop=stop or (), progress=run.read))
+    stats = {**run.statistics(), "model": loaded.name, "policy": str(policy), "threads": used_threads}
+    if as_json:
+        result = {"text": run.text, "prompt_ids": ids, "token_ids": run.token_ids, "finish_reason": run.finish_reason}
+        print(json.dumps({**result, "stats": stats}, ensure_ascii=False))
+    if not quiet:
+        _say(_statistics_line(stats, run.finish_reason))
+    if run.finish_reason == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+
+
+class Run:
+    """One generation as the command line sees it: what was printed, and when."""
+
+    def __init__(self, session: "Session", prompt_ids: list[int], started: float, as_json: bool, quiet: bool) -> None:
+        self.text, self.finish_reason = "", "interrupted"
+        self.token_ids: list[int] = []
+        self._session, self._prompt = session, len(prompt_ids)
+        self._as_json = as_json
+        self._bars = Bars(quiet)
+        self._update = self._bars.bar("reading the prompt")
+        self._started, self._begun = started, time.perf_counter()
+        self._first = self._last = self._begun
+
+    def read(self, done: int) -> None:
+        """Called with the number of prompt tokens read."""
+        self._update(done, self._prompt)
+
+    def stream(self, tokens: Iterator[Any]) -> None:
+        """Print tokens as they come. An interrupt ends it; what was printed stays."""
+        try:
+            with self._bars:  # shows only while the prompt is read
+                token = next(tokens)
+            self._first = time.perf_counter()
+            self._print(token)
+            for token in tokens:
+                self._print(token)
+        except KeyboardInterrupt:
+            pass
+        self._last = time.perf_counter()
+        if not self._as_json:
+            print(flush=True)
+
+    def _print(self, token: Any) -> None:
+        self.token_ids.append(token.id)
+        self.text += token.text
+        self.finish_reason = token.finish_reason or self.finish_reason
+        if not self._as_json and token.text:
+            sys.stdout.write(token.text)
+            sys.stdout.flush()
+        self._last = time.perf_counter()
+
+    def statistics(self) -> dict[str, Any]:
+        """Tokens, seconds, tokens/s and bytes of this generation."""
+        config, position = self._session.model.config, self._session.position
+        reading, writing = self._first - self._begun, self._last - self._first
+        generated = len(self.token_ids)
+        values = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+        return {
+            "prompt_tokens": self._prompt,
+            "prompt_seconds": reading,
+            "prompt_tokens_per_second": self._prompt / reading if reading else 0.0,
+            "generated_tokens": generated,
+            "generated_seconds": writing,
+            # the first token is part of reading the prompt: only those after it are counted
+            "generated_tokens_per_second": (generated - 1) / writing if generated > 1 else 0.0,
+            "start_to_first_token_seconds": self._first - self._started,
+            "kv_bytes": self._session.nbytes(),
+            "kv_bytes_float16": values * 2 * position,
+        }
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 1e6:.2f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.2f} GB"
+
+
+def _statistics_line(stats: dict[str, Any], finish_reason: str) -> str:
+    kv = stats["kv_bytes"]
+    parts = ", ".join(f"{name} {_size(kv[name])}" for name in ("sink", "old", "recent"))
+    return (
+        f"prompt {stats['prompt_tokens']} tokens, {stats['prompt_tokens_per_second']:.1f} tokens/s | "
+        f"generated {stats['generated_tokens']} tokens, {stats['generated_tokens_per_second']:.1f} tokens/s "
+        f"({finish_reason}) | KV {_size(kv['total'])} ({parts}); float16 would take {_size(stats['kv_bytes_float16'])}"
+    )
+
+
+@app.command()
+@_reported
+def pull(
+    name: Annotated[str, typer.Argument(help="Registry name, see `mixkv models`.")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Fetch a model of the registry into the cache, and print where it is."""
+    from .models import hub
+
+    with Bars(quiet) as bars:
+        path = hub.pull(name, progress=bars.bar(f"downloading {name}"))
+    print(path)
+
+
+@app.command()
+@_reported
+def models(as_json: AsJson = False) -> None:
+    """List the models of the registry, and which of them are in the cache."""
+    from .models import hub
+
+    rows = [
+        {
+            "name": entry.name,
+            "summary": entry.summary,
+            "license": entry.license,
+            "bytes": entry.file_nbytes,
+            "path": str(path) if (path := hub.cached_file(entry.name)) else None,
+        }
+        for entry in hub.REGISTRY.values()
+    ]
+    rows.append({"name": "toy", "summary": "seeded tiny transformer on bytes, made on the fly", "license": "Apache-2.0",
+                 "bytes": 0, "path": None})  # fmt: skip
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        state = "built in" if row["name"] == "toy" else row["path"] or "not fetched"
+        print(f"{row['name']:10} {_size(float(row['bytes'] or 0)):>10}  {row['license']:12} {row['summary']}  [{state}]")
+
+
+@app.command()
+@_reported
+def info(
+    model: Annotated[str, typer.Argument(help="Registry name, a model folder, or a .gguf file.")] = "smollm2",
+    window: Window = 128,
+    sinks: Sinks = 4,
+    k_bits: KBits = 4,
+    v_bits: VBits = 4,
+    tile: Tile = 64,
+    dense: Dense = "f16",
+    as_json: AsJson = False,
+) -> None:
+    """Describe a model, and what its cache takes under a policy."""
+    from .engine.policy import CachePolicy
+    from .models.load import open_model
+
+    policy = CachePolicy(window, sinks, k_bits, v_bits, tile, dense)
+    with Bars(quiet=as_json) as bars:
+        opened = open_model(model, progress=bars.bar("downloading"))
+    described = _described(opened, policy)
+    if as_json:
+        print(json.dumps(described))
+        return
+    for name, value in described.items():
+        print(f"{name:28} {value}")
+
+
+def _described(opened: "Opened", policy: "CachePolicy") -> dict[str, Any]:
+    config = opened.config
+    layers, heads, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    old, recent = (layers * nbytes for nbytes in policy.nbytes_per_token(heads, head_dim))
+    parameters = sum(functools.reduce(int.__mul__, shape, 1) for shape in opened.source.shapes.values())
+    return {
+        "model": opened.name,
+        "path": None if opened.path is None else str(opened.path),
+        "architecture": config.architecture,
+        "parameters": parameters,
+        "stored_bytes": opened.source.nbytes,
+        "stored_types": " ".join(sorted(set(opened.source.stored_types.values()))),
+        "f32_bytes": 4 * parameters,
+        "layers": layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "attention_heads": config.num_attention_heads,
+        "kv_heads": heads,
+        "head_dim": head_dim,
+        "vocab_size": config.vocab_size,
+        "context": config.max_position_embeddings,
+        "policy": str(policy),
+        "kv_bytes_per_old_token": old,
+        "kv_bytes_per_recent_token": recent,
+        "kv_bytes_per_token_float16": layers * heads * head_dim * 4,
+    }
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mixkv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Generate text with a mixed-precision KV cache, on the CPU."""
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Compiling the kernels that a session runs, step by step, so that somebody can watch. Later runs load them from disk."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .flash import flash_attention
+from .matmul import matvec
+
+
+def _attention(n_queries: int, n_keys: int) -> None:
+    q, kv = np.ones((n_queries, 1, 16), np.float32), np.ones((n_keys, 1, 16), np.float32)
+    flash_attention(q, kv, kv)
+
+
+STEPS: dict[str, Callable[[], object]] = {
+    "prefill attention": lambda: _attention(1, 1),
+    "decode attention": lambda: _attention(1, 513),
+    "matrix-vector product": lambda: matvec(np.ones((4, 16), np.float32), np.ones(16, np.float32)),
+}
+"""What each step compiles, or loads from the cache, by its name."""
+
+
+def warm_up(progress: Callable[[int, int, str], None] | None = None) -> None:
+    """Make every kernel ready; ``progress`` is called with (steps done, steps in all, name of the next)."""
+    names = list(STEPS)
+    for i, name in enumerate(names):
+        if progress is not None:
+            progress(i, len(names), name)
+        STEPS[name]()
+    if progress is not None:
+        progress(len(names), len(names), "")

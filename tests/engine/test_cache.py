@@ -1,0 +1,243 @@
+"""The promise of the cache: what a query sees does not depend on how the text was cut, and no token is rounded twice."""
+
+from collections.abc import Callable
+
+import mixkv.engine.cache
+import numpy as np
+import pytest
+from mixkv.engine.cache import Cache, LayerCache
+from mixkv.engine.policy import CachePolicy
+from mixkv.kernels.layout import LANES, TileLayout
+from mixkv.models.errors import NumericalError
+from numpy.typing import NDArray
+
+N, HEADS, DIM = 500, 2, 32
+BITS = [(4, 4), (8, 8), (8, 4), (4, 8), (16, 16), (32, 32), (4, 16)]
+
+Draw = Callable[..., tuple[NDArray[np.float32], ...]]
+Feed = Callable[..., NDArray[np.float32]]
+
+
+def small(**fields: object) -> CachePolicy:
+    return CachePolicy(**{"window": 32, "sinks": 2, **fields})  # type: ignore[arg-type]
+
+
+def cuts(size: int, n: int = N) -> list[int]:
+    return [*range(0, n, size), n]
+
+
+def old_bytes(cache: LayerCache) -> bytes:
+    """Every byte of the old segment: codes, scales and minima."""
+    return b"".join(cache.old[t].tobytes() for t in range(cache.old.first, cache.old.stop))
+
+
+def scales_of_k(layout: TileLayout, tile: NDArray[np.uint8]) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+    """Scales and minima (heads, width) that a coded tile stores for K."""
+    pairs = layout.k_heads(tile)[:, layout.k.params :].copy().view(np.float16)
+    return pairs[:, : layout.width], pairs[:, layout.width :]
+
+
+# --- chunks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dense", ["f16", "f32"])
+@pytest.mark.parametrize(("k_bits", "v_bits"), BITS)
+def test_chunks_change_neither_the_codes_nor_a_bit_of_the_output(
+    draw_qkv: Draw, feed: Feed, k_bits: int, v_bits: int, dense: str
+) -> None:
+    """The same keys, values and queries of 500 tokens, fed one by one, by 7, by 64 and all at once."""
+    qkv, policy = draw_qkv(1, N), small(k_bits=k_bits, v_bits=v_bits, dense=dense)
+    once = LayerCache(policy, HEADS, DIM)
+    expected = feed(once, qkv, [0, N])
+    assert once.old.stop * policy.tile >= 200, "so few sealed tokens prove nothing"
+    for size in (1, 7, 64):
+        cache = LayerCache(policy, HEADS, DIM)
+        outs = feed(cache, qkv, cuts(size))
+        np.testing.assert_allclose(outs, expected, rtol=0, atol=1e-5)
+        assert outs.tobytes() == expected.tobytes(), f"chunks of {size}: same to 1e-5, but not bit for bit"
+        assert old_bytes(cache) == old_bytes(once)
+        assert cache.nbytes() == once.nbytes()
+
+
+def test_the_codes_matter_to_the_output(draw_qkv: Draw, feed: Feed) -> None:
+    """So that the test above compares something: 4 bits, 8 bits and float32 give different outputs, 8 the closer one."""
+    qkv = draw_qkv(1, N)
+    outs = {
+        bits: feed(LayerCache(small(k_bits=bits, v_bits=bits, dense="f32"), HEADS, DIM), qkv, [0, N])
+        for bits in (4, 8, 32)
+    }
+    errors = {bits: np.abs(outs[bits] - outs[32]).max() for bits in (4, 8)}
+    assert 1e-4 < errors[8] < errors[4] / 4
+
+
+def test_a_new_query_far_behind_sees_the_same_old_tokens_however_they_came(draw_qkv: Draw, feed: Feed) -> None:
+    """Irregular cuts, on tile borders and one beside them, then one more token."""
+    qkv = draw_qkv(2, N)
+    expected = feed(LayerCache(small(), HEADS, DIM), qkv, [0, N - 1, N])[-1]
+    for irregular in ([0, 63, 64, 65, 128, N - 1, N], [0, 1, 97, 98, 400, N - 1, N], [0, 95, 96, 191, 192, N - 1, N]):
+        cache = LayerCache(small(), HEADS, DIM)
+        assert feed(cache, qkv, irregular)[-1].tobytes() == expected.tobytes()
+
+
+# --- each token is rounded once -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, N])
+def test_every_token_is_quantized_exactly_once(
+    draw_qkv: Draw, feed: Feed, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channel 0 of the first key head holds each token's number, so the calls of the quantizer tell what they got."""
+    q, k, v = draw_qkv(3, N)
+    k[:, 0, 0] = np.arange(N)
+    original, seen = mixkv.engine.cache.quantize_tile, []
+
+    def recording(source: NDArray[np.uint8], dense: TileLayout, *rest: object) -> NDArray[np.uint8]:
+        seen.append(dense.dense_k(source)[0, :, 0].astype(int).ravel().tolist())
+        return original(source, dense, *rest)
+
+    monkeypatch.setattr(mixkv.engine.cache, "quantize_tile", recording)
+    cache = LayerCache(small(), HEADS, DIM)
+    feed(cache, (q, k, v), cuts(size))
+    sealed = small().boundary(N - 1)
+    assert sealed >= 200
+    assert sum(seen, []) == list(range(sealed))
+    assert cache.tiles_quantized == len(seen) == sealed // small().tile
+    assert [len(tile) for tile in seen] == [small().tile] * len(seen)
+
+
+def test_nothing_is_quantized_where_the_old_segment_is_as_precise(draw_qkv: Draw, feed: Feed) -> None:
+    cache = LayerCache(CachePolicy.full(), HEADS, DIM)
+    feed(cache, draw_qkv(4, 200), cuts(7, 200))
+    assert cache.tiles_quantized == 0 and cache.old.stop == 200 // 64
+
+
+def test_the_dense_form_is_forgotten_when_no_query_can_see_it_any_more(draw_qkv: Draw, feed: Feed) -> None:
+    """Position by position: old and recent together hold every token, and twice at most what one chunk brought."""
+    policy, qkv = small(), draw_qkv(5, 300)
+    cache = LayerCache(policy, HEADS, DIM)
+    for p in range(300):
+        feed(cache, qkv, [p, p + 1])
+        assert cache.old.stop * policy.tile == policy.boundary(p)
+        assert cache.recent.stop == p // policy.tile + 1
+        next_boundary = policy.boundary(p + 1)
+        assert cache.recent.first * policy.tile == min(next_boundary, cache.old.stop * policy.tile)
+
+
+# --- dead sinks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_sinks_are_dead_in_their_tile_and_do_not_widen_the_scales_of_k(draw_qkv: Draw, feed: Feed, bits: int) -> None:
+    q, k, v = draw_qkv(6, 200)
+    policy = small(sinks=5, k_bits=bits)
+    ordinary = LayerCache(policy, HEADS, DIM)
+    feed(ordinary, (q, k, v), [0, 200])
+    loud = k.copy()
+    loud[:5] = np.float32(60_000) * np.sign(k[:5])
+    cache = LayerCache(policy, HEADS, DIM)
+    feed(cache, (q, loud, v), [0, 200])
+    for ours, theirs in zip(*(scales_of_k(c.old.layout, c.old[0]) for c in (cache, ordinary)), strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+    # And they are those of the live tokens alone.
+    live = k[5:64].astype(np.float16).astype(np.float32)
+    scale, minimum = scales_of_k(cache.old.layout, cache.old[0])
+    assert np.array_equal(minimum, live.min(axis=0).astype(np.float16))
+    assert np.array_equal(scale, ((live.max(axis=0) - live.min(axis=0)) / (2**bits - 1)).astype(np.float16))
+    # In the next tile nothing is dead.
+    live = k[64:128].astype(np.float16).astype(np.float32)
+    assert np.array_equal(scales_of_k(cache.old.layout, cache.old[1])[1], live.min(axis=0).astype(np.float16))
+
+
+def test_a_tile_of_nothing_but_sinks_is_harmless(draw_qkv: Draw, feed: Feed) -> None:
+    """70 sinks: tile 0 is dead from end to end. The outputs are those of tokens that were never rounded."""
+    qkv = draw_qkv(7, 130)
+    policy = CachePolicy(window=0, sinks=70, tile=64, dense="f32")
+    cache = LayerCache(policy, HEADS, DIM)
+    outs = feed(cache, qkv, cuts(13, 130))
+    exact = feed(LayerCache(CachePolicy.full(), HEADS, DIM), qkv, [0, 130])
+    assert cache.old.stop == 2
+    np.testing.assert_allclose(outs[:127], exact[:127], rtol=0, atol=1e-5)  # 127 is the first that sees codes
+    assert np.abs(outs[127:] - exact[127:]).max() > 1e-4
+
+
+# --- faults 24 and 25 ---------------------------------------------------------------------------------------------
+
+
+def reference(qkv: tuple[NDArray[np.float32], ...], dtype: type = np.float64) -> NDArray[np.float64]:
+    """Causal attention over all tokens in float64, keys and values rounded to ``dtype`` first."""
+    q, k, v = qkv
+    k, v = (np.repeat(x.astype(dtype).astype(np.float64), q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    logits = np.einsum("thd,nhd->htn", q.astype(np.float64), k) * q.shape[2] ** -0.5
+    logits = np.where(np.arange(len(k)) <= np.arange(len(q))[:, None], logits, -np.inf)
+    weights = np.exp(logits - logits.max(axis=2, keepdims=True))
+    return np.einsum("htn,nhd->thd", weights / weights.sum(axis=2, keepdims=True), v)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        CachePolicy(window=1 << 24),
+        CachePolicy(window=101, sinks=0),
+        CachePolicy(window=101, sinks=1000),
+        CachePolicy(window=0, sinks=1000),
+        CachePolicy(window=0, sinks=100),
+    ],
+    ids=str,
+)
+def test_a_window_larger_than_the_context_or_more_sinks_than_tokens_lose_nothing(
+    draw_qkv: Draw, feed: Feed, policy: CachePolicy
+) -> None:
+    qkv = draw_qkv(8, 100)
+    expected = reference(qkv, np.float16)
+    for size in (1, 33, 100):
+        outs = feed(LayerCache(policy, HEADS, DIM), qkv, cuts(size, 100))
+        np.testing.assert_allclose(outs, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", [CachePolicy(), CachePolicy(window=0, sinks=0), CachePolicy(sinks=1)], ids=str)
+def test_a_single_key_gives_its_value_and_every_other_segment_is_empty(
+    draw_qkv: Draw, feed: Feed, policy: CachePolicy
+) -> None:
+    q, k, v = draw_qkv(9, 1)
+    outs = feed(LayerCache(policy, HEADS, DIM), (q, k, v), [0, 1])
+    assert np.array_equal(outs, np.repeat(v.astype(np.float16).astype(np.float32), 2, axis=1))
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_a_value_beyond_float16_names_layer_and_position_and_the_session_goes_on(draw_qkv: Draw, side: str) -> None:
+    qkv = draw_qkv(10, 120)
+    broken = tuple(x.copy() for x in qkv)
+    broken["qkv".index(side)][75, 1, 3] = -70_000
+
+    def steps(cache: Cache, data: tuple[NDArray[np.float32], ...], position: int, stop: int) -> list[bytes]:
+        outs = [cache.attend(i, *(x[position:stop] for x in data), position, 0.2).tobytes() for i in range(3)]
+        cache.commit(stop)
+        return outs
+
+    expected = Cache(small(), 3, HEADS, DIM)
+    wanted = [steps(expected, qkv, a, b) for a, b in ((0, 60), (60, 120))]
+    cache = Cache(small(), 3, HEADS, DIM)
+    assert steps(cache, qkv, 0, 60) == wanted[0]
+    cache.attend(0, *(x[60:] for x in qkv), 60, 0.2)
+    with pytest.raises(NumericalError) as caught:
+        cache.attend(1, *(x[60:] for x in broken), 60, 0.2)
+    message = str(caught.value)
+    assert message.startswith("layer 1, position 60: ") and "\n" not in message
+    assert "70000 is beyond the largest float16" in message and "dense='f32'" in message
+    cache.rollback(60)
+    assert steps(cache, qkv, 60, 120) == wanted[1]
+    # What the message proposes works.
+    wide = LayerCache(small(dense="f32", k_bits=32, v_bits=32), HEADS, DIM)
+    out = wide.attend(*broken, 0, 0.2)
+    assert np.isfinite(out).all()
+
+
+def test_head_dims_that_are_no_multiple_of_the_vector_are_padded_in_every_segment(draw_qkv: Draw, feed: Feed) -> None:
+    for head_dim in (2, 20):
+        qkv = draw_qkv(11, 150, head_dim=head_dim)
+        policy = CachePolicy(window=40, sinks=3, k_bits=32, v_bits=32, dense="f32", tile=32)
+        cache = LayerCache(policy, HEADS, head_dim)
+        assert cache.sink_k.shape[2] % LANES == 0 and cache.sink_k.shape[2] - head_dim < LANES
+        outs = feed(cache, qkv, cuts(11, 150))
+        assert outs.shape == qkv[0].shape and cache.old.stop == 3
+        np.testing.assert_allclose(outs, reference(qkv), rtol=0, atol=1e-5)

@@ -1,0 +1,178 @@
+"""CachePolicy: what it refuses and how it says so, and the boundary rule against a statement of it in words."""
+
+import copy
+import dataclasses
+import re
+
+import mixkv
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mixkv.engine.policy import MAX_SINKS, MAX_WINDOW, CachePolicy
+from mixkv.kernels.layout import BF16, F16, F32, Q4, Q8
+from mixkv.models.errors import UsageError
+
+NOT_WHOLE = [1.0, 4.5, float("nan"), float("inf"), "4", None, True, False, [4], np.float32(4)]
+
+
+def refusal(**fields: object) -> str:
+    """The one line with which a policy of these fields is refused."""
+    with pytest.raises(UsageError) as caught:
+        CachePolicy(**fields)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert isinstance(caught.value, ValueError) and caught.value.exit_code == 2
+    assert "\n" not in message
+    return message
+
+
+# --- fault row 22: out of range, refused when planning ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "most"), [("window", MAX_WINDOW), ("sinks", MAX_SINKS)])
+def test_window_and_sinks_out_of_range_are_refused_with_name_found_and_allowed(name: str, most: int) -> None:
+    for value in (-1, most + 1, -(10**30), 10**30, *NOT_WHOLE):
+        message = refusal(**{name: value})
+        assert message.startswith(f"{name} must be ")
+        assert f"from 0 to {most}" in message
+        assert message.endswith(f"found {value!r}")
+    for value in (0, 1, most):
+        assert getattr(CachePolicy(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("name", ["k_bits", "v_bits"])
+@pytest.mark.parametrize(
+    ("value", "nearest"), [(0, 4), (-8, 4), (1, 4), (5, 4), (7, 8), (9, 8), (15, 16), (17, 16), (31, 32), (10**30, 32)]
+)
+def test_bits_out_of_range_are_refused_with_the_nearest_legal_value(name: str, value: int, nearest: int) -> None:
+    message = refusal(**{name: value})
+    assert message == f"{name} must be one of 4, 8, 16, 32, found {value}; the nearest is {nearest}"
+
+
+@pytest.mark.parametrize(("value", "nearest"), [(0, 32), (-64, 32), (31, 32), (63, 64), (100, 128), (256, 128), (1, 32)])
+def test_a_tile_out_of_range_is_refused_with_the_nearest_legal_value(value: int, nearest: int) -> None:
+    assert refusal(tile=value) == f"tile must be one of 32, 64, 128, found {value}; the nearest is {nearest}"
+
+
+@pytest.mark.parametrize("name", ["k_bits", "v_bits", "tile"])
+@pytest.mark.parametrize("value", NOT_WHOLE)
+def test_bits_and_tiles_that_are_no_whole_numbers_are_refused_without_a_nearest(name: str, value: object) -> None:
+    message = refusal(**{name: value})
+    assert message.startswith(f"{name} must be one of ") and message.endswith(f"found {value!r}")
+
+
+@pytest.mark.parametrize("value", ["f8", "F16", "float16", "", 16, None, ("f16",)])
+def test_a_dense_type_that_is_none_is_refused_with_the_list(value: object) -> None:
+    assert refusal(dense=value) == f"dense must be one of f16, bf16, f32, found {value!r}"
+
+
+def test_a_dense_type_that_cannot_be_hashed_is_refused_like_any_other() -> None:
+    assert refusal(dense=["f16"]) == "dense must be one of f16, bf16, f32, found ['f16']"
+
+
+def test_unknown_fields_are_an_error() -> None:
+    with pytest.raises(TypeError, match="windows"):
+        CachePolicy(windows=1)  # type: ignore[call-arg]
+
+
+# --- what a policy is ---------------------------------------------------------------------------------------------
+
+
+def test_defaults_and_full() -> None:
+    assert CachePolicy() == CachePolicy(window=128, sinks=4, k_bits=4, v_bits=4, tile=64, dense="f16")
+    full = CachePolicy.full()
+    assert (full.k_bits, full.v_bits, full.dense) == (32, 32, "f32")
+    layouts = full.old_layout(2, 16), full.dense_layout(2, 16)
+    assert layouts[0] == layouts[1] and layouts[0].k_kind == layouts[0].v_kind == F32
+    assert mixkv.CachePolicy is CachePolicy
+
+
+def test_a_policy_is_frozen_slotted_hashable_and_comparable() -> None:
+    policy = CachePolicy(window=7)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.window = 8  # type: ignore[misc]
+    assert policy.window == 7
+    assert not hasattr(policy, "__dict__")
+    assert hash(policy) == hash(CachePolicy(window=7)) and policy != CachePolicy(window=8)
+    assert copy.deepcopy(policy) == policy
+
+
+def test_replace_checks_again() -> None:
+    with pytest.raises(UsageError, match="k_bits"):
+        dataclasses.replace(CachePolicy(), k_bits=5)
+
+
+def test_every_field_can_be_read_in_its_text() -> None:
+    policy = CachePolicy(window=11, sinks=3, k_bits=8, v_bits=16, tile=32, dense="bf16")
+    found = dict(re.findall(r"(\w+)=(\w+)", str(policy)))
+    assert found == {name: str(getattr(policy, name)) for name in CachePolicy.__slots__}
+
+
+def test_kinds_of_the_old_segment() -> None:
+    for bits, dense, kind in (
+        (4, "f16", Q4),
+        (8, "f32", Q8),
+        (16, "f16", F16),
+        (16, "f32", F16),
+        (16, "bf16", BF16),
+        (32, "f16", F32),
+    ):
+        assert CachePolicy(k_bits=bits, dense=dense).old_layout(1, 16).k_kind == kind
+        assert CachePolicy(v_bits=bits, dense=dense).old_layout(1, 16).v_kind == kind
+
+
+@pytest.mark.parametrize(
+    ("bits", "old"),
+    # Per token, 3 heads of 64 channels: codes, K's scale and minimum a channel and tile of 64, V's a token and 64 channels
+    [(4, 3 * (32 + 4 + 32 + 4)), (8, 3 * (64 + 4 + 64 + 4)), (16, 3 * 256), (32, 3 * 512)],
+)
+def test_bytes_of_a_token(bits: int, old: float) -> None:
+    policy = CachePolicy(k_bits=bits, v_bits=bits)
+    assert policy.nbytes_per_token(3, 64) == (old, 3 * 256)
+
+
+# --- the boundary -------------------------------------------------------------------------------------------------
+
+
+def first_dense_position(window: int, tile: int, position: int) -> int:
+    """The boundary in words: go through the tiles from the left as long as the whole tile may be seen as codes.
+
+    It may when none of its tokens is one of the ``window`` last tokens that this query has a right to see densely,
+    the last of which is the query's own.
+    """
+    guaranteed = set(range(position - window + 1, position + 1))
+    boundary = 0
+    while True:
+        tokens = range(boundary, boundary + tile)
+        if tokens[-1] > position or any(token in guaranteed for token in tokens):
+            return boundary
+        boundary += tile
+
+
+@given(
+    st.integers(0, 300),
+    st.sampled_from([32, 64, 128]),
+    st.lists(st.integers(0, 700), min_size=1, max_size=8),
+)
+def test_the_boundary_is_the_end_of_the_last_tile_that_lies_wholly_behind_the_window(
+    window: int, tile: int, positions: list[int]
+) -> None:
+    policy = CachePolicy(window=window, tile=tile)
+    expected = [first_dense_position(window, tile, p) for p in positions]
+    assert [policy.boundary(p) for p in positions] == expected
+    many = policy.boundaries(np.array(positions, np.int64))
+    assert many.dtype == np.int64 and many.tolist() == expected
+
+
+def test_the_boundary_never_goes_back_and_moves_by_whole_tiles() -> None:
+    for window, tile in ((0, 32), (1, 32), (31, 32), (32, 32), (33, 32), (128, 64), (5, 128)):
+        policy = CachePolicy(window=window, tile=tile)
+        boundaries = [policy.boundary(p) for p in range(600)]
+        assert set(np.diff(boundaries)) == {0, tile}
+        # First moved by the query whose window just leaves the first tile.
+        assert boundaries.index(tile) == window + tile - 1
+
+
+def test_the_boundary_of_a_window_larger_than_any_text_stays_at_zero() -> None:
+    policy = CachePolicy(window=MAX_WINDOW)
+    assert policy.boundary(0) == policy.boundary(MAX_WINDOW - 1) == 0
