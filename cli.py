@@ -153,7 +153,7 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
 def _prompt_ids(model: "Model", text: str, chat: bool | None, system: str | None) -> list[int]:
     """Token ids of the prompt, in the chat template if there is one and nobody asked for the raw text."""
     if chat is None:
-        chat = model.chat_template is not None
+        chat = model.has_chat_template
     if not chat:
         if system is not None:
             raise UsageError("--system needs the chat template: this model has none, or --raw was given")
@@ -219,7 +219,9 @@ def generate(
         session.check_fits(ids)
         warm_up(bars.bar("preparing kernels (compiled once)"))
     run = Run(session, ids, started, as_json, quiet)
-    run.stream(loop.generate(session, ids, max_tokens=max_tokens, sampling=sampling, stop=stop or (), progress=run.read))
+    run.stream(
+        loop.generate(session, ids, max_tokens=max_tokens, sampling=sampling, stop=stop or (), progress=run.read)
+    )
     stats = {**run.statistics(), "model": loaded.name, "policy": str(policy), "threads": used_threads}
     if as_json:
         result = {"text": run.text, "prompt_ids": ids, "token_ids": run.token_ids, "finish_reason": run.finish_reason}
@@ -342,7 +344,9 @@ def models(as_json: AsJson = False) -> None:
         return
     for row in rows:
         state = "built in" if row["name"] == "toy" else row["path"] or "not fetched"
-        print(f"{row['name']:10} {_size(float(row['bytes'] or 0)):>10}  {row['license']:12} {row['summary']}  [{state}]")
+        print(
+            f"{row['name']:10} {_size(float(row['bytes'] or 0)):>10}  {row['license']:12} {row['summary']}  [{state}]"
+        )
 
 
 @app.command()

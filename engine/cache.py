@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.flash import attend
-from ..kernels.layout import DENSE_DTYPES, LANES
+from ..kernels.layout import DENSE_DTYPES
 from ..kernels.quantize import Float32, narrow, quantize_tile, store_rows
 from ..kernels.segment import Int64, TileStore, segment_of_arrays
+from ..kernels.simd import LANES
 from ..kernels.state import empty_state, pad_last_axis
 from ..models.errors import NumericalError
 from .policy import DENSE, CachePolicy

@@ -9,13 +9,12 @@ from numpy.typing import NDArray
 
 from ..models.errors import UsageError
 
-Float32 = NDArray[np.float32]
 MAX_SEED = (1 << 64) - 1
 _RANGES: dict[str, tuple[float, float, bool, str]] = {  # lowest, highest, lowest is allowed, in words
     "temperature": (0.0, 100.0, True, "from 0 to 100"),
     "top_p": (0.0, 1.0, False, "above 0 and at most 1"),
     "min_p": (0.0, 1.0, True, "from 0 to 1"),
-    "repeat_penalty": (0.0, 100.0, False, "above 0 and at most 100"),
+    "repeat_penalty": (0.01, 100.0, True, "from 0.01 to 100"),
 }
 
 
@@ -65,31 +64,34 @@ class Sampler:
         self.params = params
         self._generator = np.random.default_rng(params.seed)
 
-    def __call__(self, logits: Float32, seen: Sequence[int] | set[int] = ()) -> int:
+    def __call__(self, logits: NDArray[np.floating], seen: Sequence[int] | set[int] = ()) -> int:
         """The next token for logits (V,); ``seen`` are the ids that the repeat penalty touches."""
         params = self.params
-        logits = penalize(logits, seen, params.repeat_penalty) if params.repeat_penalty != 1 else logits
+        if params.repeat_penalty != 1:
+            logits = penalize(logits, seen, params.repeat_penalty)
         if params.temperature == 0:
             return int(logits.argmax())
         ids = np.argsort(-logits, kind="stable")
         if params.top_k:
             ids = ids[: params.top_k]
         ids = ids[: _nucleus(softmax(logits[ids]), params.top_p, params.min_p)]
-        probabilities = softmax(logits[ids] / params.temperature)
+        probabilities = softmax(logits[ids], params.temperature)
         return int(ids[np.searchsorted(np.cumsum(probabilities)[:-1], self._generator.random(), side="right")])
 
 
-def penalize(logits: Float32, seen: Sequence[int] | set[int], penalty: float) -> Float32:
-    """A copy of logits (V,) with those of the tokens ``seen`` made less likely."""
+def penalize(logits: NDArray[np.floating], seen: Sequence[int] | set[int], penalty: float) -> NDArray[np.floating]:
+    """A copy of logits (V,), in float64, with those of the tokens ``seen`` made less likely."""
     ids = np.fromiter(set(seen), dtype=np.int64)
-    logits = logits.copy()
-    logits[ids] = np.where(logits[ids] > 0, logits[ids] / penalty, logits[ids] * penalty)
-    return logits
+    penalized = logits.astype(np.float64)
+    penalized[ids] = np.where(penalized[ids] > 0, penalized[ids] / penalty, penalized[ids] * penalty)
+    return penalized
 
 
-def softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
+def softmax(logits: NDArray[np.floating], temperature: float = 1.0) -> NDArray[np.float64]:
     """Probabilities of logits (n,), in float64."""
-    exponentials = np.exp(logits.astype(np.float64) - float(logits.max()))
+    below = logits.astype(np.float64) - float(logits.max())
+    with np.errstate(over="ignore"):  # a tiny temperature: -inf is what is meant
+        exponentials = np.exp(below / temperature)
     result: NDArray[np.float64] = exponentials / exponentials.sum()
     return result
 

@@ -12,7 +12,7 @@ from numba.cpython.unsafe.tuple import tuple_setitem
 
 from . import simd
 from .jit import inner, kernel, parallel_kernel
-from .layout import LANES
+from .simd import LANES
 from .state import merge_row
 from .tiles import VECTOR, unpack_k, unpack_v
 
@@ -114,7 +114,7 @@ def _softmax_row(logits, start, stop, options, slope, distance, mask):  # type: 
         simd.store_f32(logits + 4 * at, x)
         top = simd.maximum(top, x)
     M = simd.max_lanes(top)
-    if M == lowest:  # every key masked: nothing was attended to, and -inf - -inf is never computed
+    if lowest == M:  # every key masked: nothing was attended to, and -inf - -inf is never computed
         return M, np.float32(0)
     total = simd.splat(np.float32(0))
     for at in range(first, stop, LANES):
@@ -126,7 +126,7 @@ def _softmax_row(logits, start, stop, options, slope, distance, mask):  # type: 
 
 @inner
 def _one_row(p, values, lo, hi, tile, width, out):  # type: ignore[no-untyped-def]
-    """out += p[lo:hi] . values[lo:hi] for one row; all offsets relative to the tile."""
+    """Out += p[lo:hi] . values[lo:hi] for one row; all offsets relative to the tile."""
     for vector in range(width // LANES):
         at = values + (vector * tile + lo) * VECTOR
         _add_to_rows((simd.splat(np.float32(0)),), p + 4 * lo, 0, at, hi - lo, out + vector * VECTOR, 0)

@@ -1,6 +1,7 @@
 """``flash_attention``: the public door of the kernel. It validates everything before the first write, then calls it."""
 
 import math
+from numbers import Real
 
 import numba
 import numpy as np
@@ -12,6 +13,7 @@ from .state import Float32, check_out, check_state, empty_state, pad_last_axis
 
 PRECISIONS = ("default", "f32")
 _NO_MASK = np.zeros(2, np.int64)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def flash_attention(
@@ -65,9 +67,9 @@ def flash_attention(
         ValueError: anything that does not fit, said in full; nothing has been written then.
 
     """
-    if not isinstance(q, np.ndarray) or q.ndim != 3 or q.dtype != np.float32:
+    if not isinstance(q, np.ndarray) or q.ndim != 3 or q.dtype != np.float32 or q.shape[2] == 0:
         found = f"{q.dtype} {q.shape}" if isinstance(q, np.ndarray) else type(q).__name__
-        raise ValueError(f"q must be a float32 array (T, H, D), found {found}")
+        raise ValueError(f"q must be a float32 array (T, H, D), D at least 1, found {found}")
     if isinstance(k, Segment):
         if v is not None:
             raise ValueError("v must be None when k is a segment: the segment holds both")
@@ -79,10 +81,8 @@ def flash_attention(
         raise ValueError(f"q and k must have the same head_dim, found {d} and {segment.head_dim}")
     if h == 0 or segment.n_kv_heads == 0 or h % segment.n_kv_heads:
         raise ValueError(f"the {h} query heads must be a multiple of the {segment.n_kv_heads} KV heads")
-    scale = d**-0.5 if scale is None else float(scale)
-    for name, number in (("scale", scale), ("softcap", softcap), ("max_bias", max_bias)):
-        if not math.isfinite(number) or (name != "scale" and number < 0):
-            raise ValueError(f"{name} must be a finite number{'' if name == 'scale' else ', 0 or more'}, found {number}")
+    scale = d**-0.5 if scale is None else _number("scale", scale)
+    softcap, max_bias = _number("softcap", softcap, low=0), _number("max_bias", max_bias, low=0)
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, found {precision!r}")
     if out is not None:
@@ -91,6 +91,7 @@ def flash_attention(
         check_state("state", state, h, t, writable=True)
         if out is None and (state[..., 1] > 0).any():
             raise ValueError("the state has rows with S > 0: pass the out that belongs to it")
+    k_position = int(_integers("k_position", k_position, 1)[0])
     where = _positions(positions, t, k_position, segment)
     starts, stops = _ranges(start, stop, t, segment)
     if causal:
@@ -99,11 +100,12 @@ def flash_attention(
     sinks = _sink_logits(sink_logits, h)
 
     running = empty_state(h, t) if state is None else state
-    padded_q = pad_last_axis(q)
-    aligned = out is not None and padded_q.shape[2] == d
-    result = out if out is not None and aligned else _prior(out, state, padded_q.shape)
-    if out is not None and aligned:
-        _clear_empty_rows(result, running)
+    # Writable and aligned are part of the type that Numba compiles for: a copy is cheaper than compiling once more.
+    padded_q = np.require(pad_last_axis(q), requirements=["W", "A"])
+    overlap = out is not None and any(isinstance(x, np.ndarray) and np.may_share_memory(out, x) for x in (q, k, v))
+    in_place = out is not None and padded_q.shape[2] == d and not overlap
+    result = out if out is not None and in_place else _prior(out, state, padded_q.shape)
+    _clear_empty_rows(result, running)
     attend(
         padded_q, segment, starts, stops, result, running, scale=scale, softcap=softcap, slopes=_slopes(max_bias, h),
         distances=k_position - where, mask=tall_mask,
@@ -112,7 +114,7 @@ def flash_attention(
         _add_sink_logits(result, running, sinks)
     if out is None:
         return result if result.shape[2] == d else np.ascontiguousarray(result[..., :d])
-    if not aligned:
+    if not in_place:
         out[...] = result[..., :d]
     return out
 
@@ -168,6 +170,14 @@ def attend(
         merge_partials(outs, states, out, state)
 
 
+def _number(name: str, value: object, low: float = -math.inf) -> float:
+    """``value`` as a float that float32 can hold, ``low`` or more."""
+    if not isinstance(value, Real) or not low <= float(value) <= _LARGEST or float(value) < -_LARGEST:
+        at_least = "" if math.isinf(low) else f", {low:g} or more"
+        raise ValueError(f"{name} must be a finite number (float32){at_least}, found {value}")
+    return float(value)
+
+
 def _positions(positions: ArrayLike | None, t: int, k_position: int, segment: Segment) -> Int64:
     if positions is None:
         return np.arange(t, dtype=np.int64) + (k_position + segment.stop - t)
@@ -178,6 +188,8 @@ def _integers(name: str, values: ArrayLike, t: int) -> Int64:
     array = np.asarray(values)
     if array.dtype.kind not in "iu" or array.shape not in ((), (t,)):
         raise ValueError(f"{name} must be integers of shape ({t},) or one integer, found {array.dtype} {array.shape}")
+    if array.dtype == np.uint64 and (array > np.iinfo(np.int64).max).any():
+        raise ValueError(f"{name} must fit into int64, found {array.max()}")
     return np.ascontiguousarray(np.broadcast_to(array, (t,)), dtype=np.int64)
 
 
@@ -201,11 +213,13 @@ def _mask(mask: object, h: int, t: int, segment: Segment, in_tiles: bool) -> Flo
 
 
 def _slopes(max_bias: float, n_heads: int) -> Float32:
-    """ALiBi's slopes, float32 (H,): a geometric series for the largest power of two of heads, then every second one of a
-    finer series for the rest (as in https://arxiv.org/abs/2108.12409 and its reference code)."""
+    """ALiBi's slopes, float32 (H,), as in https://arxiv.org/abs/2108.12409 and its reference code.
+
+    A geometric series for the largest power of two of heads, then every second one of a finer series for the rest.
+    """
     if max_bias == 0:
         return np.zeros(n_heads, np.float32)
-    power = 1 << (n_heads.bit_length() - 1)
+    power = 2 ** (n_heads.bit_length() - 1)
     head = np.arange(n_heads)
     exponent = np.where(head < power, (head + 1) / power, (2 * (head - power) + 1) / (2 * power))
     return (2.0 ** (-max_bias * exponent)).astype(np.float32)
@@ -214,9 +228,11 @@ def _slopes(max_bias: float, n_heads: int) -> Float32:
 def _sink_logits(sink_logits: object, h: int) -> Float32 | None:
     if sink_logits is None:
         return None
-    if not isinstance(sink_logits, np.ndarray) or sink_logits.dtype != np.float32 or sink_logits.shape != (h,):
-        found = getattr(sink_logits, "shape", type(sink_logits).__name__)
-        raise ValueError(f"sink_logits must be float32 of shape (H,) = ({h},), found {found}")
+    if not isinstance(sink_logits, np.ndarray):
+        raise ValueError(f"sink_logits must be float32 of shape (H,) = ({h},), found {type(sink_logits).__name__}")
+    check_out("sink_logits", sink_logits, (h,))
+    if (np.isnan(sink_logits) | np.isposinf(sink_logits)).any():
+        raise ValueError("sink_logits must be numbers or -inf (no sink)")
     return sink_logits
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from . import simd
 from .jit import inner, parallel_kernel
-from .layout import LANES
+from .simd import LANES
 
 Float32 = NDArray[np.float32]
 
@@ -55,7 +55,7 @@ def _matvec(weight, x, y, workers):  # type: ignore[no-untyped-def]
 
 
 def matvec(weight: Float32, x: Float32) -> Float32:
-    """weight (R, C) . x (C,) -> (R,), all float32, C order, C a multiple of 16. Bits do not depend on threads."""
+    """Weight (R, C) . x (C,) -> (R,), all float32, C order, C a multiple of 16. Bits do not depend on threads."""
     y = np.empty(len(weight), np.float32)
     _matvec(weight, x, y, numba.get_num_threads())
     return y

@@ -7,7 +7,8 @@ rounding them costs is not paid twice.
 import numpy as np
 from numpy.typing import NDArray
 
-from .layout import DENSE_DTYPES, LANES, Q4, Q8, Bytes, TileLayout
+from .layout import DENSE_DTYPES, Q4, Q8, Bytes, TileLayout
+from .simd import LANES
 
 Float32 = NDArray[np.float32]
 LARGEST_CODE = {Q8: 255, Q4: 15}
@@ -22,12 +23,13 @@ def store_rows(layout: TileLayout, tile: Bytes, first: int, k: Float32, v: Float
     """
     rows = np.arange(first, first + len(k))
     # The two index arrays stand around a slice, so NumPy puts their axis first: (T, n_kv_heads, head_dim), as k is.
-    layout.dense_k(tile)[:, rows // LANES, : layout.head_dim, rows % LANES] = narrow(k, layout.k_kind)
-    layout.dense_v(tile)[:, rows, : layout.head_dim] = narrow(v, layout.v_kind).swapaxes(0, 1)
+    narrow_k, narrow_v = narrow(k, layout.k_kind), narrow(v, layout.v_kind)  # both, before either is written
+    layout.dense_k(tile)[:, rows // LANES, : layout.head_dim, rows % LANES] = narrow_k
+    layout.dense_v(tile)[:, rows, : layout.head_dim] = narrow_v.swapaxes(0, 1)
 
 
 def narrow(x: Float32, kind: int) -> NDArray[np.generic]:
-    """x in the dtype of a dense kind; OverflowError where a finite value would become infinite."""
+    """X in the dtype of a dense kind; OverflowError where a finite value would become infinite."""
     dtype = DENSE_DTYPES[kind]
     if dtype == np.float32:
         return x
@@ -89,7 +91,7 @@ def _write_k(layout: TileLayout, heads: Bytes, k: Float32, dead: int) -> None:
     h, blocks = len(k), layout.tile // LANES
     if layout.k_kind == Q4:
         nibbles = codes.reshape(h, blocks, layout.width // 8, 2, 4, LANES)
-        codes = nibbles[:, :, :, 0] | nibbles[:, :, :, 1] << 4
+        codes = nibbles[:, :, :, 0] | nibbles[:, :, :, 1] << np.uint8(4)
     packed = codes.reshape(h, blocks, -1, 4, LANES).swapaxes(3, 4)
     _fill(heads, layout.k.params, packed, scale, minimum)
 
@@ -104,7 +106,7 @@ def _write_v(layout: TileLayout, heads: Bytes, v: Float32) -> None:
     codes = codes.swapaxes(1, 2).reshape(h, layout.tile, layout.width)
     if layout.v_kind == Q4:
         nibbles = codes.reshape(h, layout.tile // 8, 2, 4, layout.width)
-        codes = nibbles[:, :, 0] | nibbles[:, :, 1] << 4
+        codes = nibbles[:, :, 0] | nibbles[:, :, 1] << np.uint8(4)
     packed = codes.reshape(h, -1, 4, layout.width // LANES, LANES).transpose(0, 1, 3, 4, 2)
     _fill(heads, layout.v.params, packed, scale, minimum)
 

@@ -48,7 +48,9 @@ def reference_attention(
     M = logits.max(axis=2, initial=-np.inf)
     weights = np.exp(logits - np.where(np.isneginf(M), 0, M)[..., None])
     S = weights.sum(axis=2)
-    unseen = ~np.isfinite(values).all(axis=(1, 2))
-    values = np.where((weights == 0).all(axis=(0, 1))[:, None, None] & unseen[:, None, None], 0, values)
-    o = np.einsum("htn,nhd->thd", weights, values) / np.where(S == 0, 1, S).T[..., None]
-    return o, M, S
+    finite = np.isfinite(values).all(axis=(1, 2))
+    total = np.einsum("htn,nhd->thd", weights[..., finite], values[finite])
+    for i in np.flatnonzero(~finite):  # what has no weight does not take part, not even as 0 * infinity
+        weight = weights[..., i].T[..., None]
+        total = total + np.where(weight == 0, 0, weight * np.where(weight == 0, 0, values[i]))
+    return total / np.where(S == 0, 1, S).T[..., None], M, S

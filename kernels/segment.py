@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .attention import FIRST_TILE
-from .layout import DENSE_DTYPES, F32, LANES, Q4, Q8, Bytes, Side, TileLayout
+from .layout import DENSE_DTYPES, F32, Q4, Q8, Bytes, Side, TileLayout
 from .quantize import Float32, quantize_tile, store_rows
+from .simd import LANES
 
 Int64 = NDArray[np.int64]
 
@@ -35,9 +36,7 @@ class Segment:
     owner: Any
 
 
-def make_geometry(
-    tile: int, first_tile: int, width: int, n_kv_heads: int, k: Side, v: Side
-) -> Int64:
+def make_geometry(tile: int, first_tile: int, width: int, n_kv_heads: int, k: Side, v: Side) -> Int64:
     """The integers that describe a segment, in the order of the index names in attention.py."""
     return np.array(
         [
@@ -75,12 +74,13 @@ def segment_of_arrays(k: object, v: object) -> Segment:
 
 
 def _rows(x: NDArray[Any]) -> NDArray[Any]:
-    """x with channels contiguous, padded with zeros to a multiple of 16, and positive strides."""
+    """X with channels contiguous, padded with zeros to a multiple of 16, and positive strides."""
     missing = -x.shape[2] % LANES
     if missing:
-        return np.pad(x, ((0, 0), (0, 0), (0, missing)))
+        x = np.pad(x, ((0, 0), (0, 0), (0, missing)))  # keeps Fortran order
     if x.size and (x.strides[2] != x.itemsize or x.strides[0] <= 0):
-        return np.ascontiguousarray(x)
+        # Not ascontiguousarray: it returns a single row as it is, whose stride of 0 would mean the layout of tiles.
+        return x.copy(order="C")
     return x
 
 

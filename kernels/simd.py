@@ -91,9 +91,7 @@ def _half_bits_to_float(builder: Any, bits: Any) -> Any:
     The scaling is a float32 multiplication, so subnormal halves come out right; an exponent of all ones stays one.
     """
     fields = builder.shl(builder.and_(bits, _const(_V_I32, 0x7FFF)), _const(_V_I32, 13))
-    scaled = builder.bitcast(
-        builder.fmul(builder.bitcast(fields, _V_F32), _const(_V_F32, 2.0**112)), _V_I32
-    )
+    scaled = builder.bitcast(builder.fmul(builder.bitcast(fields, _V_F32), _const(_V_F32, 2.0**112)), _V_I32)
     special = builder.icmp_unsigned(">=", fields, _const(_V_I32, 0x0F800000))
     magnitude = builder.select(special, builder.or_(fields, _const(_V_I32, 0x7F800000)), scaled)
     sign = builder.shl(builder.and_(bits, _const(_V_I32, 0x8000)), _const(_V_I32, 16))
@@ -228,7 +226,7 @@ def lane_numbers(context: Any, builder: Any) -> Any:
 
 @_operation(f32x16, f32x16, types.int32, types.int32, types.float32)
 def keep_lanes(context: Any, builder: Any, x: Any, first: Any, stop: Any, fill: Any) -> Any:
-    """x in the lanes first <= lane < stop, ``fill`` in the others."""
+    """X in the lanes first <= lane < stop, ``fill`` in the others."""
     lanes = ir.Constant(_V_I32, list(range(LANES)))
     inside = builder.and_(
         builder.icmp_signed(">=", lanes, _broadcast(builder, first, _V_I32)),
@@ -263,7 +261,14 @@ _LOG2_E = 1.4426950408889634
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4  # ln 2 in two parts (Cody and Waite), the first exact in 10 bits
 _ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer that stands in the low bits
 # exp(r) - 1 - r over r^2 on |r| <= ln(2)/2: Cephes' minimax coefficients for single precision, highest first
-_EXP_COEFFICIENTS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+_EXP_COEFFICIENTS = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
 
 
 @_operation(f32x16, f32x16)

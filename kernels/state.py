@@ -123,7 +123,9 @@ def merge_states(
     empty = (state1[..., 1] == 0).T
     merged = pad_last_axis(np.where(empty[..., None], np.float32(0), out1))
     state = np.where(state1[..., 1:] == 0, np.array([-np.inf, 0], np.float32), state1)
-    _merge(merged, state, pad_last_axis(out2), state2, merged.shape[-1])
+    # Writable and aligned, because those are part of the type that Numba compiles for; both are only read.
+    other, other_state = (np.require(x, requirements=["W", "A"]) for x in (pad_last_axis(out2), state2))
+    _merge(merged, state, other, other_state, merged.shape[-1])
     if out is None:
         return np.ascontiguousarray(merged[..., :d]), state
     out[...] = merged[..., :d]

@@ -6,7 +6,8 @@ that follows (see attention.py). It is done once for all query heads of a KV hea
 
 from . import simd
 from .jit import inner
-from .layout import BF16, F16, F32, LANES, Q4
+from .layout import BF16, F16, F32, Q4
+from .simd import LANES
 
 VECTOR = 4 * LANES  # bytes of a vector of float32
 
@@ -41,7 +42,7 @@ def unpack_k(base, kind, row_stride, params, width, first, stop, buffer, scratch
     """
     if row_stride:
         _transpose_rows(base, kind, row_stride, width, first, stop, buffer, scratch)
-    elif kind == F32 or kind == F16 or kind == BF16:
+    elif kind in (F32, F16, BF16):
         size = _number_bytes(kind)
         for i in range(first // LANES * width, (stop + LANES - 1) // LANES * width):
             simd.store_f32(buffer + i * VECTOR, _load(kind, base + i * LANES * size))

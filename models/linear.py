@@ -1,11 +1,10 @@
 """Linear layers. ``Linear`` hides how a weight is stored; today float32 through NumPy's BLAS."""
 
-
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.layout import LANES
 from ..kernels.matmul import matvec
+from ..kernels.simd import LANES
 from .errors import UsageError
 
 Float32 = NDArray[np.float32]
@@ -32,7 +31,7 @@ class Linear:
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def __call__(self, x: Float32) -> Float32:
-        """x (T, in) float32 -> (T, out) float32."""
+        """X (T, in) float32 -> (T, out) float32."""
         if len(x) == 1 and self.weight.shape[1] % LANES == 0:
             y = matvec(self.weight, np.ascontiguousarray(x[0]))[None]
         else:

@@ -11,9 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import hub, toy
-from .bpe import BPETokenizer
-from .bpe_gguf import tokenizer_from_gguf
-from .bpe_json import tokenizer_from_json
 from .chat import ChatTemplate
 from .check import check_finite, check_tensors
 from .config import ModelConfig, config_from_hf
@@ -22,7 +19,7 @@ from .gguf import open_gguf
 from .gguf_names import GGUFSource, config_from_gguf
 from .linear import Linear, check_weights_option
 from .safetensors import open_safetensors
-from .tokenizer import ByteTokenizer, Tokenizer
+from .tokenizer import ByteTokenizer, Tokenizer, tokenizer_from_gguf, tokenizer_from_json
 from .transformer import Layer, Transformer, Weights
 
 Float32 = NDArray[np.float32]
@@ -56,7 +53,11 @@ class Model:
     config: ModelConfig
     transformer: Transformer
     tokenizer: Tokenizer | None
-    chat_template: ChatTemplate | None
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``encode_chat`` can be used."""
+        return self.tokenizer is not None and self.tokenizer.chat_template is not None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a raw text (with the model's beginning-of-text token where it wants one); UsageError without tokenizer."""
@@ -65,12 +66,16 @@ class Model:
         return self.tokenizer.encode(text)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Ids of a conversation in the model's chat template, ready for the answer; UsageError without a template."""
-        if self.chat_template is None:
+        """Ids of a conversation in the model's chat template, ready for the answer.
+
+        Raises UsageError without a template, PromptError where the template is refused or refuses the conversation.
+        """
+        tokenizer = self.tokenizer
+        source = None if tokenizer is None else tokenizer.chat_template
+        if tokenizer is None or source is None:
             raise UsageError(f"model {self.name!r} has no chat template")
-        ids, bos = self.encode(self.chat_template.render(messages)), self.config.bos_token_id
-        # A template that writes the beginning-of-text token itself would give it twice.
-        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+        template = ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+        return self.encode(template.render(messages))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,7 @@ class Opened:
     path: Path | None
     config: ModelConfig
     source: Source
-    tokenizer: Callable[[], tuple[Tokenizer | None, ChatTemplate | None]]
+    read_tokenizer: Callable[[], Tokenizer | None]
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -116,7 +121,7 @@ def open_model(name: str, *, progress: Progress | None = None) -> Opened:
     """Find a model by registry name, folder or file, and read its description. See ``load`` for the arguments."""
     if name == "toy":
         source = toy.ToySource(expected_tensors(toy.CONFIG))
-        return Opened(name, None, toy.CONFIG, source, lambda: (ByteTokenizer(toy.VOCAB), None))
+        return Opened(name, None, toy.CONFIG, source, lambda: ByteTokenizer(toy.VOCAB))
     path = hub.pull(name, progress=progress) if name in hub.REGISTRY else Path(name).expanduser()
     if path.is_dir():
         return Opened(name, path, config_from_hf(path), open_safetensors(path), lambda: _folder_tokenizer(path))
@@ -127,21 +132,12 @@ def open_model(name: str, *, progress: Progress | None = None) -> Opened:
         raise ModelError(f"{path}: a model is a folder with config.json and .safetensors files, or one .gguf file")
     file = open_gguf(path)
     config = config_from_gguf(file)
-    return Opened(name, path, config, GGUFSource(file, config), lambda: _with_template(tokenizer_from_gguf(file.metadata, str(path))))
+    return Opened(name, path, config, GGUFSource(file, config), lambda: tokenizer_from_gguf(file.metadata, str(path)))
 
 
-def _folder_tokenizer(path: Path) -> tuple[Tokenizer | None, ChatTemplate | None]:
-    """The tokenizer of a folder and its chat template; a folder may have neither."""
-    if not (path / "tokenizer.json").exists():
-        return None, None
-    return _with_template(tokenizer_from_json(path))
-
-
-def _with_template(tokenizer: BPETokenizer) -> tuple[Tokenizer, ChatTemplate | None]:
-    source = tokenizer.chat_template
-    if source is None:
-        return tokenizer, None
-    return tokenizer, ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+def _folder_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer of a folder, which may have none."""
+    return tokenizer_from_json(path) if (path / "tokenizer.json").exists() else None
 
 
 def load(
@@ -171,13 +167,13 @@ def load(
     opened = open_model(name, progress=download_progress)
     config, source = opened.config, opened.source
     check_tensors(expected_tensors(config), source.shapes, str(opened.path or name))
-    tokenizer, chat_template = opened.tokenizer()
+    tokenizer = opened.read_tokenizer()
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ModelError(
             f"{opened.path or name}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
         )
     loaded = _read_weights(config, source, str(opened.path or name) if check_weights else None, progress)
-    return Model(name, config, Transformer(config, loaded), tokenizer, chat_template)
+    return Model(name, config, Transformer(config, loaded), tokenizer)
 
 
 def _read_weights(config: ModelConfig, source: Source, checked: str | None, progress: Progress | None) -> Weights:

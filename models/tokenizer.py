@@ -13,6 +13,10 @@ __all__ = ["BPETokenizer", "ByteTokenizer", "TextStream", "Tokenizer", "tokenize
 class Tokenizer(Protocol):
     """What the engine needs of a tokenizer."""
 
+    chat_template: str | None  # jinja2 source
+    bos_token: str  # the text of the tokens that a template may name; "" for none
+    eos_token: str
+
     @property
     def vocab_size(self) -> int:
         """Ids are from 0 up to but not including this."""
@@ -36,6 +40,7 @@ class ByteTokenizer:
     eos_id = 257
     eos_ids = (257,)
     chat_template: str | None = None
+    bos_token = eos_token = ""
 
     def __init__(self, vocab_size: int = 258, *, add_bos: bool = False) -> None:
         if vocab_size < 258:

@@ -111,13 +111,13 @@ class Transformer:
         return layer.o(o.reshape(n_rows, -1))
 
     def _rotary(self, positions: NDArray[np.int64]) -> tuple[Float32, Float32]:
-        """cos and sin (T, 1, head_dim / 2), from float32 angles, as the models were trained."""
+        """Cos and sin (T, 1, head_dim / 2), from float32 angles, as the models were trained."""
         angles = positions.astype(np.float32)[:, None, None] * self._inverse_frequencies
         return np.cos(angles), np.sin(angles)
 
 
 def rms_norm(x: Float32, weight: Float32, eps: float) -> Float32:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis (https://arxiv.org/abs/1910.07467)."""
+    """X / sqrt(mean(x^2) + eps) * weight over the last axis (https://arxiv.org/abs/1910.07467)."""
     square = np.einsum("te,te->t", x, x) / np.float32(x.shape[1])
     return x * (1.0 / np.sqrt(square + np.float32(eps)))[:, None] * weight
 
@@ -140,4 +140,5 @@ def silu_gate(gate_up: Float32) -> Float32:
     half = gate_up.shape[1] // 2
     gate, up = gate_up[:, :half], gate_up[:, half:]
     with np.errstate(over="ignore"):  # exp overflows to infinity for very negative gates, where SiLU is 0
-        return gate / (1.0 + np.exp(-gate)) * up
+        denominator: Float32 = np.float32(1) + np.exp(-gate)
+    return gate / denominator * up
