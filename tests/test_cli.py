@@ -1,0 +1,281 @@
+"""The command line as a person meets it: what goes to stdout, what to stderr, and the exit code. Mostly on the toy model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from mixkv import __version__, cli
+
+REPOSITORY = Path(cli.__file__).parent
+RUNNER = CliRunner()
+
+
+def mixkv(*arguments: str, text: str | bytes | None = None) -> Result:
+    return RUNNER.invoke(cli.app, list(arguments), input=text)
+
+
+def refused(result: Result, code: int, *words: str) -> None:
+    """One line on stderr that holds all the words, nothing on stdout, and the documented exit code."""
+    assert result.exit_code == code, (result.exit_code, result.stderr, result.exception)
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("mixkv: "), result.stderr
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+
+
+def start(*arguments: str, **options: object) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "mixkv.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )  # type: ignore[call-overload]
+
+
+def test_text_goes_to_stdout_and_statistics_to_stderr() -> None:
+    result = mixkv("generate", "hello", "--model", "toy", "--max-tokens", "12")
+    assert result.exit_code == 0
+    assert len(result.stdout) == 13 and result.stdout.endswith("\n")
+    assert "prompt 5 tokens" in result.stderr and "generated 12 tokens" in result.stderr
+    assert (
+        "sink" in result.stderr and "old" in result.stderr and "recent" in result.stderr and "float16" in result.stderr
+    )
+    assert "tokens/s" in result.stderr
+
+
+def test_quiet_says_nothing_on_stderr() -> None:
+    result = mixkv("generate", "hello", "--model", "toy", "--max-tokens", "3", "--quiet")
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_json_is_one_object_with_everything_in_it() -> None:
+    plain = mixkv("generate", "hello", "-m", "toy", "-n", "9", "-q").stdout
+    result = mixkv("generate", "hello", "-m", "toy", "-n", "9", "--json")
+    answer = json.loads(result.stdout)
+    assert set(answer) == {"text", "prompt_ids", "token_ids", "finish_reason", "stats"}
+    assert answer["prompt_ids"] == list(b"hello") and len(answer["token_ids"]) == 9
+    assert answer["text"] + "\n" == plain and answer["finish_reason"] == "length"
+    stats = answer["stats"]
+    assert stats["prompt_tokens"] == 5 and stats["generated_tokens"] == 9
+    assert set(stats["kv_bytes"]) == {"sink", "old", "recent", "total"}
+    assert stats["kv_bytes_float16"] == 3 * 2 * 16 * 2 * 2 * (5 + 8)  # the last token was not fed back
+    assert stats["policy"] == "window=128 sinks=4 k_bits=4 v_bits=4 tile=64 dense=f16"
+
+
+def test_the_prompt_comes_from_argument_file_or_stdin(tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes("grün".encode())
+    common = ("generate", "-m", "toy", "-n", "1", "--json")
+    for arguments, text in (((*common, "grün"), None), ((*common, "--file", str(file)), None), (common, "grün"),
+                            ((*common, "-"), "grün")):  # fmt: skip
+        answer = json.loads(mixkv(*arguments, text=text).stdout)
+        assert answer["prompt_ids"] == list("grün".encode()), arguments
+
+
+def test_every_sampling_option_reaches_the_sampler() -> None:
+    def ids(*options: str) -> list[int]:
+        return json.loads(mixkv("generate", "hello", "-m", "toy", "-n", "20", "--json", *options).stdout)["token_ids"]
+
+    greedy = ids()
+    hot = ids("--temperature", "5", "--seed", "1")
+    assert hot != greedy and hot == ids("--temperature", "5", "--seed", "1") != ids("--temperature", "5", "--seed", "2")
+    for narrowing in (("--top-k", "1"), ("--top-p", "0.001"), ("--min-p", "1")):
+        assert ids("--temperature", "5", "--seed", "1", *narrowing) == greedy, narrowing
+    penalized = ids("--repeat-penalty", "100")
+    assert len(set(penalized)) > len(set(greedy)) or penalized != greedy
+
+
+def test_stop_ends_the_text_before_the_stop_string() -> None:
+    whole = mixkv("generate", "hello", "-m", "toy", "-n", "30", "-q").stdout
+    stop = whole[4:7]
+    result = mixkv("generate", "hello", "-m", "toy", "-n", "30", "--stop", stop, "--json")
+    answer = json.loads(result.stdout)
+    assert answer["text"] == whole[: whole.index(stop)] and answer["finish_reason"] == "stop"
+
+
+def test_every_cache_option_reaches_the_policy() -> None:
+    options = ["--window", "32", "--sinks", "2", "--k-bits", "8", "--v-bits", "16", "--tile", "32", "--dense", "f32"]
+    result = mixkv("generate", "x" * 200, "-m", "toy", "-n", "2", "--json", *options)
+    stats = json.loads(result.stdout)["stats"]
+    assert stats["policy"] == "window=32 sinks=2 k_bits=8 v_bits=16 tile=32 dense=f32"
+    assert stats["kv_bytes"]["old"] > 0 and stats["kv_bytes"]["sink"] == 3 * 2 * 2 * 2 * 16 * 4
+
+
+def test_the_context_ends_the_text() -> None:
+    answer = json.loads(mixkv("generate", "hello", "-m", "toy", "--context", "9", "--json").stdout)
+    assert answer["finish_reason"] == "context" and len(answer["token_ids"]) == 5
+
+
+def test_info_models_and_version() -> None:
+    described = json.loads(mixkv("info", "toy", "--json", "--k-bits", "8").stdout)
+    assert described["architecture"] == "llama" and described["layers"] == 3
+    assert described["kv_bytes_per_token_float16"] == 3 * 2 * 16 * 4
+    assert "head_dim" in mixkv("info", "toy").stdout
+    assert {row["name"] for row in json.loads(mixkv("models", "--json").stdout)} >= {"smollm2", "toy"}
+    assert "toy" in mixkv("models").stdout
+    assert mixkv("--version").stdout.strip() == f"mixkv {__version__}"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--max-tokens", "1000000000"], ["max_tokens", "1000000000", "16777216"]),
+        (["--max-tokens", "0"], ["max_tokens", "0"]),
+        (["--temperature", "nan"], ["temperature", "nan", "0 to 100"]),
+        (["--temperature", "-1"], ["temperature", "-1"]),
+        (["--temperature", "inf"], ["temperature", "inf"]),
+        (["--top-p", "0"], ["top_p", "above 0"]),
+        (["--top-p", "2"], ["top_p", "2.0", "at most 1"]),
+        (["--min-p", "-0.1"], ["min_p", "0 to 1"]),
+        (["--top-k", "-1"], ["top_k", "-1"]),
+        (["--repeat-penalty", "0"], ["repeat_penalty"]),
+        (["--seed", "-1"], ["seed"]),
+        (["--stop", ""], ["stop", "empty"]),
+        (["--window", "-1"], ["window", "-1", "0 to"]),
+        (["--sinks", "-1"], ["sinks", "-1", "0 to"]),
+        (["--k-bits", "5"], ["k_bits", "5", "nearest is 4"]),
+        (["--v-bits", "9"], ["v_bits", "9", "nearest is 8"]),
+        (["--tile", "100"], ["tile", "100", "nearest is 128"]),
+        (["--dense", "f8"], ["dense", "f8", "f16, bf16, f32"]),
+        (["--weights", "q4"], ["weights", "q4", "auto, f32"]),
+        (["--threads", "100000"], ["--threads", "100000", "cores"]),
+        (["--threads", "0"], ["--threads", "found 0"]),
+        (["--context", "0"], ["context", "0"]),
+        (["--context", "99999999"], ["context", "99999999", "16384"]),
+        (["--chat"], ["no chat template"]),
+        (["--system", "be kind"], ["--system", "chat template"]),
+    ],
+)
+def test_an_option_out_of_range_is_refused_with_name_and_range(options: list[str], words: list[str]) -> None:
+    """More than the cores, NaN temperatures, top-p of 2 and the like; also options that could have no effect."""
+    refused(mixkv("generate", "hello", "--model", "toy", "-q", *options), 2, *words)
+
+
+def test_a_prompt_from_two_places_is_refused(tmp_path: Path) -> None:
+    refused(mixkv("generate", "hello", "--file", str(tmp_path / "x"), "-m", "toy"), 2, "--file")
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    refused(mixkv("generate", "", "-m", "toy", "-q"), 5, "empty")
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers() -> None:
+    refused(mixkv("generate", "x" * 100, "-m", "toy", "--context", "64", "-q"), 5, "100", "64")
+
+
+def test_megabytes_of_one_character_are_refused_before_they_are_tokenized() -> None:
+    started = time.perf_counter()
+    refused(mixkv("generate", "-m", "toy", "-q", text=b"a" * (17 << 20)), 5, "16777216 bytes")
+    assert time.perf_counter() - started < 5
+
+
+def test_a_prompt_that_is_not_utf8_is_refused_with_the_byte(tmp_path: Path) -> None:
+    file = tmp_path / "latin1.txt"
+    file.write_bytes(b"caf\xe9 au lait")
+    refused(mixkv("generate", "--file", str(file), "-m", "toy", "-q"), 5, str(file), "byte 3")
+    refused(mixkv("generate", "--file", str(tmp_path / "none"), "-m", "toy", "-q"), 5, "cannot be read")
+
+
+def test_a_prompt_with_a_lone_surrogate_is_refused() -> None:
+    refused(mixkv("generate", "a\udc80b", "-m", "toy", "-q"), 5)
+
+
+def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
+    refused(mixkv("generate", "x", "-m", "no-such-model", "-q"), 2, "no-such-model", "smollm2", "toy")
+    refused(mixkv("pull", "no-such-model", "-q"), 2, "no-such-model", "smollm2")
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    refused(mixkv("info", str(file), "--json"), 3, "Git-LFS")
+    refused(mixkv("generate", "x", "-m", str(tmp_path), "-q"), 3, "config.json")
+
+
+def test_no_network_is_one_line_that_says_how_to_go_on(clean_env: dict[str, str], tmp_path: Path) -> None:
+    """An index that nobody listens to stands for the missing network."""
+    env = {
+        **clean_env, "MIXKV_CACHE": str(tmp_path), "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_NO_INDEX": "0",
+        "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull,
+    }  # fmt: skip
+    env.pop("PIP_FIND_LINKS", None)
+    process = start("generate", "hello", env=env)
+    out, err = process.communicate(timeout=120)
+    lines = [line for line in err.decode().splitlines() if line.strip()]
+    assert process.returncode == 4 and out == b""
+    assert len(lines) == 1 and str(tmp_path) in lines[0] and "smollm2" in lines[0].lower()
+
+
+def test_a_closed_stdout_ends_quietly() -> None:
+    process = start("generate", "hello", "-m", "toy", "-n", "2000", "-q")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(3)
+    process.stdout.close()
+    assert process.wait(timeout=60) == cli.PIPE_CLOSED
+    assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_in_decode_keeps_the_text_and_exits_130(as_json: bool) -> None:
+    options = ["--json"] if as_json else []
+    process = start("generate", "hello", "-m", "toy", "-n", "16000", *options)
+    assert process.stdout is not None and process.stderr is not None
+    if as_json:
+        _wait_for_generation(process)
+        head = b""
+    else:
+        head = process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    started = time.perf_counter()
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED
+    assert time.perf_counter() - started < 5
+    assert b"Traceback" not in err and b"(interrupted)" in err
+    if as_json:
+        answer = json.loads(rest)
+        assert answer["finish_reason"] == "interrupted" and len(answer["token_ids"]) > 0
+    else:
+        assert len(head + rest) >= 21
+
+
+def test_ctrl_c_while_the_prompt_is_read_exits_130(tmp_path: Path) -> None:
+    file = tmp_path / "long.txt"
+    file.write_text("x" * 16_000)
+    process = start("generate", "--file", str(file), "-m", "toy", "-n", "1000")
+    _wait_for_generation(process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED
+    assert b"Traceback" not in err
+
+
+def _wait_for_generation(process: subprocess.Popen[bytes]) -> None:
+    """Until a process has imported Numba and used some CPU time beyond it: then it is past its start."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
+        if "omppool" in maps or "workqueue" in maps:
+            time.sleep(2.0)  # compiled kernels load; then 16,000 tokens take ten seconds and more
+            return
+        time.sleep(0.02)
+    raise AssertionError("the process did not start to compute")
+
+
+def test_the_cli_starts_without_importing_numba(clean_env: dict[str, str]) -> None:
+    code = "import sys, mixkv.cli; sys.exit('numba' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=clean_env).returncode == 0
+
+
+@pytest.mark.model
+def test_the_default_model_writes_text_and_its_template_is_used(default_model_path: Path) -> None:
+    arguments = ("generate", "The capital of France is", "-m", str(default_model_path), "-n", "8", "--json")
+    chat, raw = (json.loads(mixkv(*arguments, *option).stdout) for option in ((), ("--raw",)))
+    assert raw["text"].startswith(" Paris")
+    assert len(chat["prompt_ids"]) > len(raw["prompt_ids"]) == 5
+    system = json.loads(mixkv(*arguments, "--system", "You are a pirate.").stdout)
+    assert system["prompt_ids"] != chat["prompt_ids"]
