@@ -1,4 +1,4 @@
-"""The command line as a person meets it: what goes to stdout, what to stderr, and the exit code. Mostly on the toy model."""
+"""The command line as a person meets it: stdout, stderr and exit codes. Mostly on the toy model."""
 
 import json
 import os
