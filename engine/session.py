@@ -36,10 +36,10 @@ class Session:
         self, model: Model, policy: CachePolicy | None = None, *, context: int | None = None, chunk: int = CHUNK
     ) -> None:
         limit = model.config.max_position_embeddings
-        if context is not None and not 1 <= context <= limit:
-            raise UsageError(f"context must be from 1 to {limit} tokens (the model's limit), found {context}")
-        if chunk < 1:
-            raise UsageError(f"chunk must be 1 or more, found {chunk}")
+        if context is not None and (type(context) is not int or not 1 <= context <= limit):
+            raise UsageError(f"context must be from 1 to {limit} tokens (the model's limit), found {context!r}")
+        if type(chunk) is not int or chunk < 1:
+            raise UsageError(f"chunk must be a whole number, 1 or more, found {chunk!r}")
         self.model = model
         self.policy = CachePolicy() if policy is None else policy
         self.context = limit if context is None else context

@@ -2,7 +2,8 @@
 
 A *tile* is ``tile`` consecutive tokens of one layer, all KV heads, in one allocation: first K of every head, then V. The
 order is what the kernels eat: 16 tokens side by side for K (a dot product then needs no sum across lanes) and 16 channels
-side by side for V. ``width`` is head_dim rounded up to 16; the added channels are zero.
+side by side for V. ``width`` is head_dim rounded up to 16; the added channels are zero, or in coded V
+copies of the last one, so that they widen no range.
 
     K dense   [tile/16][width][16 tokens]
     K 8 bits  [tile/16][width/4][16 tokens][4 channels]             then scales f16 [width], minima f16 [width]

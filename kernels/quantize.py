@@ -60,7 +60,9 @@ def quantize_tile(source: Bytes, dense: TileLayout, target: TileLayout, dead: in
     else:
         target.dense_k(tile)[...] = narrow(dense.dense_k(source).astype(np.float32), target.k_kind)
     if target.v_kind in LARGEST_CODE:
-        _write_v(target, target.v_heads(tile), dense.dense_v(source).astype(np.float32))
+        v = dense.dense_v(source).astype(np.float32)
+        v[..., target.head_dim :] = v[..., target.head_dim - 1 : target.head_dim]  # padding must not widen the range
+        _write_v(target, target.v_heads(tile), v)
     else:
         target.dense_v(tile)[...] = narrow(dense.dense_v(source).astype(np.float32), target.v_kind)
     return tile

@@ -2,7 +2,7 @@
 
 # Files
 MAX_JSON_BYTES = 64 << 20  # config.json, tokenizer.json, an index: the largest seen in the wild is about 20 MB
-MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # what the safetensors format itself allows
+MAX_SAFETENSORS_HEADER_BYTES = 16 << 20  # 200,000 tensors; the format allows 100 MB, which takes seconds to parse
 MAX_SAFETENSORS_DIMS = 8
 MAX_SAFETENSORS_ITEMS = 1 << 60  # of one tensor, an empty dimension counted as 1; NumPy can still shape that
 MAX_GGUF_METADATA_BYTES = 256 << 20  # everything before the tensor data of a GGUF file

@@ -1,33 +1,27 @@
 """Weights in the safetensors format: one file, or a folder as Hugging Face lays it out, read one tensor at a time.
 
-The format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the data without holes).
+The library checks headers (https://huggingface.co/docs/safetensors) and reads tensors. Here is what it leaves to its
+caller: which files may be opened, wrong kinds of file said in words, names that appear twice, and float32.
 """
 
 import math
-import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeGuard
+from typing import Any
 
+import ml_dtypes  # noqa: F401  gives NumPy the bfloat16 that the library asks it for
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
 
 from .check import listed, parse_json_object, read_json_object, refuse_impostor, shown
 from .errors import ModelError
 from .limits import MAX_SAFETENSORS_DIMS, MAX_SAFETENSORS_HEADER_BYTES, MAX_SAFETENSORS_ITEMS
 
-_BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
-_READABLE = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}  # BF16 as its bits
+_READABLE = ("F32", "F16", "BF16", "F64")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -43,16 +37,14 @@ class SafetensorsSource:
     stored_types: Mapping[str, str]
     nbytes: int
     where: str
-    _raw: Mapping[str, npt.NDArray[np.uint8]]
+    _opened: Mapping[str, Any]  # tensor -> the safe_open of its file
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
-        """Tensor ``name`` as a new C-ordered float32 array of its shape.
-
-        The bytes come straight from the map, not through the library: the header has been checked, so what is left
-        is one view and one cast, while the library's NumPy route needs ml_dtypes for BF16 and then a second copy.
+        """Tensor ``name`` as a new C-ordered float32 array of its shape. Threads may read at the same time.
 
         Raises:
-            ModelError: no such tensor, a stored type other than F32, F16, BF16, F64, or an F64 value beyond float32.
+            ModelError: no such tensor, a stored type other than F32, F16, BF16, F64, an F64 value beyond float32, or
+                a file that can no longer be read.
 
         """
         if name not in self.shapes:
@@ -60,25 +52,14 @@ class SafetensorsSource:
         kind = self.stored_types[name]
         if kind not in _READABLE:
             raise ModelError(f"{self.where}: tensor {shown(name)} is {kind}; supported: {', '.join(_READABLE)}")
-        values = self._raw[name].view(_READABLE[kind])
-        if kind == "BF16":  # the upper half of a float32; as fast as ml_dtypes' cast, 13 times astype and shift
-            return np.left_shift(values, np.uint32(16), dtype=np.uint32).view(np.float32).reshape(self.shapes[name])
         try:
+            values = self._opened[name].get_tensor(name)  # already a copy of the file's bytes
             with np.errstate(over="raise"):
-                return values.astype(np.float32).reshape(self.shapes[name])
+                return values.astype(np.float32, copy=False)
         except FloatingPointError as error:
             raise ModelError(f"{self.where}: tensor {shown(name)} holds F64 values beyond float32") from error
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """One line of a header: where a tensor lies, in bytes from the start of the data."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{self.where}: tensor {shown(name)} cannot be read: {shown(str(error))}") from error
 
 
 def open_safetensors(folder: Path) -> SafetensorsSource:
@@ -158,20 +139,16 @@ def _inside(folder: Path, name: str) -> Path:
 def _source(files: list[Path], weight_map: Mapping[str, str], where: str) -> SafetensorsSource:
     """Open ``files`` and join their tensors; what ``weight_map`` promises (tensor -> file name) has to be there."""
     home: dict[str, str] = {}
-    entries: list[_Entry] = []
-    raw: dict[str, npt.NDArray[np.uint8]] = {}
+    opened: dict[str, Any] = {}
+    nbytes = 0
     missing = [file.name for file in files if not file.is_file()]
-    for file in files:
-        if file.name in missing:
-            continue
-        mapped = _map(file)
-        found, start = _read_header(mapped, str(file))
-        for entry in found:
-            if entry.name in home:
-                raise ModelError(f"{where}: tensor {shown(entry.name)} is in both {home[entry.name]} and {file.name}")
-            home[entry.name] = file.name
-            raw[entry.name] = np.frombuffer(mapped, np.uint8, entry.end - entry.begin, start + entry.begin)
-        entries += found
+    for file in filter(Path.is_file, files):
+        handle, size = _open_file(file)
+        nbytes += size
+        for name in handle.keys():  # noqa: SIM118  a method of the library, not a mapping
+            if name in home:
+                raise ModelError(f"{where}: tensor {shown(name)} is in both {home[name]} and {file.name}")
+            home[name], opened[name] = file.name, handle
     absent = [
         f"{shown(tensor)} (of {shown(name)})"
         for tensor, name in weight_map.items()
@@ -181,78 +158,39 @@ def _source(files: list[Path], weight_map: Mapping[str, str], where: str) -> Saf
     problems += [f"{len(absent)} tensors absent from the file the index names: {listed(absent)}"] if absent else []
     if problems:
         raise ModelError(f"{where}: {'; '.join(problems)}")
-    return SafetensorsSource(
-        shapes=MappingProxyType({entry.name: entry.shape for entry in entries}),
-        stored_types=MappingProxyType({entry.name: entry.kind for entry in entries}),
-        nbytes=sum(entry.end - entry.begin for entry in entries),
-        where=where,
-        _raw=MappingProxyType(raw),
-    )
+    views = {name: handle.get_slice(name) for name, handle in opened.items()}
+    shapes = {name: _shape(view.get_shape(), name, f"{where}: {home[name]}") for name, view in views.items()}
+    kinds = {name: view.get_dtype() for name, view in views.items()}
+    return SafetensorsSource(MappingProxyType(shapes), MappingProxyType(kinds), nbytes, where, opened)
 
 
-def _map(file: Path) -> mmap.mmap:
-    """Map ``file`` for reading, once its first bytes look like safetensors with a header that fits."""
-    with file.open("rb") as opened:
-        size = os.fstat(opened.fileno()).st_size
-        head = opened.read(64)
+def _open_file(file: Path) -> tuple[Any, int]:
+    """The library's handle of ``file``, and how many bytes its tensors take."""
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        head = stream.read(64)
         length = int.from_bytes(head[:8], "little")
         if head[8:9] != b"{":
             refuse_impostor(head, str(file))
-        if size < 8:
-            raise ModelError(f"{file}: {size} bytes; safetensors begins with 8 bytes of header length")
         if length > MAX_SAFETENSORS_HEADER_BYTES:
-            allowed = MAX_SAFETENSORS_HEADER_BYTES
-            raise ModelError(f"{file}: a header of {length} bytes, at most {allowed} allowed: not safetensors")
-        if length > size - 8:
-            raise ModelError(f"{file}: truncated: a header of {length} bytes in a file of {size}")
-        if head[8:9] != b"{":
-            raise ModelError(f"{file}: the header must begin with '{{', found {shown(head[8:9])}: not safetensors")
-        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            limit = MAX_SAFETENSORS_HEADER_BYTES
+            raise ModelError(f"{file}: not safetensors, or a header of {length} bytes; at most {limit} are allowed")
+        stream.seek(8)
+        header = stream.read(length)
+    if 8 + length <= size:  # otherwise truncated, as the library says
+        parse_json_object(header, f"{file}: header")  # refuses names that appear twice; the library keeps the last
+    try:
+        handle = safe_open(file, framework="numpy")  # type: ignore[no-untyped-call, unused-ignore]
+    except SafetensorError as error:
+        reason = shown(str(error).removeprefix("Error while deserializing header: "))
+        raise ModelError(f"{file}: damaged, or truncated at {size} bytes: {reason}") from error
+    return handle, size - 8 - length  # the library has made sure that the tensors fill the rest
 
 
-def _read_header(mapped: mmap.mmap, where: str) -> tuple[list[_Entry], int]:
-    """The entries of a mapped file in order of their bytes, and where its data begins."""
-    start = 8 + int.from_bytes(mapped[:8], "little")
-    header = parse_json_object(mapped[8:start], f"{where}: header")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise ModelError(f"{where}: __metadata__ is {shown(metadata)}; it must be an object")
-    entries = [_entry(name, value, f"{where}: tensor {shown(name)}") for name, value in header.items()]
-    entries.sort(key=lambda entry: (entry.begin, entry.end))
-    end, previous = 0, "the header"
-    for entry in entries:
-        if entry.begin < end:
-            raise ModelError(
-                f"{where}: tensor {shown(entry.name)} begins at byte {entry.begin} and overlaps {previous}"
-            )
-        if entry.begin > end:
-            raise ModelError(f"{where}: a hole of {entry.begin - end} bytes before tensor {shown(entry.name)}")
-        end, previous = entry.end, shown(entry.name)
-    present = len(mapped) - start
-    if end != present:
-        fault = "truncated" if end > present else "bytes that belong to no tensor"
-        raise ModelError(f"{where}: {fault}: the header describes {end} bytes of data, the file holds {present}")
-    return entries, start
-
-
-def _entry(name: str, value: Any, where: str) -> _Entry:
-    if not isinstance(value, dict):
-        raise ModelError(f"{where} is {shown(value)}; an object with dtype, shape and data_offsets was expected")
-    kind, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
-    if not isinstance(kind, str) or kind not in _BITS:
-        raise ModelError(f"{where}: dtype is {shown(kind)}; supported: {', '.join(_READABLE)}")
+def _shape(shape: list[int], name: str, where: str) -> tuple[int, ...]:
+    """The shape of tensor ``name``, refused where NumPy could not hold it: empty tensors may claim anything."""
     dims, items = MAX_SAFETENSORS_DIMS, MAX_SAFETENSORS_ITEMS
-    if not _are_counts(shape) or len(shape) > dims or math.prod(max(n, 1) for n in shape) > items:
-        raise ModelError(
-            f"{where}: shape is {shown(shape)}; at most {dims} counts from 0, of product {items}, are allowed"
-        )
-    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ModelError(f"{where}: data_offsets is {shown(offsets)}; a begin and an end after it were expected")
-    bits = math.prod(shape) * _BITS[kind]
-    if bits != 8 * (offsets[1] - offsets[0]):
-        raise ModelError(f"{where}: {kind} of shape {shape} takes {bits / 8:g} bytes, data_offsets gives {offsets}")
-    return _Entry(name, kind, tuple(shape), *offsets)
-
-
-def _are_counts(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(number) is int and 0 <= number < 1 << 63 for number in value)
+    if len(shape) > dims or math.prod(max(n, 1) for n in shape) > items:
+        found = f"shape of tensor {shown(name)} is {shown(shape)}"
+        raise ModelError(f"{where}: {found}; at most {dims} dimensions, of product {items}, allowed")
+    return tuple(shape)

@@ -1,13 +1,21 @@
 """What several tests of the cache share: random queries, keys and values, and feeding them in pieces."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
+import threadpoolctl
 from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
 QKV = tuple[Float32, Float32, Float32]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_blas_thread() -> Iterator[None]:
+    """Products of tiny models are not worth a second thread; on a busy machine they wait for it ten times as long."""
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 
-import mixkv.engine.cache
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
+import mixkv.engine.cache
 from mixkv.engine.cache import Cache, LayerCache
 from mixkv.engine.policy import CachePolicy
 from mixkv.kernels.layout import LANES, TileLayout
 from mixkv.models.errors import NumericalError
-from numpy.typing import NDArray
 
 N, HEADS, DIM = 500, 2, 32
 BITS = [(4, 4), (8, 8), (8, 4), (4, 8), (16, 16), (32, 32), (4, 16)]

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from mixkv.engine.cache import LayerCache
 from mixkv.engine.policy import CachePolicy
-from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -46,7 +47,9 @@ def coded(x: Float32, live: Float32, bits: int) -> Float64:
 
 def old_form(x: Float32, policy: CachePolicy, bits: int) -> Float64:
     """Dense values in the precision of 16 or 32 bits; 16 bits are bfloat16 where the dense parts are."""
-    return through(x, {16: DENSE_TYPES["bf16" if policy.dense == "bf16" else "f16"], 32: np.float32}[bits]).astype(float)
+    return through(x, {16: DENSE_TYPES["bf16" if policy.dense == "bf16" else "f16"], 32: np.float32}[bits]).astype(
+        float
+    )
 
 
 def old_keys(k: Float32, policy: CachePolicy) -> Float64:

@@ -6,19 +6,20 @@ cache, before any line, and before every few byte-code instructions - where Ctrl
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
-import mixkv
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
+import mixkv
 from mixkv.engine.policy import CachePolicy
 from mixkv.engine.session import Session
 from mixkv.models.transformer import Step
-from numpy.typing import NDArray
 
 LAYERS, HEADS, DIM, VOCAB = 2, 1, 16, 50
 # Sinks end inside of tile 1, so that the steps below write sinks, dense tiles and codes.

@@ -4,11 +4,12 @@ import copy
 import dataclasses
 import re
 
-import mixkv
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+import mixkv
 from mixkv.engine.policy import MAX_SINKS, MAX_WINDOW, CachePolicy
 from mixkv.kernels.layout import BF16, F16, F32, Q4, Q8
 from mixkv.models.errors import UsageError
@@ -49,7 +50,9 @@ def test_bits_out_of_range_are_refused_with_the_nearest_legal_value(name: str, v
     assert message == f"{name} must be one of 4, 8, 16, 32, found {value}; the nearest is {nearest}"
 
 
-@pytest.mark.parametrize(("value", "nearest"), [(0, 32), (-64, 32), (31, 32), (63, 64), (100, 128), (256, 128), (1, 32)])
+@pytest.mark.parametrize(
+    ("value", "nearest"), [(0, 32), (-64, 32), (31, 32), (63, 64), (100, 128), (256, 128), (1, 32)]
+)
 def test_a_tile_out_of_range_is_refused_with_the_nearest_legal_value(value: int, nearest: int) -> None:
     assert refusal(tile=value) == f"tile must be one of 32, 64, 128, found {value}; the nearest is {nearest}"
 

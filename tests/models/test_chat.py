@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from mixkv.models.chat import ChatTemplate
 from mixkv.models.errors import PromptError
 from mixkv.models.limits import MAX_PROMPT_BYTES

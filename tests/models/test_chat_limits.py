@@ -4,6 +4,7 @@ import time
 import tracemalloc
 
 import pytest
+
 from mixkv.models.chat import ChatTemplate
 from mixkv.models.chat_budget import Budget
 from mixkv.models.errors import PromptError

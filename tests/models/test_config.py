@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mixkv.models import limits
 from mixkv.models.check import check_finite, check_tensors, parse_json_object
 from mixkv.models.config import ModelConfig, config_from_hf

@@ -15,6 +15,7 @@ import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from mixkv.models import gguf as reader
 from mixkv.models.errors import ModelError
 from mixkv.models.gguf import TENSOR_TYPES, open_gguf

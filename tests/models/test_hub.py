@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 from mixkv.models import hub
 from mixkv.models.errors import DownloadError, UsageError
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mixkv.models.bpe import BYTE_OF_CHARACTER
 from mixkv.models.bpe_gguf import PRE_TOKENIZERS
 from mixkv.models.errors import ModelError, PromptError

@@ -6,10 +6,11 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
 from mixkv.models.bpe import BYTE_OF_CHARACTER
 from mixkv.models.errors import ModelError, PromptError
 from mixkv.models.tokenizer import tokenizer_from_gguf, tokenizer_from_json
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 CONTROL = ["<|bos|>", "<|eos|>", "<|unk|>"]
 BYTES = sorted(BYTE_OF_CHARACTER, key=BYTE_OF_CHARACTER.__getitem__)

@@ -1,0 +1,392 @@
+"""Sessions: what forward returns, that chunks do not matter, what is refused, and how it survives faults."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import mixkv
+from mixkv import CachePolicy, Session
+from mixkv.engine.cache import Cache
+from mixkv.models.errors import NumericalError, PromptError, UsageError
+from mixkv.models.linear import Linear
+from mixkv.models.load import Model
+from mixkv.models.transformer import Step, Transformer
+
+TINY_LLAMA = Path(__file__).parents[1] / "data" / "tiny_llama"
+MIXED = CachePolicy(window=20, sinks=2, tile=32)
+# Float32 products with one row and with many round differently: 2e-6 of logits that reach 10, through a few layers.
+TOLERANCE = 2e-4
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Model:
+    return mixkv.load(str(TINY_LLAMA))
+
+
+@pytest.fixture(params=["toy", "tiny_llama"])
+def model(request: pytest.FixtureRequest) -> Model:
+    return request.getfixturevalue(request.param)
+
+
+def ids_for(model: Model, n: int, seed: int = 0) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, model.config.vocab_size, n)
+
+
+def with_weights(model: Model, change: Callable[[Any], Any]) -> Model:
+    """The same model with other weights; ``change`` gets the weights and returns new ones."""
+    return replace(model, transformer=Transformer(model.config, change(model.transformer.weights)))
+
+
+def with_layer(model: Model, number: int, change: Callable[[Any], Any]) -> Model:
+    """The same model with one layer changed."""
+    return with_weights(
+        model,
+        lambda weights: replace(
+            weights, layers=[change(layer) if i == number else layer for i, layer in enumerate(weights.layers)]
+        ),
+    )
+
+
+# --- what forward returns -----------------------------------------------------------------------------------------
+
+
+def test_all_last_and_none_agree(model: Model) -> None:
+    ids = ids_for(model, 50)
+    vocab = model.config.vocab_size
+    sessions = [Session(model, MIXED, chunk=16) for _ in range(3)]
+    every, last, none = (s.forward(ids, rows) for s, rows in zip(sessions, ("all", "last", None), strict=True))
+    assert none is None and every is not None and last is not None
+    assert every.shape == (50, vocab) and every.dtype == np.float32
+    assert last.shape == (vocab,) and last.dtype == np.float32
+    np.testing.assert_allclose(last, every[-1], rtol=0, atol=TOLERANCE)
+    assert [s.position for s in sessions] == [50, 50, 50]
+    following = [s.forward([7], "last") for s in sessions]
+    for other in following[1:]:
+        np.testing.assert_allclose(other, following[0], rtol=0, atol=TOLERANCE)
+
+
+def test_all_is_the_default_and_any_integers_are_taken(toy: Model) -> None:
+    expected = Session(toy).forward(np.array([1, 2, 3]))
+    assert expected is not None and expected.shape == (3, 258)
+    for ids in ([1, 2, 3], (1, 2, 3), range(1, 4), np.array([1, 2, 3], np.uint8)):
+        assert np.array_equal(Session(toy).forward(ids), expected)
+
+
+def test_progress_counts_the_tokens_done(toy: Model) -> None:
+    done: list[int] = []
+    Session(toy, chunk=16).forward(ids_for(toy, 50), None, progress=done.append)
+    assert done == [16, 32, 48, 50]
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 512])
+def test_chunks_change_logits_by_rounding_only(model: Model, size: int) -> None:
+    ids = ids_for(model, 300)
+    expected = Session(model, CachePolicy.full(), chunk=300).forward(ids)
+    found = Session(model, CachePolicy.full(), chunk=size).forward(ids)
+    assert np.abs(found - expected).max() <= TOLERANCE
+    assert np.abs(expected).max() > 5 and expected.std() > 0.5, "logits so small prove nothing"
+
+
+def test_calls_change_logits_by_rounding_only(model: Model) -> None:
+    """Not the session cuts here, but its user."""
+    ids = ids_for(model, 120)
+    expected = Session(model, CachePolicy.full()).forward(ids)
+    session = Session(model, CachePolicy.full())
+    parts = [session.forward(part) for part in np.split(ids, [1, 2, 40, 119])]
+    assert np.abs(np.concatenate(parts) - expected).max() <= TOLERANCE
+
+
+def test_the_policy_reaches_the_cache(model: Model) -> None:
+    ids = ids_for(model, 200)
+    exact = Session(model, CachePolicy.full()).forward(ids)
+    errors = {}
+    for bits in (4, 8):
+        session = Session(model, CachePolicy(window=20, sinks=2, k_bits=bits, v_bits=bits, dense="f32"))
+        errors[bits] = np.abs(session.forward(ids) - exact)[64 + 20 :].mean()
+        assert session.policy.k_bits == bits and session.nbytes() == session.cache.nbytes()
+    assert 1e-5 < errors[8] < errors[4] / 4
+    assert Session(model).policy == CachePolicy()
+
+
+# --- several sequences in one step --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("logits", ["all", "last"])
+def test_two_sequences_in_one_step_give_the_same_as_each_alone(model: Model, logits: Any) -> None:
+    """One has 70 tokens behind it and brings 3, the other none and brings 40: nothing of one reaches the other."""
+    config = model.config
+
+    def new_cache() -> Cache:
+        return Cache(MIXED, config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+
+    first, second, past = ids_for(model, 3, 1), ids_for(model, 40, 2), ids_for(model, 70, 3)
+
+    def run(*parts: tuple[Cache, NDArray[np.int64], int]) -> NDArray[np.float32]:
+        ends = np.cumsum([len(ids) for _, ids, _ in parts]).tolist()
+        spans: Any = [(cache, end - len(ids), end) for (cache, ids, _), end in zip(parts, ends, strict=True)]
+        positions = np.concatenate([np.arange(at, at + len(ids)) for _, ids, at in parts])
+        out = model.transformer.forward(Step(np.concatenate([ids for _, ids, _ in parts]), positions, spans), logits)
+        assert out is not None
+        return out
+
+    def after_the_past() -> Cache:
+        cache = new_cache()
+        run((cache, past, 0))
+        cache.commit(70)
+        return cache
+
+    together = run((after_the_past(), first, 70), (new_cache(), second, 0))
+    alone = np.concatenate([run((after_the_past(), first, 70)), run((new_cache(), second, 0))])
+    assert together.shape == ((43 if logits == "all" else 2), config.vocab_size)
+    np.testing.assert_allclose(together, alone, rtol=0, atol=TOLERANCE)
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+def check_untouched(session: Session, before: int) -> None:
+    """After a refusal: the position has not moved, and the session works."""
+    assert session.position == before
+    assert session.forward([1], "last") is not None
+    assert session.position == before + 1
+
+
+@pytest.mark.parametrize("ids", [[], (), np.array([], np.int64)], ids=repr)
+def test_an_empty_prompt_is_refused(toy: Model, ids: Any) -> None:
+    session = Session(toy)
+    with pytest.raises(PromptError, match=r"^the prompt is empty: at least one token is needed$"):
+        session.forward(ids)
+    check_untouched(session, 0)
+
+
+@pytest.mark.parametrize("bad", [-1, 258, 10**12, -(2**63)])
+def test_ids_outside_of_the_vocabulary_are_refused_by_value_and_range(toy: Model, bad: int) -> None:
+    session = Session(toy)
+    session.forward([1, 2])
+    with pytest.raises(PromptError) as caught:
+        session.forward([0, 257, bad, 3])
+    assert str(caught.value) == f"token id {bad} is outside of the vocabulary, 0 to 257"
+    check_untouched(session, 2)
+
+
+@pytest.mark.parametrize("ids", [[1.0], [True], ["a"], [[1, 2]], 5, None, "text", [10**30]], ids=repr)
+def test_what_is_no_flat_sequence_of_integers_is_refused(toy: Model, ids: Any) -> None:
+    session = Session(toy)
+    with pytest.raises(PromptError, match="flat sequence of integers"):
+        session.forward(ids)
+    check_untouched(session, 0)
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(toy: Model) -> None:
+    session = Session(toy, context=100)
+    with pytest.raises(PromptError) as caught:
+        session.forward(range(101))
+    assert str(caught.value) == "101 tokens do not fit into the context of 100"
+    session.forward(range(60), None)
+    with pytest.raises(PromptError) as caught:
+        session.forward(range(41))
+    assert str(caught.value) == "41 tokens do not fit: 60 of the context's 100 are in use"
+    session.forward(range(39), None)
+    check_untouched(session, 99)
+    with pytest.raises(PromptError, match="1 tokens do not fit: 100 of"):
+        session.forward([1])
+    assert session.position == 100
+
+
+def test_the_context_is_the_models_unless_given(tiny_llama: Model) -> None:
+    session = Session(tiny_llama)
+    assert session.context == 512
+    with pytest.raises(PromptError, match="513 tokens do not fit into the context of 512"):
+        session.forward(np.zeros(513, np.int64))
+    session.forward(np.zeros(512, np.int64), None)
+    assert session.position == 512
+
+
+@pytest.mark.parametrize("logits", ["first", "ALL", "", 0, False, True, ["all"]], ids=repr)
+def test_another_word_for_logits_is_refused(toy: Model, logits: Any) -> None:
+    session = Session(toy)
+    with pytest.raises(UsageError, match=r"logits must be 'all', 'last' or None, found "):
+        session.forward([1], logits)
+    check_untouched(session, 0)
+
+
+@pytest.mark.parametrize("context", [0, -1, 16_385, 10**9])
+def test_a_context_out_of_range_is_refused(toy: Model, context: int) -> None:
+    with pytest.raises(UsageError, match=rf"^context must be from 1 to 16384 .*found {context}$"):
+        Session(toy, context=context)
+
+
+@pytest.mark.parametrize("chunk", [0, -5])
+def test_a_chunk_out_of_range_is_refused(toy: Model, chunk: int) -> None:
+    with pytest.raises(UsageError, match=rf"^chunk must be .*found {chunk}$"):
+        Session(toy, chunk=chunk)
+
+
+@pytest.mark.parametrize("value", [1.5, 10.0, float("nan"), "10", True], ids=repr)
+@pytest.mark.parametrize("name", ["context", "chunk"])
+def test_a_context_or_chunk_that_is_no_whole_number_is_refused(toy: Model, name: str, value: object) -> None:
+    with pytest.raises(UsageError, match=f"^{name} must be .*found {value!r}$"):
+        Session(toy, **{name: value})  # type: ignore[arg-type]
+
+
+# --- fault row 23: NaN and infinity -------------------------------------------------------------------------------
+
+
+def poisoned(linear: Linear, row: int, value: float) -> Linear:
+    weight = linear.weight.copy()
+    weight[row, 3] = value
+    return Linear(weight, linear.bias)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("rows", ["all", "last"])
+def test_nan_in_the_weights_of_a_layer_names_positions_and_layer(toy: Model, number: int, rows: Any) -> None:
+    broken = with_layer(toy, number, lambda layer: replace(layer, down=poisoned(layer.down, 5, np.nan)))
+    session = Session(broken, chunk=32)
+    with pytest.raises(NumericalError) as caught:
+        session.forward(ids_for(toy, 20), rows)
+    assert str(caught.value) == f"positions 0 to 19: layer {number} gives NaN or infinity; are the weights damaged?"
+    assert session.position == 0
+
+
+def test_infinite_activations_in_the_middle_of_a_text_name_their_step(toy: Model) -> None:
+    """One token's embedding is infinite: texts without it are read, and the session goes on behind a refused one."""
+    embedding = toy.transformer.weights.embedding.copy()
+    embedding[200, 0] = np.inf
+    broken = with_weights(toy, lambda weights: replace(weights, embedding=embedding))
+    session, healthy = Session(broken), Session(toy)
+    ids = ids_for(toy, 90) % 200
+    for each in (session, healthy):
+        each.forward(ids, None)
+    with pytest.raises(NumericalError, match=r"^positions 90 to 91: layer 0 gives NaN or infinity"):
+        session.forward([3, 200])
+    assert session.position == 90
+    assert np.array_equal(session.forward([3, 5]), healthy.forward([3, 5]))
+
+
+@pytest.mark.parametrize("value", [-np.inf, np.nan, np.inf])
+def test_logits_that_are_all_infinite_or_nan_name_the_output_head(toy: Model, value: float) -> None:
+    head = Linear(toy.transformer.weights.head.weight, np.full(258, value, np.float32))
+    session = Session(with_weights(toy, lambda weights: replace(weights, head=head)))
+    with pytest.raises(NumericalError) as caught:
+        session.forward([1, 2, 3], "last")
+    assert str(caught.value) == "positions 0 to 2: the logits of the output head are NaN, infinite or all -inf"
+    assert session.position == 0
+
+
+def test_single_logits_of_minus_infinity_are_no_fault(toy: Model) -> None:
+    """A head may rule tokens out."""
+    bias = np.where(np.arange(258) == 65, -np.inf, 0).astype(np.float32)
+    head = Linear(toy.transformer.weights.head.weight, bias)
+    logits = Session(with_weights(toy, lambda weights: replace(weights, head=head))).forward([1, 2], "last")
+    assert logits[65] == -np.inf and np.isfinite(np.delete(logits, 65)).all()
+
+
+def test_keys_beyond_float16_name_layer_and_position_and_fit_into_wider_types(toy: Model) -> None:
+    def louder(layer: Any) -> Any:
+        weight = layer.qkv.weight.copy()
+        weight[6 * 16 : 8 * 16] *= 3e4  # K: the rows behind the 6 query heads
+        return replace(layer, qkv=Linear(weight, layer.qkv.bias))
+
+    broken = with_layer(toy, 1, louder)
+    session = Session(broken)
+    with pytest.raises(
+        NumericalError, match=r"^layer 1, position 0: a key or value of .* beyond the largest float16; "
+    ):
+        session.forward(ids_for(toy, 10), "last")
+    assert session.position == 0
+    for dense in ("bf16", "f32"):
+        assert np.isfinite(Session(broken, CachePolicy(dense=dense)).forward(ids_for(toy, 10))).all()
+
+
+# --- fault row 27: Ctrl-C -----------------------------------------------------------------------------------------
+
+
+class Interrupting:
+    """Lets ``calls`` calls of a method pass and raises KeyboardInterrupt in the next one, before or after its work."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: int, late: bool) -> None:
+        original, self.raised = Cache.attend, False
+
+        def attend(cache: Cache, *args: Any) -> Any:
+            nonlocal calls
+            calls -= 1
+            if calls == -1 and not late:
+                self.raised = True
+                raise KeyboardInterrupt
+            out = original(cache, *args)
+            if calls == -1:
+                self.raised = True
+                raise KeyboardInterrupt
+            return out
+
+        monkeypatch.setattr(Cache, "attend", attend)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("calls", range(10))
+def test_an_interrupt_in_prefill_leaves_the_session_at_the_end_of_a_chunk(
+    toy: Model, calls: int, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four chunks of three layers. What comes afterwards is, bit for bit, what it is without the interrupt."""
+    ids = ids_for(toy, 150)
+    expected = Session(toy, MIXED, chunk=40).forward(ids)
+    session = Session(toy, MIXED, chunk=40)
+    with monkeypatch.context() as patch:
+        interrupting = Interrupting(patch, calls, late)
+        with pytest.raises(KeyboardInterrupt):
+            session.forward(ids)
+        assert interrupting.raised
+    assert session.position == calls // 3 * 40
+    assert np.array_equal(session.forward(ids[session.position :]), expected[calls // 3 * 40 :])
+    assert session.position == 150
+
+
+def decode(session: Session, tokens: list[int], count: int) -> None:
+    """Greedy, from a fixed prompt of 60 tokens on, until there are ``count`` tokens."""
+    while len(tokens) < count:
+        logits = session.forward([tokens[-1]] if tokens else ids_for(session.model, 60), "last")
+        tokens.append(int(logits.argmax()))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy: Model) -> list[int]:
+    tokens: list[int] = []
+    decode(Session(toy, MIXED), tokens, 40)
+    assert len(set(tokens)) > 5
+    return tokens
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("calls", [0, 1, 2, 30, 31, 95])
+def test_an_interrupt_in_decode_leaves_the_session_in_step(
+    toy: Model, uninterrupted: list[int], calls: int, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy decoding goes on with the tokens that an uninterrupted run gives; tiles are sealed on the way."""
+    session, tokens = Session(toy, MIXED), []
+    decode(session, tokens, 1)
+    with monkeypatch.context() as patch:
+        interrupting = Interrupting(patch, calls, late)
+        with pytest.raises(KeyboardInterrupt):
+            decode(session, tokens, 40)
+        assert interrupting.raised
+    assert len(tokens) == 1 + calls // 3
+    assert session.position == 60 + calls // 3
+    decode(session, tokens, 40)
+    assert tokens == uninterrupted
+
+
+def test_a_refused_step_can_be_followed_by_other_tokens(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, others = ids_for(toy, 100, 1), ids_for(toy, 100, 2)
+    expected = Session(toy, MIXED).forward(others)
+    session = Session(toy, MIXED)
+    with monkeypatch.context() as patch:
+        Interrupting(patch, 2, True)
+        with pytest.raises(KeyboardInterrupt):
+            session.forward(ids)
+    assert np.array_equal(session.forward(others), expected)

@@ -1,0 +1,78 @@
+"""Where compiled kernels are kept: safe for two processes at once, and never stale."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mixkv.kernels import jit
+
+from .other_process import ROOT, finish, run_process, start_process
+
+MERGED = {"out": [3.0] * 16, "state": [0.5, 3.0]}
+
+
+def test_two_processes_that_compile_at_once_both_finish(tmp_path: Path) -> None:
+    """And a third one, later, loads what they left."""
+    environment = {"MIXKV_CACHE": str(tmp_path)}
+    processes = [start_process("merge", environment) for _ in range(2)]
+    for found in [finish(process) for process in processes]:
+        assert {name: found[name] for name in MERGED} == MERGED
+        assert Path(found["folder"]).is_relative_to(tmp_path)
+        assert Path(found["used"]).is_relative_to(found["folder"])
+    later = run_process("merge", environment)
+    assert {name: later[name] for name in MERGED} == MERGED
+    assert later["hits"] == 1
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted({path.suffix for path in files}) == [".nbc", ".nbi"]  # no temporary file is left
+
+
+@pytest.fixture
+def copied_package(tmp_path: Path) -> Path:
+    """A folder to put first on PYTHONPATH, with a copy of the package's kernels that may be edited."""
+    package = tmp_path / "path" / "mixkv"
+    shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "__init__.py", package)
+    return package.parent
+
+
+def test_an_edited_helper_is_not_run_from_the_cache(tmp_path: Path, copied_package: Path) -> None:
+    """Numba looks only at the file of the kernel itself, state.py; what is edited is a file that it uses."""
+    environment = {"MIXKV_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(copied_package)}
+    before = run_process("merge", environment)
+    assert {name: before[name] for name in MERGED} == MERGED
+    source = copied_package / "mixkv" / "kernels" / "simd.py"
+    text = source.read_text()
+    assert text.count("return builder.fmul(a, b)\n") == 1
+    source.write_text(text.replace("return builder.fmul(a, b)\n", "return builder.fadd(a, b)\n"))
+    after = run_process("merge", environment)
+    assert after["folder"] != before["folder"]
+    assert after["out"] != before["out"]
+    source.write_text(text)
+    again = run_process("merge", environment)
+    assert (again["folder"], again["out"], again["hits"]) == (before["folder"], before["out"], 1)
+
+
+def test_the_cache_folder_is_below_MIXKV_CACHE_where_that_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIXKV_CACHE", str(tmp_path))
+    folder = jit.cache_folder()
+    assert folder.is_relative_to(tmp_path)
+    monkeypatch.delenv("MIXKV_CACHE")
+    assert jit.cache_folder().name == folder.name and not jit.cache_folder().is_relative_to(tmp_path)
+
+
+def test_a_cache_folder_of_Numba_itself_is_respected(tmp_path: Path) -> None:
+    found = run_process("merge", {"NUMBA_CACHE_DIR": str(tmp_path)})
+    assert Path(found["used"]).is_relative_to(tmp_path)
+    assert {name: found[name] for name in MERGED} == MERGED
+
+
+def test_an_unwritable_cache_folder_is_no_obstacle(tmp_path: Path) -> None:
+    """Root may write anywhere, so the folder's place is taken by a file."""
+    obstacle = tmp_path / "file"
+    obstacle.write_text("")
+    found = run_process("merge", {"MIXKV_CACHE": os.fspath(obstacle)})
+    assert {name: found[name] for name in MERGED} == MERGED
