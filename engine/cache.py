@@ -70,7 +70,7 @@ class LayerCache:
         try:
             for t in range(position // tile, -(-stop // tile)):
                 if t == self.recent.stop:
-                    self.recent.append(layout.empty_tile())
+                    self.recent.append(layout.empty_tile(short_lived=layout != self.old.layout))
                 first, last = max(position, t * tile), min(stop, (t + 1) * tile)
                 rows = slice(first - position, last - position)
                 store_rows(layout, self.recent[t], first - t * tile, k[rows], v[rows])
