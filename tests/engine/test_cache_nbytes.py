@@ -65,6 +65,8 @@ def test_nbytes_is_what_the_allocator_was_asked_for(draw_qkv: Draw, feed: Feed, 
     finally:
         tracemalloc.stop()
     total = sum(cache.nbytes().values())
+    if cache.recent.layout != cache.old.layout:  # then dense tiles are pages of the system, which test_memory.py counts
+        total -= cache.nbytes()["recent"]
     # Beside the buffers: for each tile 64 bytes of alignment, two Python objects and two addresses, under 600 bytes.
     tiles = cache.old.stop + cache.recent.stop - cache.recent.first
     assert total <= grown <= total + 600 * tiles + 16_000
