@@ -116,9 +116,10 @@ class Session:
         self._in_flight = True
         stop = self.position + len(ids)
         step = Step(ids, np.arange(self.position, stop), [(self.cache, 0, len(ids))])
-        result = self.model.transformer.forward(step, wanted)
-        if result is not None and not np.isfinite(result.max(axis=1)).all():
-            self._explain(step)
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN is looked for here; NumPy need not warn of it as well
+            result = self.model.transformer.forward(step, wanted)
+            if result is not None and not np.isfinite(result.max(axis=1)).all():
+                self._explain(step)
         self.position = stop
         self.cache.commit(stop)
         self._in_flight = False

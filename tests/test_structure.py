@@ -1,7 +1,8 @@
-"""The shape of the project: which way imports point, what ships in the wheel, and that public names are documented."""
+"""The shape of the package: who imports whom, what importing costs, what is shipped, what has no docstring."""
 
 import ast
 import importlib.metadata
+import json
 import subprocess
 import sys
 import tomllib
@@ -13,97 +14,164 @@ import pytest
 import mixkv
 
 ROOT = Path(mixkv.__file__).parent
-LAYERS = ["kernels", "models", "engine", "cli"]  # each may import those before it
+LAYERS = {"kernels": 0, "models": 1, "engine": 2, "experiments": 3, "serving": 3, "cli": 4}
 KERNELS_MAY_IMPORT = {"numpy", "numba", "llvmlite", "ml_dtypes", "platformdirs"}
-MODULES = [
-    ROOT / "__init__.py",
-    ROOT / "cli.py",
-    *(p for part in LAYERS[:3] for p in sorted((ROOT / part).rglob("*.py"))),
-]
-NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
+SKIPPED = {"tests", "build", "dist", "benchmarks", "docs"}
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """The modules that a file imports, anywhere in it: (full name, whether it is for type checkers only)."""
-    tree = ast.parse(path.read_text())
-    typing_only = {
-        id(child)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        for child in ast.walk(node)
-    }
-    package = ("mixkv", *path.relative_to(ROOT).parts[:-1])
-    for node in ast.walk(tree):
+def package_files() -> list[Path]:
+    """Every Python file of the package, relative to its root."""
+    found = [path.relative_to(ROOT) for path in ROOT.rglob("*.py")]
+    return sorted(p for p in found if p.parts[0] not in SKIPPED and not p.parts[0].startswith("."))
+
+
+FILES = package_files()
+
+
+def imports(file: Path) -> Iterator[tuple[str, int]]:
+    """(module, line) of everything that a file imports anywhere, also inside functions; our own as mixkv.*."""
+    package = ["mixkv", *file.parts[:-1]]
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, id(node) in typing_only) for alias in node.names)
+            for alias in node.names:
+                yield alias.name, node.lineno
         elif isinstance(node, ast.ImportFrom):
-            start = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
-            base = ".".join(filter(None, (start, node.module)))
-            yield from ((f"{base}.{alias.name}", id(node) in typing_only) for alias in node.names)
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module, node.lineno
+            for alias in node.names:  # "from . import x" may name a module
+                yield f"{module}.{alias.name}", node.lineno
 
 
 def layer_of(module: str) -> int | None:
-    """The number of the layer that a module of ours belongs to; None for anybody else's."""
+    """The layer of one of our own modules; None for others, and for the root itself."""
     parts = module.split(".")
-    return LAYERS.index(parts[1]) if parts[0] == "mixkv" and len(parts) > 1 and parts[1] in LAYERS else None
+    return LAYERS.get(parts[1]) if parts[0] == "mixkv" and len(parts) > 1 else None
 
 
-@pytest.mark.parametrize("path", MODULES, ids=NAMES)
-def test_imports_point_one_way(path: Path) -> None:
-    own = layer_of(".".join(("mixkv", *path.relative_to(ROOT).with_suffix("").parts)))
-    for module, _ in imports(path):
-        assert module.split(".")[0] not in LAYERS, f"{path}: import {module} relatively"
-        layer = layer_of(module)
-        assert own is None or layer is None or layer <= own, f"{path} imports {module}, which lies above it"
+def test_the_walk_finds_the_package_and_its_imports() -> None:
+    """So that the tests below look at something."""
+    assert {"cli.py", "__init__.py", "engine/cache.py", "kernels/attention.py", "models/load.py"} <= {
+        file.as_posix() for file in FILES
+    }
+    found = {module for module, _ in imports(Path("engine/cache.py"))}
+    assert {"mixkv.kernels.flash", "mixkv.models.errors", "mixkv.engine.policy", "numpy"} <= found
+    assert "mixkv.models.hub" in {module for module, _ in imports(Path("models/load.py"))}
+    assert layer_of("mixkv.kernels.flash") == 0 and layer_of("mixkv.cli") == 4 and layer_of("numpy") is None
 
 
-def test_kernels_import_only_what_they_may() -> None:
-    for path in sorted((ROOT / "kernels").glob("*.py")):
-        foreign = {m.split(".")[0] for m, _ in imports(path)} - {"mixkv"} - set(sys.stdlib_module_names)
-        assert foreign <= KERNELS_MAY_IMPORT, (path, foreign)
+@pytest.mark.parametrize("file", [f for f in FILES if f.as_posix() != "__init__.py"], ids=str)
+def test_imports_point_downwards(file: Path) -> None:
+    """cli -> experiments, serving -> engine -> models -> kernels. The lazy root may name them all."""
+    own = layer_of(".".join(["mixkv", *file.with_suffix("").parts]))
+    if own is None:
+        pytest.skip("not part of a layer")
+    upward = [
+        f"{file}:{line} imports {module}"
+        for module, line in imports(file)
+        if (layer := layer_of(module)) is not None and layer > own
+    ]
+    # What is imported from the root comes from anywhere: only the version is harmless.
+    from_root = [
+        f"{file}:{line} imports {module}"
+        for module, line in imports(file)
+        if module.startswith("mixkv.") and layer_of(module) is None and module != "mixkv.__version__"
+    ]
+    assert upward + from_root == []
 
 
-def test_the_walk_would_notice_an_upward_import(tmp_path: Path) -> None:
-    assert layer_of("mixkv.engine.cache") > layer_of("mixkv.kernels.flash") >= 0
-    assert ("mixkv.kernels.flash.attend", False) in set(imports(ROOT / "engine" / "cache.py"))
+@pytest.mark.parametrize("file", [f for f in FILES if f.parts[0] == "kernels"], ids=str)
+def test_kernels_import_little(file: Path) -> None:
+    foreign = {
+        module.split(".")[0]
+        for module, _ in imports(file)
+        if module.split(".")[0] not in {"mixkv", *sys.stdlib_module_names, *KERNELS_MAY_IMPORT}
+    }
+    assert foreign == set()
 
 
-@pytest.mark.parametrize("module", ["mixkv", "mixkv.models.errors", "mixkv.models.hub", "mixkv.cli"])
-def test_importing_the_outside_does_not_import_numba(module: str) -> None:
-    code = f"import sys, {module}; sys.exit('numba' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def imported_by(statement: str, env: dict[str, str]) -> set[str]:
+    """The top-level modules that a fresh process has loaded after a statement."""
+    program = (
+        f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout))
 
 
-def test_every_package_ships_in_the_wheel() -> None:
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    folders = {path.parent.relative_to(ROOT) for part in LAYERS[:3] for path in (ROOT / part).rglob("__init__.py")}
-    assert listed == {"mixkv", *(".".join(("mixkv", *folder.parts)) for folder in folders)}
+@pytest.mark.parametrize(
+    "statement",
+    ["import mixkv", "import mixkv; dir(mixkv); mixkv.__version__", "from mixkv import MixkvError", "import mixkv.cli"],
+)
+def test_importing_the_package_its_errors_or_the_command_line_stays_light(
+    statement: str, clean_env: dict[str, str]
+) -> None:
+    heavy = {"numba", "llvmlite", "numpy", "tokenizers", "safetensors", "jinja2", "gguf"}
+    assert imported_by(statement, clean_env) & heavy == set()
 
 
-def test_only_package_files_lie_at_the_root() -> None:
-    """Every .py at the root ships in the wheel."""
-    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "cli.py"}
+def test_importing_the_errors_alone_stays_light(clean_env: dict[str, str]) -> None:
+    assert imported_by("import mixkv.models.errors", clean_env) & {"numba", "llvmlite", "numpy"} == set()
 
 
-def test_the_version_is_the_installed_one() -> None:
-    assert importlib.metadata.version("mixkv") == mixkv.__version__
+def test_the_probe_of_light_imports_sees_heavy_ones(clean_env: dict[str, str]) -> None:
+    assert {"numba", "numpy"} <= imported_by("from mixkv import Session", clean_env)
 
 
-def test_lazy_names_resolve_and_others_do_not() -> None:
+def test_every_public_name_is_found_where_the_root_says() -> None:
     for name in mixkv.__all__:
-        assert getattr(mixkv, name).__name__ == name
-    with pytest.raises(AttributeError, match="no_such_name"):
-        _ = mixkv.no_such_name
+        found = getattr(mixkv, name)
+        assert found.__name__ == name and name in dir(mixkv)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = mixkv.nothing  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=NAMES)
-def test_public_names_have_docstrings(path: Path) -> None:
-    tree = ast.parse(path.read_text())
-    assert ast.get_docstring(tree), path
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_every_folder_of_the_package_is_shipped() -> None:
+    """An unlisted one works in an editable install, and is missing from the wheel."""
+    folders = {file.parent for file in FILES if file.name == "__init__.py"}
+    expected = {".".join(["mixkv", *folder.parts]) for folder in folders}
+    assert set(project()["tool"]["setuptools"]["packages"]) == expected
+    without = {file.parent for file in FILES} - folders
+    assert without == set(), "a folder of Python files without an __init__.py is not shipped"
+
+
+def test_every_import_of_others_is_declared() -> None:
+    """What the package imports is the standard library or a dependency of pyproject.toml (llvmlite is Numba's)."""
+    declared = {line.split(">")[0].split("<")[0].split("=")[0].strip() for line in project()["project"]["dependencies"]}
+    for file in FILES:
+        for module, line in imports(file):
+            top = module.split(".")[0]
+            if top in sys.stdlib_module_names or top == "mixkv":
+                continue
+            assert top in declared or (top == "llvmlite" and "numba" in declared), f"{file}:{line} imports {module}"
+
+
+def public_definitions(tree: ast.Module, inside: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """Public classes and functions of a module, and the public methods of its public classes."""
     for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-            assert ast.get_docstring(node), f"{path}: {node.name}"
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            yield f"{inside}{node.name}", node
             if isinstance(node, ast.ClassDef):
-                for method in node.body:
-                    if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
-                        assert ast.get_docstring(method), f"{path}: {node.name}.{method.name}"
+                yield from public_definitions(node, f"{inside}{node.name}.")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_everything_public_says_what_it_is(file: Path) -> None:
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    silent = [name for name, node in public_definitions(tree) if not (ast.get_docstring(node) or "").strip()]  # type: ignore[arg-type]
+    assert silent == []
+    assert (ast.get_docstring(tree) or "").strip(), f"{file} has no docstring"
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert mixkv.__version__ == importlib.metadata.version("mixkv")
+
+
+def test_the_package_is_marked_as_typed() -> None:
+    assert (ROOT / "py.typed").is_file()
+    assert "py.typed" in project()["tool"]["setuptools"]["package-data"]["mixkv"]

@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mixkv.kernels import Segment
+from mixkv.kernels import Segment, empty_state, flash_attention, quantize
 from mixkv.kernels.layout import BF16, F16, F32, Q4, Q8, TileLayout
 from mixkv.kernels.quantize import quantize_tile, store_rows
 from mixkv.kernels.reference import reference_attention
@@ -228,3 +228,28 @@ def read_segment(segment: Segment, bits: tuple[int, int], tile: int) -> tuple[An
     kinds = (f"q{bits[0]}", f"q{bits[1]}")
     k, v = read_tiles(segment.owner, kinds, tile, segment.n_kv_heads, segment.head_dim)
     return k[: segment.stop], v[: segment.stop]
+
+
+# --- A call and what it must give ----------------------------------------------------------------------------------------
+
+
+def check(q: np.ndarray, keys: tuple, stored: tuple, kind: str, **options: object) -> None:
+    """``flash_attention`` over ``keys`` against the reference over the numbers that are ``stored``."""
+    state, out = empty_state(q.shape[1], q.shape[0]), np.full_like(q, np.nan)
+    flash_attention(q, *keys, state=state, out=out, **options)
+    softcap = float(options.get("softcap", 0.0))
+    assert_attention(out, state, expected(q, *stored, **options), stored[1], kind, softcap)
+
+
+def dense(rng: np.random.Generator, n: int, heads: int, d: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    return normal(rng, n, heads, d).astype(DTYPES[kind]), normal(rng, n, heads, d).astype(DTYPES[kind])
+
+
+def make_keys(rng: np.random.Generator, n: int, heads: int, d: int, kind: str, tile: int = 64) -> tuple[tuple, tuple]:
+    """(what the kernel gets, what it must make of it)."""
+    if kind in DTYPES:
+        pair = dense(rng, n, heads, d, kind)
+        return pair, tuple(x.astype(np.float64) for x in pair)
+    bits = int(kind[1:])
+    segment = quantize(normal(rng, n, heads, d), normal(rng, n, heads, d), k_bits=bits, v_bits=bits, tile=tile)
+    return (segment,), read_segment(segment, (bits, bits), tile)
