@@ -4,7 +4,9 @@ Exit codes: 0 done; 1 another error; 2 wrong usage; 3 a model file refused; 4 a 
 6 numbers that cannot be continued with; 130 interrupted; 141 the reader of stdout went away.
 """
 
+import contextlib
 import functools
+import io
 import json
 import os
 import sys
@@ -51,6 +53,10 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> None:
         try:
+            if sys.stdout is None:
+                raise UsageError("stdout is closed: there is nowhere to write to")
+            if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal's encoding lacks is no error
+                sys.stdout.reconfigure(errors="replace")
             command(*args, **options)
             sys.stdout.flush()
         except MixkvError as error:
@@ -61,14 +67,20 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             # What is still buffered would raise again at exit: let it go nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise typer.Exit(PIPE_CLOSED) from None
+        except (OSError, MemoryError) as error:
+            _say(f"mixkv: {getattr(error, 'strerror', None) or error or type(error).__name__}")
+            raise typer.Exit(MixkvError.exit_code) from None
 
     return run
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """One line on stderr, where there is a stderr that takes it."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 class Bars:
@@ -79,8 +91,9 @@ class Bars:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")
+        console = Console(stderr=True)
         self._progress = Progress(
-            *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True, disable=quiet
+            *columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet or not console.is_terminal
         )
 
     def __enter__(self) -> "Bars":
@@ -106,18 +119,16 @@ class Bars:
 
 def _set_threads(threads: int | None) -> int:
     """Limit the kernels and NumPy's BLAS to so many threads; returns the number in force."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads is None:
-        threads = cores
-    if not 1 <= threads <= cores:
-        raise UsageError(f"--threads must be from 1 to {cores}, the cores of this machine, found {threads}")
     import numba
     import threadpoolctl
 
-    if threads > numba.config.NUMBA_NUM_THREADS:
-        raise UsageError(
-            f"--threads {threads} is more than NUMBA_NUM_THREADS={numba.config.NUMBA_NUM_THREADS} in the environment"
-        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = min(cores, numba.config.NUMBA_NUM_THREADS)
+    if threads is None:
+        threads = most
+    if not 1 <= threads <= most:
+        why = "the cores of this machine" if most == cores else "NUMBA_NUM_THREADS in the environment"
+        raise UsageError(f"--threads must be from 1 to {most}, {why}, found {threads}")
     numba.set_num_threads(threads)
     threadpoolctl.threadpool_limits(threads)
     return threads
@@ -131,7 +142,7 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         raise UsageError("give the prompt either as an argument or with --file, not both")
     if prompt is not None and prompt != "-":
         return prompt
-    if file is None and prompt is None and sys.stdin.isatty():
+    if file is None and (sys.stdin is None or (prompt is None and sys.stdin.isatty())):
         raise UsageError("give a prompt as an argument, with --file, or on stdin")
     where = "stdin" if file is None else str(file)
     try:
@@ -201,6 +212,9 @@ def generate(
 
     policy = CachePolicy(window, sinks, k_bits, v_bits, tile, dense)
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repeat_penalty, seed)
+    idle = [name for name, given in (("--top-k", top_k), ("--top-p", top_p < 1), ("--min-p", min_p)) if given]
+    if temperature == 0 and idle:
+        raise UsageError(f"{', '.join(idle)} has no effect at temperature 0: give a --temperature above 0")
     text = _read_prompt(prompt, file)
     used_threads = _set_threads(threads)
     from .engine import generate as loop
@@ -316,6 +330,9 @@ def pull(
     """Fetch a model of the registry into the cache, and print where it is."""
     from .models import hub
 
+    if name == "toy":
+        _say("mixkv: toy is built in, there is nothing to fetch")
+        return
     with Bars(quiet) as bars:
         path = hub.pull(name, progress=bars.bar(f"downloading {name}"))
     print(path)

@@ -25,12 +25,15 @@ from .policy import DENSE, CachePolicy
 class LayerCache:
     """Keys and values of one layer, from position 0 to the last one appended."""
 
-    def __init__(self, policy: CachePolicy, n_kv_heads: int, head_dim: int) -> None:
+    def __init__(self, policy: CachePolicy, n_kv_heads: int, head_dim: int, context: int | None = None) -> None:
         self.policy = policy
+        self._sinks = (
+            policy.sinks if context is None else min(policy.sinks, context)
+        )  # there are no more tokens than that
         self.old = TileStore(policy.old_layout(n_kv_heads, head_dim))
         self.recent = TileStore(policy.dense_layout(n_kv_heads, head_dim))
         dtype = DENSE_DTYPES[DENSE[policy.dense]]
-        self.sink_k: NDArray[np.generic] = np.zeros((policy.sinks, n_kv_heads, -(-head_dim // LANES) * LANES), dtype)
+        self.sink_k: NDArray[np.generic] = np.zeros((self._sinks, n_kv_heads, -(-head_dim // LANES) * LANES), dtype)
         self.sink_v: NDArray[np.generic] = np.zeros_like(self.sink_k)
         self._sink_segment = segment_of_arrays(self.sink_k, self.sink_v)
         self.tiles_quantized = 0  # each tile of the old segment once, which is tested by this count
@@ -74,8 +77,8 @@ class LayerCache:
                 first, last = max(position, t * tile), min(stop, (t + 1) * tile)
                 rows = slice(first - position, last - position)
                 store_rows(layout, self.recent[t], first - t * tile, k[rows], v[rows])
-            if position < self.policy.sinks:
-                count, head_dim = min(stop, self.policy.sinks) - position, layout.head_dim
+            if position < self._sinks:
+                count, head_dim = min(stop, self._sinks) - position, layout.head_dim
                 self.sink_k[position : position + count, :, :head_dim] = narrow(k[:count], layout.k_kind)
                 self.sink_v[position : position + count, :, :head_dim] = narrow(v[:count], layout.v_kind)
         except OverflowError as error:
@@ -89,7 +92,7 @@ class LayerCache:
             if target == dense:
                 self.old.append(source)
                 continue
-            dead = min(max(self.policy.sinks - t * self.policy.tile, 0), self.policy.tile)
+            dead = min(max(self._sinks - t * self.policy.tile, 0), self.policy.tile)
             try:
                 self.old.append(quantize_tile(source, dense, target, dead))
             except OverflowError as error:
@@ -98,7 +101,7 @@ class LayerCache:
 
     def _attend(self, q: Float32, positions: Int64, boundaries: Int64, scale: float) -> Float32:
         n_queries, n_heads, head_dim = q.shape
-        padded, seen, sinks = pad_last_axis(q), positions + 1, self.policy.sinks
+        padded, seen, sinks = pad_last_axis(q), positions + 1, self._sinks
         out, state = np.zeros_like(padded), empty_state(n_heads, n_queries)
         old = self.old.segment(sinks, self.old.stop * self.policy.tile)
         recent = self.recent.segment(sinks, int(seen[-1]))
@@ -111,9 +114,11 @@ class LayerCache:
 class Cache:
     """The caches of all layers of one sequence. This is what a model's layers see (``AttentionCache``)."""
 
-    def __init__(self, policy: CachePolicy, n_layers: int, n_kv_heads: int, head_dim: int) -> None:
+    def __init__(
+        self, policy: CachePolicy, n_layers: int, n_kv_heads: int, head_dim: int, context: int | None = None
+    ) -> None:
         self.policy = policy
-        self.layers = [LayerCache(policy, n_kv_heads, head_dim) for _ in range(n_layers)]
+        self.layers = [LayerCache(policy, n_kv_heads, head_dim, context) for _ in range(n_layers)]
 
     def attend(self, layer: int, q: Float32, k: Float32, v: Float32, position: int, scale: float) -> Float32:
         """Append and attend in one layer; see ``LayerCache.attend``."""

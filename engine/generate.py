@@ -26,7 +26,7 @@ def check_options(max_tokens: int, stop: Sequence[str]) -> None:
     """UsageError for a number of tokens or stop strings out of range."""
     if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or not 1 <= max_tokens <= MAX_TOKENS:
         raise UsageError(f"max_tokens must be a whole number from 1 to {MAX_TOKENS}, found {max_tokens!r}")
-    if isinstance(stop, str) or len(stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in stop):
+    if not isinstance(stop, (list, tuple)) or len(stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in stop):
         raise UsageError(f"stop must be at most {MAX_STOPS} strings, none empty, found {stop!r}")
 
 
@@ -64,7 +64,8 @@ def generate(
     if stop and session.model.tokenizer is None:
         raise UsageError("stop strings need a tokenizer, and this model has none")
     params = SamplingParams() if sampling is None else sampling
-    return _tokens(session, list(prompt_ids), max_tokens, Sampler(params), _Text(session, stop), ignore_eos, progress)
+    ids = [int(token) for token in session.check_fits(prompt_ids)]
+    return _tokens(session, ids, max_tokens, Sampler(params), _Text(session, stop), ignore_eos, progress)
 
 
 def _tokens(

@@ -18,7 +18,8 @@ class CachePolicy:
     """How the KV cache of a session is kept. Frozen, and checked when it is made.
 
     Attributes:
-        window: tokens of the recent past that every query is guaranteed to see at high precision, itself included.
+        window: tokens of the recent past that every query is guaranteed to see at high precision, itself included (with a
+            window of 0, a query that ends a tile sees all of it, itself too, as old).
         sinks: first tokens of the text that stay at high precision for ever.
         k_bits, v_bits: bits of a code of the old segment; 16 and 32 are float16 and float32.
         tile: tokens that are quantized together: 32, 64 or 128.

@@ -20,7 +20,7 @@ _RANGES: dict[str, tuple[float, float, bool, str]] = {  # lowest, highest, lowes
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn. Filters apply in the order of the fields below; temperature comes last.
+    """How the next token is drawn: repeat penalty, then top_k, top_p and min_p, then temperature.
 
     Attributes:
         temperature: 0 takes the most likely token.
@@ -28,7 +28,7 @@ class SamplingParams:
         top_p: only the most likely tokens that together reach this probability (https://arxiv.org/abs/1904.09751).
         min_p: only tokens at least this fraction as likely as the most likely (https://arxiv.org/abs/2407.01082).
         repeat_penalty: logits of tokens seen before are divided by it where positive, multiplied where negative
-            (https://arxiv.org/abs/1909.05858); 1 for none. It applies before the filters.
+            (https://arxiv.org/abs/1909.05858); 1 for none.
         seed: of the random generator; None draws a new one for each generation.
 
     Raises:

@@ -47,7 +47,9 @@ class Session:
         self.position = 0
         self._in_flight = False
         config = model.config
-        self.cache = Cache(self.policy, config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+        self.cache = Cache(
+            self.policy, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.context
+        )
 
     def forward(
         self,
@@ -116,9 +118,16 @@ class Session:
         self._in_flight = True
         stop = self.position + len(ids)
         step = Step(ids, np.arange(self.position, stop), [(self.cache, 0, len(ids))])
+        healthy = True
+
+        def watch(layer: int, x: Float32) -> None:  # NaN in any layer is NaN in the last; the cache must not keep it
+            nonlocal healthy
+            if layer == len(self.cache.layers) - 1:
+                healthy = bool(np.isfinite(x).all())
+
         with np.errstate(invalid="ignore", over="ignore"):  # NaN is looked for here; NumPy need not warn of it as well
-            result = self.model.transformer.forward(step, wanted)
-            if result is not None and not np.isfinite(result.max(axis=1)).all():
+            result = self.model.transformer.forward(step, wanted, on_layer=watch)
+            if not healthy or (result is not None and not np.isfinite(result.max(axis=1)).all()):
                 self._explain(step)
         self.position = stop
         self.cache.commit(stop)

@@ -100,10 +100,9 @@ def _softmax_row(logits, start, stop, options, slope, distance, mask):  # type: 
     first = start // LANES * LANES
     for at in range(first, stop, LANES):
         x = simd.mul(simd.load_f32(logits + 4 * at), scale)
-        if cap > 0:  # cap * tanh(x / cap), with tanh(y) = 1 - 2 / (exp(2 y) + 1)
-            e = simd.exp(simd.mul(x, simd.splat(np.float32(2.0) / cap)))
-            ratio = simd.div(simd.splat(np.float32(2.0)), simd.add(e, simd.splat(np.float32(1.0))))
-            x = simd.mul(simd.splat(cap), simd.sub(simd.splat(np.float32(1.0)), ratio))
+        if cap > 0:
+            y = simd.div(x, simd.splat(cap))
+            x = simd.mul(simd.splat(cap), simd.tanh_from_exp(y, simd.exp(simd.add(y, y))))
         if slope != 0:
             away = simd.add(simd.lane_numbers(), simd.splat(np.float32(distance + at)))
             x = simd.fma(simd.splat(slope), away, x)

@@ -9,11 +9,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from .attention import BLOCK_ROWS, SPLIT, attend_blocks, attend_splits, merge_partials
 from .segment import Int64, Segment, segment_of_arrays
+from .simd import LANES
 from .state import Float32, check_out, check_state, empty_state, pad_last_axis
 
 PRECISIONS = ("default", "f32")
 _NO_MASK = np.zeros(2, np.int64)
-_LARGEST = float(np.finfo(np.float32).max)
+_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+_FARTHEST = 2**62  # positions beyond would wrap when one is subtracted from another
 
 
 def flash_attention(
@@ -48,7 +50,8 @@ def flash_attention(
         causal: a query sees no key after its own position.
         start, stop: (T,) or scalars: each query sees the keys start <= index < stop, indices into k (for a segment of
             a cache: absolute positions). A range outside of the keys is an empty one.
-        mask: float32 (T, N) or (H, T, N), added to the logit, unscaled. -inf hides a key. Arrays only.
+        mask: float32 (T, N) or (H, T, N), added to the logit, unscaled; -inf hides a key. For a segment of tiles, N is its
+            last position + 1. A key that is not a number is hidden by a range, not by a mask: NaN + -inf is NaN.
         softcap: 0 for none.
         max_bias: ALiBi's largest slope exponent (8 in the paper, https://arxiv.org/abs/2108.12409); 0 for none.
         sink_logits: float32 (H,): a logit a head that takes part in the sum but has no value. Counted in this call.
@@ -83,6 +86,8 @@ def flash_attention(
         raise ValueError(f"the {h} query heads must be a multiple of the {segment.n_kv_heads} KV heads")
     scale = d**-0.5 if scale is None else _number("scale", scale)
     softcap, max_bias = _number("softcap", softcap, low=0), _number("max_bias", max_bias, low=0)
+    if 0 < softcap < _SMALLEST:
+        raise ValueError(f"softcap must be 0 or a normal float32 number, {_SMALLEST:g} or more, found {softcap}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, found {precision!r}")
     if out is not None:
@@ -96,7 +101,7 @@ def flash_attention(
     starts, stops = _ranges(start, stop, t, segment)
     if causal:
         stops = np.minimum(stops, where - k_position + 1)
-    tall_mask = _mask(mask, h, t, segment, isinstance(k, Segment))
+    tall_mask = _mask(mask, h, t, segment)
     sinks = _sink_logits(sink_logits, h)
 
     running = empty_state(h, t) if state is None else state
@@ -190,6 +195,8 @@ def _integers(name: str, values: ArrayLike, t: int) -> Int64:
         raise ValueError(f"{name} must be integers of shape ({t},) or one integer, found {array.dtype} {array.shape}")
     if array.dtype == np.uint64 and (array > np.iinfo(np.int64).max).any():
         raise ValueError(f"{name} must fit into int64, found {array.max()}")
+    if "position" in name and ((array > _FARTHEST) | (array < -_FARTHEST)).any():
+        raise ValueError(f"{name} must be from -2^62 to 2^62, found {array.flat[np.abs(array.astype(float)).argmax()]}")
     return np.ascontiguousarray(np.broadcast_to(array, (t,)), dtype=np.int64)
 
 
@@ -199,17 +206,14 @@ def _ranges(start: ArrayLike | None, stop: ArrayLike | None, t: int, segment: Se
     return low, high
 
 
-def _mask(mask: object, h: int, t: int, segment: Segment, in_tiles: bool) -> Float32 | None:
+def _mask(mask: object, h: int, t: int, segment: Segment) -> Float32 | None:
     if mask is None:
         return None
-    if in_tiles:
-        n = segment.stop
-    else:
-        n = segment.stop - segment.start
+    n = segment.stop
     if not isinstance(mask, np.ndarray) or mask.dtype != np.float32 or mask.shape not in ((t, n), (h, t, n)):
         found = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
         raise ValueError(f"mask must be float32 of shape (T, N) = {(t, n)} or (H, T, N) = {(h, t, n)}, found {found}")
-    return np.broadcast_to(pad_last_axis(mask), (h, t, -(-n // 16) * 16))
+    return np.broadcast_to(pad_last_axis(mask), (h, t, -(-n // LANES) * LANES))
 
 
 def _slopes(max_bias: float, n_heads: int) -> Float32:

@@ -7,6 +7,7 @@ not exist; nor may it reorder sums, since a row's bits must not depend on how th
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,20 @@ def _sources_hash() -> str:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are stored: below MIXKV_CACHE where that is set, else in the user's cache folder."""
-    root = os.environ.get("MIXKV_CACHE") or platformdirs.user_cache_dir("mixkv", appauthor=False)
-    return Path(root) / "kernels" / _sources_hash()
+    """Where compiled kernels are stored: below MIXKV_CACHE or NUMBA_CACHE_DIR if set, else in the user's cache folder.
+
+    Where none of them can be written, a folder of this state of the kernels among the system's temporary files.
+    """
+    environment = os.environ.get("MIXKV_CACHE") or os.environ.get("NUMBA_CACHE_DIR")
+    root = environment or platformdirs.user_cache_dir("mixkv", appauthor=False)
+    wanted = Path(root).absolute() / "kernels" / _sources_hash()
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=wanted):
+            return wanted
+    except OSError:
+        user = getattr(os, "getuid", lambda: "")()
+        return Path(tempfile.gettempdir()) / f"mixkv-kernels-{user}" / _sources_hash()
 
 
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
@@ -34,10 +46,23 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     # whose threads want the same cores; this many rounds (some 25 us) bridge the gap from one kernel to the next.
     os.environ["GOMP_SPINCOUNT"] = "5000"
 
-if not os.environ.get("NUMBA_CACHE_DIR"):
-    numba.config.CACHE_DIR = str(cache_folder())
+_FOLDER = str(cache_folder())
 
-kernel: Callable[[Any], Any] = numba.njit(cache=True, nogil=True, error_model="numpy")
-parallel_kernel: Callable[[Any], Any] = numba.njit(cache=True, nogil=True, error_model="numpy", parallel=True)
+
+def _compiler(**flags: Any) -> Callable[[Any], Any]:
+    """A decorator that compiles with these flags, and keeps the result in our folder; others' functions keep theirs."""
+
+    def decorate(function: Any) -> Any:
+        theirs, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _FOLDER
+        try:
+            return numba.njit(cache=True, nogil=True, error_model="numpy", **flags)(function)
+        finally:
+            numba.config.CACHE_DIR = theirs
+
+    return decorate
+
+
+kernel = _compiler()
+parallel_kernel = _compiler(parallel=True)
 inner: Callable[[Any], Any] = numba.njit(nogil=True, error_model="numpy")
 """A function that is only called by kernels: it is compiled into them, so a cache entry of its own would be waste."""

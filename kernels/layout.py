@@ -29,7 +29,6 @@ from .simd import LANES
 Bytes = NDArray[np.uint8]
 
 F32, F16, BF16, Q8, Q4 = range(5)
-KIND_NAMES = ("f32", "f16", "bf16", "8-bit", "4-bit")
 KIND_BITS = (32, 16, 16, 8, 4)
 DENSE_DTYPES = {F32: np.dtype(np.float32), F16: np.dtype(np.float16), BF16: np.dtype(ml_dtypes.bfloat16)}
 TILES = (32, 64, 128)

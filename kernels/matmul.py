@@ -56,6 +56,12 @@ def _matvec(weight, x, y, workers):  # type: ignore[no-untyped-def]
 
 def matvec(weight: Float32, x: Float32) -> Float32:
     """Weight (R, C) . x (C,) -> (R,), all float32, C order, C a multiple of 16. Bits do not depend on threads."""
+    if weight.dtype != np.float32 or not weight.flags.c_contiguous or weight.ndim != 2 or weight.shape[1] % LANES:
+        raise ValueError(
+            f"weight must be float32 (R, C), C order, C a multiple of {LANES}, found {weight.dtype} {weight.shape}"
+        )
+    if x.dtype != np.float32 or not x.flags.c_contiguous or x.shape != weight.shape[1:]:
+        raise ValueError(f"x must be contiguous float32 {weight.shape[1:]}, found {x.dtype} {x.shape}")
     y = np.empty(len(weight), np.float32)
     _matvec(weight, x, y, numba.get_num_threads())
     return y

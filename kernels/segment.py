@@ -5,7 +5,7 @@ integers (``geometry``, indexed by the names in attention.py).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,10 @@ class Segment:
     n_kv_heads: int
     head_dim: int
     owner: Any
+
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        """Refuse: a copy would keep the addresses of memory that it does not own."""
+        raise TypeError("a Segment holds addresses and cannot be copied or pickled")
 
 
 def make_geometry(tile: int, first_tile: int, width: int, n_kv_heads: int, k: Side, v: Side) -> Int64:
@@ -137,6 +141,10 @@ class TileStore:
         """Drop the tiles from tile ``stop`` on."""
         del self._held[1][max(0, stop - self._held[0]) :]
 
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        """Refuse: a copy would keep the addresses of memory that it does not own."""
+        raise TypeError("a TileStore (and so a cache or session) holds addresses and cannot be copied or pickled")
+
     def segment(self, start: int, stop: int) -> Segment:
         """The positions start .. stop as a segment. Valid until the next change."""
         first, tiles, (k_table, v_table) = self._held
@@ -167,6 +175,6 @@ def quantize(k: Float32, v: Float32, *, k_bits: int = 4, v_bits: int = 4, tile: 
     for first in range(0, n, tile):
         source = dense.empty_tile()
         rows = np.minimum(np.arange(first, first + tile), n - 1)  # a last, partial tile repeats its last token
-        store_rows(dense, source, 0, np.asarray(k, np.float32)[rows], np.asarray(v, np.float32)[rows])
+        store_rows(dense, source, 0, k[rows].astype(np.float32), v[rows].astype(np.float32))
         store.append(quantize_tile(source, dense, target))
     return store.segment(plain.start, plain.stop)

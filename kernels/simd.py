@@ -293,3 +293,21 @@ def exp(context: Any, builder: Any, x: Any) -> Any:
     scaled = builder.select(builder.fcmp_unordered("uno", x, x), x, scaled)
     scaled = builder.select(low, _const(_V_F32, 0.0), scaled)
     return builder.select(high, _const(_V_F32, float("inf")), scaled)
+
+
+# tanh(y) / y - 1 over y^2 on |y| < 0.625: Cephes' coefficients for single precision, highest first
+_TANH_COEFFICIENTS = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
+
+
+@_operation(f32x16, f32x16, f32x16)
+def tanh_from_exp(context: Any, builder: Any, y: Any, e: Any) -> Any:
+    """tanh(y), given e = exp(2 y): 1 - 2 / (e + 1), which cancels for small |y|, where a polynomial takes its place."""
+    one, two = _const(_V_F32, 1.0), _const(_V_F32, 2.0)
+    large = builder.fsub(one, builder.fdiv(two, builder.fadd(e, one)))
+    square = builder.fmul(y, y)
+    tail = _const(_V_F32, _TANH_COEFFICIENTS[0])
+    for coefficient in _TANH_COEFFICIENTS[1:]:
+        tail = _fma(context, builder, tail, square, _const(_V_F32, coefficient))
+    small = _fma(context, builder, builder.fmul(square, y), tail, y)
+    is_small = builder.fcmp_ordered("<", square, _const(_V_F32, 0.625**2))
+    return builder.select(is_small, small, large)

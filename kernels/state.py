@@ -35,6 +35,9 @@ def check_state(name: str, state: object, n_heads: int, q_len: int, *, writable:
     sums = state[..., 1]
     if not (sums >= 0).all():
         raise ValueError(f"{name}[..., 1] holds sums of exponentials, S >= 0; found {sums[~(sums >= 0)].flat[0]}")
+    if not np.isfinite(state[sums > 0]).all():
+        bad = state[(sums > 0) & ~np.isfinite(state).all(axis=-1)][0]
+        raise ValueError(f"{name} must hold finite M and S where S > 0; found M = {bad[0]}, S = {bad[1]}")
 
 
 def check_out(name: str, out: object, shape: tuple[int, ...], *, writable: bool = False) -> None:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from . import hub, toy
 from .chat import ChatTemplate
-from .check import check_finite, check_tensors
+from .check import check_finite, check_tensors, listed, shown
 from .config import ModelConfig, config_from_hf
 from .errors import ModelError, UsageError
 from .gguf import open_gguf
@@ -117,12 +117,36 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _local(name: str) -> Path:
+    """The path that a name stands for; UsageError for one that the system cannot even look up."""
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"model {shown(name)}: {getattr(error, 'strerror', None) or error}") from None
+    return path
+
+
+def _refuse_unexpected(expected: Mapping[str, object], found: Mapping[str, object], where: str) -> None:
+    """ModelError for tensors that have no role in a model of this config: ignoring them would change what it computes.
+
+    A tied output head that is stored all the same, and rotary frequencies, which follow from the config, are known copies.
+    """
+    strange = [
+        n for n in found if n not in expected and n != "lm_head.weight" and not n.endswith("rotary_emb.inv_freq")
+    ]
+    if strange:
+        raise ModelError(f"{where}: tensors without a role in this config: {listed(strange)}")
+
+
 def open_model(name: str, *, progress: Progress | None = None) -> Opened:
     """Find a model by registry name, folder or file, and read its description. See ``load`` for the arguments."""
     if name == "toy":
         source = toy.ToySource(expected_tensors(toy.CONFIG))
         return Opened(name, None, toy.CONFIG, source, lambda: ByteTokenizer(toy.VOCAB))
-    path = hub.pull(name, progress=progress) if name in hub.REGISTRY else Path(name).expanduser()
+    path = hub.pull(name, progress=progress) if name in hub.REGISTRY else _local(name)
     if path.is_dir():
         return Opened(name, path, config_from_hf(path), open_safetensors(path), lambda: _folder_tokenizer(path))
     if not path.is_file():
@@ -166,12 +190,16 @@ def load(
     check_weights_option(weights)
     opened = open_model(name, progress=download_progress)
     config, source = opened.config, opened.source
-    check_tensors(expected_tensors(config), source.shapes, str(opened.path or name))
+    expected = expected_tensors(config)
+    check_tensors(expected, source.shapes, str(opened.path or name))
+    _refuse_unexpected(expected, source.shapes, str(opened.path or name))
     tokenizer = opened.read_tokenizer()
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ModelError(
             f"{opened.path or name}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
         )
+    if tokenizer is not None and not config.eos_token_ids:
+        config = replace(config, eos_token_ids=tuple(tokenizer.eos_ids))
     loaded = _read_weights(config, source, str(opened.path or name) if check_weights else None, progress)
     return Model(name, config, Transformer(config, loaded), tokenizer)
 

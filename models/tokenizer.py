@@ -16,6 +16,7 @@ class Tokenizer(Protocol):
     chat_template: str | None  # jinja2 source
     bos_token: str  # the text of the tokens that a template may name; "" for none
     eos_token: str
+    eos_ids: tuple[int, ...]  # tokens that end a text, as far as the tokenizer knows
 
     @property
     def vocab_size(self) -> int:
@@ -38,7 +39,7 @@ class ByteTokenizer:
 
     bos_id = 256
     eos_id = 257
-    eos_ids = (257,)
+    eos_ids: tuple[int, ...] = (257,)
     chat_template: str | None = None
     bos_token = eos_token = ""
 

@@ -147,6 +147,7 @@ def test_info_models_and_version() -> None:
         (["--threads", "0"], ["--threads", "found 0"]),
         (["--context", "0"], ["context", "0"]),
         (["--context", "99999999"], ["context", "99999999", "16384"]),
+        (["--top-p", "0.5", "--top-k", "3"], ["--top-k, --top-p", "temperature 0"]),
         (["--chat"], ["no chat template"]),
         (["--system", "be kind"], ["--system", "chat template"]),
     ],
@@ -188,6 +189,41 @@ def test_a_prompt_with_a_lone_surrogate_is_refused() -> None:
 def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
     refused(mixkv("generate", "x", "-m", "no-such-model", "-q"), 2, "no-such-model", "smollm2", "toy")
     refused(mixkv("pull", "no-such-model", "-q"), 2, "no-such-model", "smollm2")
+
+
+def test_a_name_that_cannot_be_looked_up_is_refused() -> None:
+    refused(mixkv("info", "a" * 300, "--json"), 2, "aaa")
+    refused(mixkv("info", "~nobody-of-this-name/x", "--json"), 2, "nobody")
+
+
+def test_toy_needs_no_pull() -> None:
+    result = mixkv("pull", "toy")
+    assert result.exit_code == 0 and "built in" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["models", "info toy", "generate hello --model toy -n 3"])
+def test_a_full_or_closed_stream_is_no_traceback(command: str) -> None:
+    program = f"{sys.executable} -m mixkv {command}"
+    for redirection, code in ((">/dev/full", 1), (">&-", 2), ("2>&-", 0)):
+        done = subprocess.run(f"{program} {redirection}", shell=True, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == code, (redirection, done)
+        assert "tokens/s" not in done.stdout
+    done = subprocess.run(f"{program} <&-", shell=True, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_character_that_the_terminal_lacks_is_replaced(clean_env: dict[str, str]) -> None:
+    options = ["--temperature", "100", "--seed", "1", "-n", "60", "-q"]
+    process = start("generate", "hello", "-m", "toy", *options, env={**clean_env, "PYTHONIOENCODING": "ascii"})
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err == b"" and b"?" in out
+
+
+def test_threads_default_to_what_numba_was_given(clean_env: dict[str, str]) -> None:
+    process = start("generate", "hello", "-m", "toy", "-n", "2", "--json", env={**clean_env, "NUMBA_NUM_THREADS": "1"})
+    out, _ = process.communicate(timeout=60)
+    assert json.loads(out)["stats"]["threads"] == 1
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import mixkv
 
 ROOT = Path(mixkv.__file__).parent
-LAYERS = {"kernels": 0, "models": 1, "engine": 2, "experiments": 3, "serving": 3, "cli": 4}
+LAYERS = {"kernels": 0, "models": 1, "engine": 2, "experiments": 3, "serving": 3, "cli": 4, "__main__": 5}
 KERNELS_MAY_IMPORT = {"numpy", "numba", "llvmlite", "ml_dtypes", "platformdirs"}
 SKIPPED = {"tests", "build", "dist", "benchmarks", "docs"}
 

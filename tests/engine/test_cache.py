@@ -60,6 +60,16 @@ def test_chunks_change_neither_the_codes_nor_a_bit_of_the_output(
         assert cache.nbytes() == once.nbytes()
 
 
+@pytest.mark.parametrize("n_rep", [1, 3, 8])
+def test_chunks_change_no_bit_beyond_one_split_of_the_kernel(draw_qkv: Draw, feed: Feed, n_rep: int) -> None:
+    """1,100 tokens: the kernel cuts keys at 512 and 1,024, and few queries and many take different ways through it."""
+    qkv, n = draw_qkv(12, 1100, HEADS, n_rep), 1100
+    expected = feed(LayerCache(small(), HEADS, DIM), qkv, [0, n])
+    for size in (1, 7, 300):
+        cache = LayerCache(small(), HEADS, DIM)
+        assert feed(cache, qkv, cuts(size, n)).tobytes() == expected.tobytes(), f"chunks of {size}"
+
+
 def test_the_codes_matter_to_the_output(draw_qkv: Draw, feed: Feed) -> None:
     """So that the test above compares something: 4 bits, 8 bits and float32 give different outputs, 8 the closer one."""
     qkv = draw_qkv(1, N)

@@ -95,6 +95,15 @@ def test_the_policy_reaches_the_cache(model: Model) -> None:
     assert Session(model).policy == CachePolicy()
 
 
+def test_no_more_sinks_are_held_than_the_context_has_tokens(toy: Model) -> None:
+    """And what a query sees is the same: everything, densely."""
+    ids = ids_for(toy, 50)
+    session = Session(toy, CachePolicy(window=0, sinks=60_000, tile=32), context=50)
+    assert session.nbytes()["sink"] == 3 * 50 * 2 * 2 * 16 * 2
+    expected = Session(toy, CachePolicy(window=10_000, sinks=0)).forward(ids)
+    np.testing.assert_allclose(session.forward(ids), expected, rtol=0, atol=TOLERANCE)
+
+
 # --- several sequences in one step --------------------------------------------------------------------------------
 
 

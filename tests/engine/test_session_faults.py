@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import mixkv
 from mixkv import CachePolicy, Session
 from mixkv.engine.cache import Cache
 from mixkv.models.errors import NumericalError
@@ -48,7 +49,7 @@ def poisoned(linear: Linear, row: int, value: float) -> Linear:
 
 @pytest.mark.filterwarnings("error")  # one line says it all: no RuntimeWarning of NumPy beside it
 @pytest.mark.parametrize("number", [0, 1, 2])
-@pytest.mark.parametrize("rows", ["all", "last"])
+@pytest.mark.parametrize("rows", ["all", "last", None])
 def test_nan_in_the_weights_of_a_layer_names_positions_and_layer(toy: Model, number: int, rows: Any) -> None:
     broken = with_layer(toy, number, lambda layer: replace(layer, down=poisoned(layer.down, 5, np.nan)))
     session = Session(broken, chunk=32)
@@ -68,8 +69,9 @@ def test_infinite_activations_in_the_middle_of_a_text_name_their_step(toy: Model
     ids = ids_for(toy, 90) % 200
     for each in (session, healthy):
         each.forward(ids, None)
-    with pytest.raises(NumericalError, match=r"^positions 90 to 91: layer 0 gives NaN or infinity"):
-        session.forward([3, 200])
+    for rows in ("all", "last", None):  # also where no logits are looked at: the cache must not keep it
+        with pytest.raises(NumericalError, match=r"^positions 90 to 91: layer 0 gives NaN or infinity"):
+            session.forward([3, 200], rows)
     assert session.position == 90
     assert np.array_equal(session.forward([3, 5]), healthy.forward([3, 5]))
 
@@ -196,3 +198,15 @@ def test_a_refused_step_can_be_followed_by_other_tokens(toy: Model, monkeypatch:
         with pytest.raises(KeyboardInterrupt):
             session.forward(ids)
     assert np.array_equal(session.forward(others), expected)
+
+
+def test_nan_in_an_early_chunk_is_found_there_and_not_kept() -> None:
+    """Only the last chunk has logits to look at; the others' hidden states are looked at too."""
+    model = mixkv.load("toy")
+    model.transformer.weights.embedding[7] = np.nan
+    session = mixkv.Session(model, mixkv.CachePolicy.full(), chunk=8)
+    with pytest.raises(NumericalError, match="positions 0 to 7: layer 0"):
+        session.forward([1, 2, 3, 7] + [1] * 20, "last")
+    assert session.position == 0
+    clean = mixkv.Session(model, mixkv.CachePolicy.full(), chunk=8)
+    assert np.array_equal(session.forward([1, 2, 3]), clean.forward([1, 2, 3]))

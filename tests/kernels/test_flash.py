@@ -140,8 +140,8 @@ def test_alibi_slopes_of_the_paper() -> None:
     assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
 
 
-def test_the_origin_multiplies_its_mask_by_the_slope() -> None:
-    """That is this project's ALiBi bias wherever the mask is the distance."""
+def test_a_mask_multiplied_by_the_slope() -> None:
+    """Some operators do that: it is this project's ALiBi bias wherever the mask is the distance."""
     rng = np.random.default_rng(8)
     t, n, h = 5, 90, 6
     q, (k, v) = normal(rng, t, h, 64), dense(rng, n, 2, 64, "f32")

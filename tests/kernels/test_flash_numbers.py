@@ -128,3 +128,21 @@ def test_a_dead_token_of_a_coded_tile_never_shows() -> None:
     found = flash_attention(q, segment, start=start)
     assert np.isnan(found[0]).all()
     np.testing.assert_array_equal(found[1:], clean[1:])
+
+
+def test_a_soft_cap_far_above_the_logits_changes_nothing() -> None:
+    """tanh(x / cap) is computed to float32's relative precision, however small x / cap is."""
+    rng = np.random.default_rng(11)
+    q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 4, 64), (90, 2, 64), (90, 2, 64)))
+    plain = flash_attention(q, k, v)
+    for cap in (1e4, 1e6, 1e30):
+        assert np.abs(flash_attention(q, k, v, softcap=cap) - plain).max() <= 2e-6, cap
+
+
+@pytest.mark.parametrize("position", [2**62 + 1, -(2**62) - 1])
+def test_positions_that_would_wrap_are_refused(position: int) -> None:
+    q = np.ones((1, 1, 16), np.float32)
+    with pytest.raises(ValueError, match="positions must be from"):
+        flash_attention(q, q, q, causal=True, positions=position)
+    with pytest.raises(ValueError, match="k_position must be from"):
+        flash_attention(q, q, q, causal=True, k_position=position)

@@ -29,11 +29,11 @@ def assert_same(found: Partial, want: Partial) -> None:
     np.testing.assert_allclose(found[1][..., 1], want[1][..., 1], rtol=2e-6, atol=0)
 
 
-# --- The origin's own test -----------------------------------------------------------------------------------------------
+# --- The first test of such an operator ---
 
 
 @pytest.fixture
-def origin() -> tuple[np.ndarray, ...]:
+def first_test() -> tuple[np.ndarray, ...]:
     """Its sizes: head_dim 16, 4 heads, 2 KV heads, 8 queries, 32 keys."""
     rng = np.random.default_rng(0)
     return normal(rng, 8, 4, 16), normal(rng, 32, 2, 16), normal(rng, 32, 2, 16)
@@ -45,8 +45,8 @@ def test_the_empty_state_is_minus_infinity_and_zero() -> None:
     assert (state[..., 0] == -np.inf).all() and (state[..., 1] == 0).all()
 
 
-def test_with_a_state_equals_without(origin: tuple[np.ndarray, ...]) -> None:
-    q, k, v = origin
+def test_with_a_state_equals_without(first_test: tuple[np.ndarray, ...]) -> None:
+    q, k, v = first_test
     mask = np.where(np.arange(32) <= np.arange(8)[:, None] + 24, np.float32(0), np.float32(-np.inf))
     for options in ({}, {"mask": mask}, {"causal": True, "precision": "f32"}):
         out, state = run(q, k, v, **options)
@@ -57,8 +57,8 @@ def test_with_a_state_equals_without(origin: tuple[np.ndarray, ...]) -> None:
         np.testing.assert_allclose(state[..., 1], S, rtol=2e-6)
 
 
-def test_three_calls_on_the_same_keys_triple_S_and_leave_the_rest(origin: tuple[np.ndarray, ...]) -> None:
-    q, k, v = origin
+def test_three_calls_on_the_same_keys_triple_S_and_leave_the_rest(first_test: tuple[np.ndarray, ...]) -> None:
+    q, k, v = first_test
     first = run(q, k, v)
     second = run(q, k, v, first)
     third = run(q, k, v, second)
@@ -68,16 +68,16 @@ def test_three_calls_on_the_same_keys_triple_S_and_leave_the_rest(origin: tuple[
         np.testing.assert_allclose(out, first[0], rtol=0, atol=1e-6)
 
 
-def test_the_pair_of_a_row_is_at_head_times_q_len_plus_position(origin: tuple[np.ndarray, ...]) -> None:
-    q, k, v = origin
+def test_the_pair_of_a_row_is_at_head_times_q_len_plus_position(first_test: tuple[np.ndarray, ...]) -> None:
+    q, k, v = first_test
     _, state = run(q, k, v)
     for head, position in ((0, 5), (3, 0), (2, 7)):
         _, alone = run(q[position : position + 1, head : head + 1], k[:, head // 2, None], v[:, head // 2, None])
         np.testing.assert_array_equal(state.reshape(-1, 2)[head * 8 + position], alone.ravel())
 
 
-def test_the_state_is_updated_in_place_and_out_is_returned(origin: tuple[np.ndarray, ...]) -> None:
-    q, k, v = origin
+def test_the_state_is_updated_in_place_and_out_is_returned(first_test: tuple[np.ndarray, ...]) -> None:
+    q, k, v = first_test
     state, without_out = empty_state(4, 8), empty_state(4, 8)
     out = np.empty_like(q)
     assert flash_attention(q, k, v, state=state, out=out) is out

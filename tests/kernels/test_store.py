@@ -1,5 +1,7 @@
 """Dense tiles, and the store that keeps tiles; read back by the description of the layout alone (oracle.py)."""
 
+import copy
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -137,3 +139,12 @@ def test_a_segment_keeps_its_tiles_alive() -> None:
     segment = store.segment(0, 64)
     store.forget_before(2)
     assert segment.owner[0] is tiles[0] and segment.owner[1] is tiles[1]
+
+
+def test_addresses_are_not_copied() -> None:
+    """A copied or pickled segment would point into memory that it does not own."""
+    store = TileStore(TileLayout(1, 16, 32, 0, 0))
+    store.append(store.layout.empty_tile())
+    for thing in (store, store.segment(0, 32)):
+        with pytest.raises(TypeError, match="cannot be copied"):
+            copy.deepcopy(thing)

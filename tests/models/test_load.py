@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import mixkv
 from mixkv import CachePolicy, Session
-from mixkv.models.errors import UsageError
+from mixkv.models.errors import ModelError, UsageError
 from mixkv.models.load import Model, expected_tensors, load, open_model
 from mixkv.models.toy import CONFIG
 
@@ -151,21 +151,18 @@ def test_biases_take_part_where_the_config_says_so(
     assert np.abs(logits(load(folder(without))) - expected).max() > 0.01
 
 
-def test_without_the_configs_word_a_bias_is_ignored(folder: Callable[[Change], str]) -> None:
-    """A file may hold more than the configuration asks for."""
+def test_a_tensor_that_the_config_has_no_role_for_is_refused(folder: Callable[[Change], str]) -> None:
+    """Leaving it out would silently compute something else: a bias without the config's word, a norm of another family."""
 
     def unasked(_: Tensors, config: dict[str, Any]) -> None:
         config["attention_bias"] = False
 
-    def zero(tensors: Tensors, _: dict[str, Any]) -> None:
-        for name in tensors:
-            if name.endswith(".bias"):
-                tensors[name][:] = 0
+    def foreign(tensors: Tensors, _: dict[str, Any]) -> None:
+        tensors["model.layers.0.self_attn.q_norm.weight"] = np.ones(16, np.float32)
 
-    model = load(folder(unasked))
-    assert model.transformer.weights.layers[0].qkv.bias is None
-    found = logits(model)
-    assert np.array_equal(found, logits(load(folder(zero))))
+    for change, name in ((unasked, "model.layers.2.self_attn.o_proj.bias"), (foreign, "q_norm")):
+        with pytest.raises(ModelError, match=f"without a role in this config: .*{name}"):
+            load(folder(change))
 
 
 def test_biases_of_the_mlp_take_part_where_the_config_says_so(
