@@ -21,6 +21,8 @@ from ..kernels.state import empty_state, pad_last_axis
 from ..models.errors import NumericalError
 from .policy import DENSE, CachePolicy
 
+_WIDER = "use a policy with dense='f32' and k_bits and v_bits of 32"
+
 
 class LayerCache:
     """Keys and values of one layer, from position 0 to the last one appended."""
@@ -41,8 +43,8 @@ class LayerCache:
     def attend(self, q: Float32, k: Float32, v: Float32, position: int, scale: float) -> Float32:
         """Append k, v (T, n_kv_heads, head_dim) at ``position``, and attend with q (T, n_heads, head_dim) there.
 
-        Returns o, float32 (T, n_heads, head_dim). Nothing is final before ``commit``: until then, another call at the
-        same position starts over.
+        Returns o, float32 (T, n_heads, head_dim). Nothing is final before ``commit``; to append something else at the
+        same position, ``rollback`` first.
         """
         self._append(k, v, position)
         positions = np.arange(position, position + len(q), dtype=np.int64)
@@ -82,7 +84,7 @@ class LayerCache:
                 self.sink_k[position : position + count, :, :head_dim] = narrow(k[:count], layout.k_kind)
                 self.sink_v[position : position + count, :, :head_dim] = narrow(v[:count], layout.v_kind)
         except OverflowError as error:
-            raise NumericalError(f"a key or value of {error}; use a policy with dense='f32' or 'bf16'") from None
+            raise NumericalError(f"a key or value of {error}; {_WIDER}") from None
 
     def _seal(self, stop: int) -> None:
         """Quantize the dense tiles below tile ``stop`` that are not yet."""
@@ -96,7 +98,7 @@ class LayerCache:
             try:
                 self.old.append(quantize_tile(source, dense, target, dead))
             except OverflowError as error:
-                raise NumericalError(f"tile {t} cannot be quantized: {error}") from None
+                raise NumericalError(f"tile {t} cannot be quantized: {error}; {_WIDER}") from None
             self.tiles_quantized += 1
 
     def _attend(self, q: Float32, positions: Int64, boundaries: Int64, scale: float) -> Float32:
