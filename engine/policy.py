@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..kernels.layout import BF16, F16, F32, Q4, Q8, TILES, TileLayout
+from ..kernels.layout import BF16, F16, F32, KIND_OF_BITS, TILES, TileLayout
 from ..models.errors import UsageError
 
 DENSE = {"f16": F16, "bf16": BF16, "f32": F32}
-BITS = (4, 8, 16, 32)
+BITS = (2, 3, 4, 8, 16, 32)
 MAX_WINDOW = 1 << 24
 MAX_SINKS = 1 << 16
 
@@ -95,4 +95,4 @@ def _kind(bits: int, dense: str) -> int:
     """The format of so many bits; 16 bits are bfloat16 where the dense parts are."""
     if bits == 16:
         return BF16 if dense == "bf16" else F16
-    return {4: Q4, 8: Q8, 32: F32}[bits]
+    return F32 if bits == 32 else KIND_OF_BITS[bits]

@@ -2,120 +2,76 @@
 
 Keys are visited in *splits* of 512 absolute positions. In a split, every query row (one query and head) goes through
 three steps - logits, softmax, weighted sum of values - and comes out as a partial attention (O, M, S) that is merged into
-the row's state. The grid of splits and tiles is fixed in absolute positions, the order of merges too, and each row has
-its own accumulators: so its bits depend on neither the other rows of a call, nor where the call was cut, nor threads.
+the row's state. K and V meet in the logits only, so the format of one has nothing to do with that of the other. The grid of
+splits and tiles is fixed in absolute positions, the order of merges too, and each row has its own factors and
+accumulators: so its bits depend on neither the other rows of a call, nor where the call was cut, nor threads.
 """
 
 import numpy as np
 from numba import prange
-from numba.cpython.unsafe.tuple import tuple_setitem
 
 from . import simd
 from .jit import inner, kernel, parallel_kernel
-from .simd import LANES
+from .layout import BYTES, GROUP, HEAD, KIND, PARAMS, PER_LANE, ROW
+from .products import multiply_codes, score_floats, weigh_floats
+from .simd import LANES, ROWS, VECTORS
 from .state import merge_row
-from .tiles import VECTOR, unpack_k, unpack_v
+from .tiles import VECTOR, codes_to_floats, is_dense, unpack_codes, unpack_dense_k, unpack_dense_v, unpack_scales
 
 SPLIT = 512  # positions whose logits share one maximum; a multiple of every tile
 BLOCK_ROWS = 96  # query rows that share the unpacking of a tile: their logits then fit the second-level cache
+LOGITS_ROW = (SPLIT + LANES) * 4  # bytes from one row of logits to the next: no power of two, which would share cache sets
 
 # Indices into the int64 array that describes a segment to the kernel (see segment.py)
 TILE, FIRST_TILE, WIDTH, KV_HEADS = range(4)
-K_KIND, K_HEAD, K_ROW, K_PARAMS = range(4, 8)
-V_KIND, V_HEAD, V_ROW, V_PARAMS, V_GROUP = range(8, 13)
+K_SIDE, V_SIDE = 4, 11  # where the seven numbers of each Side begin (see layout.py)
 
 # Indices into the float32 array of options
-SCALE, SOFTCAP = 0, 1
+SCALE, SOFTCAP, EXACT = range(3)  # EXACT: not 0 for float32 throughout
+
+# Parts of a worker's room: addresses, on 64-byte boundaries
+QUERIES, OUT, LOGITS, CODES, VALUES, SCALES, WORDS, FACTORS, OFFSETS, SCRATCH = range(10)
 
 
 @inner
-def _fma_rows(acc, a, a_stride, b, count):  # type: ignore[no-untyped-def]
-    """acc[i] += sum over j < count of a[i, j] * b[j]: the one product of both sides. b is a vector a step."""
-    for j in range(count):
-        column = simd.load_f32(b + j * VECTOR)
-        for i in range(len(acc)):
-            acc = tuple_setitem(acc, i, simd.fma(simd.splat_at(a + i * a_stride + 4 * j), column, acc[i]))
-    return acc
+def _softmax_row(logits, start, stop, tile, cap, slope, distance, mask):  # type: ignore[no-untyped-def]
+    """Turn the logits of a row into exp(logit - M), in place; returns (M, S).
 
-
-@inner
-def _zeros8():  # type: ignore[no-untyped-def]
-    z = simd.splat(np.float32(0))
-    return (z, z, z, z, z, z, z, z)
-
-
-@inner
-def _zeros4():  # type: ignore[no-untyped-def]
-    z = simd.splat(np.float32(0))
-    return (z, z, z, z)
-
-
-@inner
-def _store_rows(acc, target, stride):  # type: ignore[no-untyped-def]
-    for i in range(len(acc)):
-        simd.store_f32(target + i * stride, acc[i])
-
-
-@inner
-def _add_to_rows(acc, p, p_stride, values, count, out, out_stride):  # type: ignore[no-untyped-def]
-    """out[i] += p[i] . values, for as many rows as ``acc`` is long; its content does not matter."""
-    for i in range(len(acc)):
-        acc = tuple_setitem(acc, i, simd.load_f32(out + i * out_stride))
-    _store_rows(_fma_rows(acc, p, p_stride, values, count), out, out_stride)
-
-
-@inner
-def _block_scores(q, rows, width, starts, stops, origin, n_blocks, keys, logits):  # type: ignore[no-untyped-def]
-    """Logits of all rows against the 16-token blocks of one unpacked tile; blocks that no row of a group sees are skipped.
-
-    ``origin`` is the tile's first position, relative to the split like starts and stops.
+    Within the tiles that the row sees, what lies outside of start .. stop becomes 0. ``distance`` is the position of the
+    split's first key minus that of the query; ``mask`` an address, or 0.
     """
-    for block in range(n_blocks):
-        at = origin + block * LANES
-        row = 0
-        while row < rows:
-            size = 8 if rows - row >= 8 else 4
-            seen = False
-            for i in range(row, row + size):
-                seen |= starts[i] < at + LANES and stops[i] > at
-            if seen:
-                a, b = q + row * width * 4, keys + block * width * VECTOR
-                target = logits + (row * SPLIT + at) * 4
-                if size == 8:
-                    _store_rows(_fma_rows(_zeros8(), a, width * 4, b, width), target, SPLIT * 4)
-                else:
-                    _store_rows(_fma_rows(_zeros4(), a, width * 4, b, width), target, SPLIT * 4)
-            row += size
-
-
-@inner
-def _softmax_row(logits, start, stop, options, slope, distance, mask):  # type: ignore[no-untyped-def]
-    """Turn the raw dot products of a row into exp(logit - M), in place; returns (M, S).
-
-    ``distance`` is the position of the split's first key minus that of the query; ``mask`` an address, or 0.
-    """
-    lowest = np.float32(-np.inf)
-    scale, cap = simd.splat(options[SCALE]), options[SOFTCAP]
-    top = simd.splat(lowest)
-    first = start // LANES * LANES
-    for at in range(first, stop, LANES):
-        x = simd.mul(simd.load_f32(logits + 4 * at), scale)
-        if cap > 0:
-            y = simd.div(x, simd.splat(cap))
-            x = simd.mul(simd.splat(cap), simd.tanh_from_exp(y, simd.exp(simd.add(y, y))))
-        if slope != 0:
-            away = simd.add(simd.lane_numbers(), simd.splat(np.float32(distance + at)))
-            x = simd.fma(simd.splat(slope), away, x)
-        if mask:
-            x = simd.add(x, simd.load_f32(mask + 4 * at))
-        if at < start or at + LANES > stop:
-            x = simd.keep_lanes(x, np.int32(start - at), np.int32(stop - at), lowest)
+    lowest, nothing = np.float32(-np.inf), simd.splat(np.float32(0))
+    first, last = start // LANES * LANES, (stop - 1) // LANES * LANES
+    for at in range(start // tile * tile, first, LANES):
+        simd.store_f32(logits + 4 * at, nothing)
+    for at in range(last + LANES, (stop + tile - 1) // tile * tile, LANES):
+        simd.store_f32(logits + 4 * at, nothing)
+    if cap > 0 or slope != 0 or mask:
+        for at in range(first, stop, LANES):
+            x = simd.load_f32(logits + 4 * at)
+            if cap > 0:
+                y = simd.div(x, simd.splat(cap))
+                e = simd.exp(simd.smaller(simd.splat(np.float32(40)), simd.add(y, y)))
+                x = simd.mul(simd.splat(cap), simd.tanh_from_exp(y, e))
+            if slope != 0:
+                away = simd.add(simd.lane_numbers(), simd.splat(np.float32(distance + at)))
+                x = simd.fma(simd.splat(slope), away, x)
+            if mask:
+                x = simd.add(x, simd.load_f32(mask + 4 * at))
+            simd.store_f32(logits + 4 * at, x)
+    for at in (first, last):  # the vectors that may reach beyond the range
+        x = simd.keep_lanes(simd.load_f32(logits + 4 * at), np.int32(start - at), np.int32(stop - at), lowest)
         simd.store_f32(logits + 4 * at, x)
-        top = simd.maximum(top, x)
-    M = simd.max_lanes(top)
-    if lowest == M:  # every key masked: nothing was attended to, and -inf - -inf is never computed
-        return M, np.float32(0)
-    total = simd.splat(np.float32(0))
+    top, other = simd.splat(lowest), simd.splat(lowest)
+    for at in range(first, last, 2 * LANES):
+        top = simd.larger(top, simd.load_f32(logits + 4 * at))
+        other = simd.larger(other, simd.load_f32(logits + 4 * at + VECTOR))
+    M = simd.largest_lane(simd.larger(simd.larger(top, other), simd.load_f32(logits + 4 * last)))
+    if lowest == M:
+        M = _first_nan(logits, first, stop)
+        if lowest == M:  # every key masked: nothing was attended to, and -inf - -inf is never computed
+            return M, np.float32(0)
+    total = nothing
     for at in range(first, stop, LANES):
         p = simd.exp(simd.sub(simd.load_f32(logits + 4 * at), simd.splat(M)))
         simd.store_f32(logits + 4 * at, p)
@@ -124,96 +80,133 @@ def _softmax_row(logits, start, stop, options, slope, distance, mask):  # type: 
 
 
 @inner
-def _one_row(p, values, lo, hi, tile, width, out):  # type: ignore[no-untyped-def]
-    """Out += p[lo:hi] . values[lo:hi] for one row; all offsets relative to the tile."""
-    for vector in range(width // LANES):
-        at = values + (vector * tile + lo) * VECTOR
-        _add_to_rows((simd.splat(np.float32(0)),), p + 4 * lo, 0, at, hi - lo, out + vector * VECTOR, 0)
+def _first_nan(logits, start, stop):  # type: ignore[no-untyped-def]
+    """NaN if one is among the logits start .. stop, else -inf."""
+    for i in range(start, stop):
+        x = simd.scalar_at(logits + 4 * i)
+        if x != x:
+            return x
+    return np.float32(-np.inf)
 
 
 @inner
-def _weigh_values(p, rows, width, starts, stops, origin, tile, values, out):  # type: ignore[no-untyped-def]
-    """out[row] += sum of p * V over the part of one unpacked tile that each row sees, in the order of the tokens.
+def _rows_that_see(starts, stops, rows, low, high, active):  # type: ignore[no-untyped-def]
+    """List the rows whose range meets the positions low .. high in ``active``; returns how many."""
+    count = 0
+    for row in range(rows):
+        if max(starts[row], low) < min(stops[row], high):
+            active[count] = row
+            count += 1
+    return count
 
-    Rows go in groups of 4 over the range they share; what only some of them see comes before and after, row by row. A
-    token outside a row's range is never touched, so whatever lies there (NaN even) cannot reach the row.
-    """
-    lows, highs = np.empty(4, np.int64), np.empty(4, np.int64)
-    for row in range(0, rows, 4):
-        low, high = 0, tile
-        for i in range(4):
-            lows[i] = min(max(starts[row + i] - origin, 0), tile)
-            highs[i] = max(min(stops[row + i] - origin, tile), lows[i])
-            low, high = max(low, lows[i]), min(high, highs[i])
-        shared = low < high
-        target, weights = out + row * width * 4, p + (row * SPLIT + origin) * 4
-        for i in range(4):
-            stop = low if shared else highs[i]
-            if lows[i] < stop:
-                _one_row(weights + i * SPLIT * 4, values, lows[i], stop, tile, width, target + i * width * 4)
-        if shared:
-            for vector in range(width // LANES):
-                at = values + (vector * tile + low) * VECTOR
-                _add_to_rows(
-                    _zeros4(), weights + 4 * low, SPLIT * 4, at, high - low, target + vector * VECTOR, width * 4
-                )
-            for i in range(4):
-                if high < highs[i]:
-                    _one_row(weights + i * SPLIT * 4, values, high, highs[i], tile, width, target + i * width * 4)
+
+@inner
+def _unpack_coded(base, side, lanes, steps, room, ahead):  # type: ignore[no-untyped-def]
+    """Codes of one head and tile as pairs of uint16 in room[CODES], their scales and minima as float32 in room[SCALES]."""
+    unpack_codes(base, side[KIND], lanes * steps // 32, room[CODES], ahead)
+    unpack_scales(base + side[PARAMS], lanes * steps // side[GROUP], room[SCALES])
+
+
+@inner
+def _first_key(split, k_table, geometry):  # type: ignore[no-untyped-def]
+    """Address of the first tile of K in a split, or of the last one there is."""
+    return k_table[min(max(split * (SPLIT // geometry[TILE]) - geometry[FIRST_TILE], 0), k_table.size - 1)]
 
 
 @inner
 def _attend_split(  # type: ignore[no-untyped-def]
-    head, split, rows, n_rep, first_query, qrows, starts, stops, k_table, v_table, geometry, options, slopes, distances,
-    mask, mask_strides, logits, out, states, local_starts, local_stops, keys, values, scratch,
+    head, split, rows, n_rep, first_query, starts, stops, k_table, v_table, geometry, options, slopes, distances, mask,
+    mask_strides, room, states, ranges, active, targets, following,
 ):  # fmt: skip
-    """The partial attention of a block of rows over one split: ``out`` (rows, width) normalised, ``states`` (rows, 2)."""
+    """The partial attention of a block of rows over one split: room[OUT] (rows, width) normalised, states (rows, 2)."""
     tile, width = geometry[TILE], geometry[WIDTH]
-    origin = split * SPLIT
+    k_side, v_side = geometry[K_SIDE : K_SIDE + 7], geometry[V_SIDE : V_SIDE + 7]
+    exact = options[EXACT] != 0
+    origin, logits, out = split * SPLIT, room[LOGITS], room[OUT]
+    starts_here, stops_here = ranges[0], ranges[1]
     first, stop = SPLIT, 0
     for row in range(rows):
         a = min(max(starts[first_query + row // n_rep] - origin, 0), SPLIT)
         b = max(min(stops[first_query + row // n_rep] - origin, SPLIT), a)
-        local_starts[row], local_stops[row] = a, b
+        starts_here[row], stops_here[row] = a, b
         states[row, 0], states[row, 1] = -np.inf, 0
         if a < b:
             first, stop = min(first, a), max(stop, b)
-    padded = (rows + 3) // 4 * 4
-    for row in range(rows, padded):  # rows that only fill a group of four; they see what the last one sees
-        local_starts[row], local_stops[row] = local_starts[rows - 1], local_stops[rows - 1]
     if first >= stop:
         return
     base = split * (SPLIT // tile) - geometry[FIRST_TILE]
-    for t in range(first // tile, (stop + tile - 1) // tile):
-        lo, hi = max(first - t * tile, 0), min(stop - t * tile, tile)
-        at = k_table[base + t] + head * geometry[K_HEAD]
-        unpack_k(at, geometry[K_KIND], geometry[K_ROW], geometry[K_PARAMS], width, lo, hi, keys, scratch)
-        skip = lo // LANES
-        _block_scores(
-            qrows, padded, width, local_starts, local_stops, t * tile + skip * LANES, (hi + LANES - 1) // LANES - skip,
-            keys + skip * width * VECTOR, logits,
-        )  # fmt: skip
+    first_tile, last_tile = first // tile, (stop - 1) // tile
+    first_v = v_table[base + first_tile] + head * v_side[HEAD]
+    for t in range(first_tile, last_tile + 1):
+        count = _rows_that_see(starts_here, stops_here, rows, t * tile, (t + 1) * tile, active)
+        if count == 0:
+            continue
+        at, target = k_table[base + t] + head * k_side[HEAD], logits + t * tile * 4
+        ahead = k_table[base + t + 1] + head * k_side[HEAD] if t < last_tile else first_v
+        last = ahead + (k_side[BYTES] if t < last_tile else v_side[BYTES])
+        for i in range(count):
+            for c in range(0, 4 * tile, VECTOR):
+                simd.store_f32(target + active[i] * LOGITS_ROW + c, simd.splat(np.float32(0)))
+        if is_dense(k_side[KIND]):
+            low, high = max(first - t * tile, 0), min(stop - t * tile, tile)
+            unpack_dense_k(at, k_side[KIND], k_side[ROW], width, low, high, room[VALUES], room[SCALES])
+        else:
+            _unpack_coded(at, k_side, tile, width, room, ahead)
+            if exact:
+                codes_to_floats(
+                    room[CODES], room[SCALES], tile, width, k_side[GROUP], k_side[PER_LANE], room[VALUES]
+                )  # fmt: skip
+        if exact or is_dense(k_side[KIND]):
+            score_floats(
+                room[QUERIES], width * 4, active[0], active[count - 1] + 1, tile, width, room[VALUES], target,
+                LOGITS_ROW, ahead, last,
+            )  # fmt: skip
+        else:
+            multiply_codes(
+                room[QUERIES], width * 4, active, count, tile, width, room[CODES], room[SCALES], k_side[GROUP],
+                k_side[PER_LANE], target, LOGITS_ROW, ahead + (last - ahead) // 3, last, room[WORDS], room[FACTORS], room[OFFSETS], targets,
+                room[SCRATCH],
+            )  # fmt: skip
     for row in range(rows):
         query, h = first_query + row // n_rep, head * n_rep + row % n_rep
-        if local_starts[row] < local_stops[row]:
+        if starts_here[row] < stops_here[row]:
             row_mask = mask + h * mask_strides[0] + query * mask_strides[1] + origin * 4 if mask else 0
             M, S = _softmax_row(
-                logits + row * SPLIT * 4, local_starts[row], local_stops[row], options, slopes[h],
+                logits + row * LOGITS_ROW, starts_here[row], stops_here[row], tile, options[SOFTCAP], slopes[h],
                 distances[query] + origin, row_mask,
             )  # fmt: skip
             states[row, 0], states[row, 1] = M, S
             if S == 0:
-                local_starts[row] = local_stops[row]
-    for i in range(0, padded * width, LANES):
+                starts_here[row] = stops_here[row]
+    for i in range(0, rows * width, LANES):
         simd.store_f32(out + 4 * i, simd.splat(np.float32(0)))
-    for t in range(first // tile, (stop + tile - 1) // tile):
-        lo, hi = max(first - t * tile, 0), min(stop - t * tile, tile)
-        at = v_table[base + t] + head * geometry[V_HEAD]
-        unpack_v(
-            at, geometry[V_KIND], geometry[V_ROW], geometry[V_PARAMS], geometry[V_GROUP], width, tile, lo, hi, values,
-            scratch,
-        )  # fmt: skip
-        _weigh_values(logits, padded, width, local_starts, local_stops, t * tile, tile, values, out)
+    for t in range(first_tile, last_tile + 1):
+        count = _rows_that_see(starts_here, stops_here, rows, t * tile, (t + 1) * tile, active)
+        if count == 0:
+            continue
+        at = v_table[base + t] + head * v_side[HEAD]
+        ahead = v_table[base + t + 1] + head * v_side[HEAD] if t < last_tile else following
+        last = ahead + (v_side[BYTES] if t < last_tile else k_side[BYTES])
+        if is_dense(v_side[KIND]):
+            low, high = max(first - t * tile, 0), min(stop - t * tile, tile)
+            unpack_dense_v(at, v_side[KIND], v_side[ROW], width, tile, low, high, room[VALUES])
+        else:
+            _unpack_coded(at, v_side, width, tile, room, ahead)
+            if exact:
+                codes_to_floats(
+                    room[CODES], room[SCALES], width, tile, v_side[GROUP], v_side[PER_LANE], room[VALUES]
+                )  # fmt: skip
+        if exact or is_dense(v_side[KIND]):
+            weigh_floats(
+                logits, LOGITS_ROW, active[0], active[count - 1] + 1, starts_here, stops_here, t * tile, tile, width,
+                room[VALUES], out, ahead, last,
+            )  # fmt: skip
+        else:
+            multiply_codes(
+                logits + t * tile * 4, LOGITS_ROW, active, count, width, tile, room[CODES], room[SCALES], v_side[GROUP],
+                v_side[PER_LANE], out, width * 4, ahead + (last - ahead) // 3, last, room[WORDS], room[FACTORS], room[OFFSETS], targets,
+                room[SCRATCH],
+            )  # fmt: skip
     for row in range(rows):
         if states[row, 1] != 0:
             share = simd.splat(np.float32(1) / states[row, 1])
@@ -223,100 +216,120 @@ def _attend_split(  # type: ignore[no-untyped-def]
 
 
 @inner
-def _aligned(buffer):  # type: ignore[no-untyped-def]
-    """The first address of a buffer that lies on a 64-byte boundary."""
-    return (buffer.ctypes.data + 63) // 64 * 64
+def _room_parts(start, rows, tile, width):  # type: ignore[no-untyped-def]
+    """Where each part of a worker's room begins, from address ``start`` on, and where the last one ends."""
+    queries = start
+    out = queries + rows * width * 4
+    logits = out + rows * width * 4
+    codes = logits + rows * LOGITS_ROW
+    values = codes + tile * width * 2
+    scales = values + tile * width * 4
+    words = scales + max(2 * tile * width // LANES, LANES * LANES) * 4
+    factors = words + (rows * max(tile, width) * 2 + 63) // 64 * 64
+    offsets = factors + (rows + 3) // 4 * VECTOR
+    scratch = offsets + (rows + 3) // 4 * VECTOR
+    end = scratch + ROWS * (2 * VECTOR + 4 * max(tile, width))
+    return queries, out, logits, codes, values, scales, words, factors, offsets, scratch, end
 
 
 @inner
 def _attend_block(  # type: ignore[no-untyped-def]
     head, first_query, n_queries, first_split, stop_split, q, starts, stops, k_table, v_table, geometry, options, slopes,
-    distances, mask, mask_strides, out, state,
+    distances, mask, mask_strides, out, state, room, states, ranges, active, targets,
 ):  # fmt: skip
     """Attention of some queries of one KV head's query heads over a run of splits, merged into ``out`` and ``state``."""
-    tile, width = geometry[TILE], geometry[WIDTH]
-    n_heads = q.shape[1]
+    width, n_heads = geometry[WIDTH], q.shape[1]
     n_rep = n_heads // geometry[KV_HEADS]
     rows = n_queries * n_rep
-    padded = (rows + 3) // 4 * 4
-    scratch_size = 2 * max(width, tile * (width // geometry[V_GROUP]))
-    room = np.empty(padded * (2 * width + SPLIT) + 2 * tile * width + scratch_size + 16, np.float32)
-    qrows = _aligned(room)
-    partial = qrows + padded * width * 4
-    logits = partial + padded * width * 4
-    keys = logits + padded * SPLIT * 4
-    values = keys + tile * width * 4
-    scratch = values + tile * width * 4
-    states = np.empty((rows, 2), np.float32)
-    local_starts, local_stops = np.empty(padded, np.int64), np.empty(padded, np.int64)
-    for row in range(padded):
-        source = min(row, rows - 1)
-        query, h = first_query + source // n_rep, head * n_rep + source % n_rep
+    scale = simd.splat(options[SCALE])
+    for row in range(rows):
+        query, h = first_query + row // n_rep, head * n_rep + row % n_rep
         at = q.ctypes.data + (query * n_heads + h) * width * 4
         for c in range(0, width, LANES):
-            simd.store_f32(qrows + (row * width + c) * 4, simd.load_f32(at + 4 * c))
+            simd.store_f32(room[QUERIES] + (row * width + c) * 4, simd.mul(simd.load_f32(at + 4 * c), scale))
     for split in range(first_split, stop_split):
+        following = _first_key(split + 1, k_table, geometry) + head * geometry[K_SIDE + HEAD]
         _attend_split(
-            head, split, rows, n_rep, first_query, qrows, starts, stops, k_table, v_table, geometry, options, slopes,
-            distances, mask, mask_strides, logits, partial, states, local_starts, local_stops, keys, values, scratch,
+            head, split, rows, n_rep, first_query, starts, stops, k_table, v_table, geometry, options, slopes, distances,
+            mask, mask_strides, room, states, ranges, active, targets, following,
         )  # fmt: skip
         for row in range(rows):
             query, h = first_query + row // n_rep, head * n_rep + row % n_rep
             M, S = merge_row(
                 out.ctypes.data + (query * n_heads + h) * width * 4, state[h, query, 0], state[h, query, 1],
-                partial + row * width * 4, states[row, 0], states[row, 1], width,
+                room[OUT] + row * width * 4, states[row, 0], states[row, 1], width,
             )  # fmt: skip
             state[h, query, 0], state[h, query, 1] = M, S
-    return room.size  # Numba frees an array after its last mention, and the addresses above do not count as one
 
 
-@parallel_kernel
-def attend_blocks(  # type: ignore[no-untyped-def]
-    q, starts, stops, first_split, stop_split, k_table, v_table, geometry, options, slopes, distances, mask,
-    mask_strides, out, state, workers,
-):  # fmt: skip
-    """Attention with many queries: the work is cut into (KV head, block of queries), dealt out in turn to the workers."""
-    n_queries, kv_heads = q.shape[0], geometry[KV_HEADS]
-    block = max(1, BLOCK_ROWS // (q.shape[1] // kv_heads))
-    units = (n_queries + block - 1) // block * kv_heads
-    for worker in prange(workers):
-        for unit in range(worker, units, workers):
-            first = unit // kv_heads * block
-            _attend_block(
-                unit % kv_heads, first, min(block, n_queries - first), first_split, stop_split, q, starts, stops, k_table,
-                v_table, geometry, options, slopes, distances, mask, mask_strides, out, state,
-            )  # fmt: skip
+@inner
+def _units(worker, workers, parts, blocks, kv_heads):  # type: ignore[no-untyped-def]
+    """The units of work of one worker: first, stop, step.
 
-
-@parallel_kernel
-def attend_splits(  # type: ignore[no-untyped-def]
-    q, starts, stops, first_split, stop_split, k_table, v_table, geometry, options, slopes, distances, mask,
-    mask_strides, partial_outs, partial_states, workers,
-):  # fmt: skip
-    """Attention with few queries: the work is cut into (KV head, split), each into a partial attention of its own.
-
-    partial_outs (n_splits, T, H, width) and partial_states (n_splits, H, T, 2), the latter empty, receive them.
+    Parts follow one another in memory, so a worker takes a run of them; blocks differ in work, so they are dealt out.
     """
-    n_queries, kv_heads = q.shape[0], geometry[KV_HEADS]
-    units = (stop_split - first_split) * kv_heads
+    units = parts * blocks * kv_heads
+    if parts > 1:
+        return units * worker // workers, units * (worker + 1) // workers, 1
+    return worker, units, workers
+
+
+@inner
+def _work(  # type: ignore[no-untyped-def]
+    worker, workers, q, starts, stops, first_split, stop_split, k_table, v_table, geometry, options, slopes, distances,
+    mask, mask_strides, outs, states,
+):  # fmt: skip
+    """The share of one worker: see ``attend_parts``."""
+    n_queries, kv_heads, tile, width = q.shape[0], geometry[KV_HEADS], geometry[TILE], geometry[WIDTH]
+    n_rep = q.shape[1] // kv_heads
+    parts, n_splits = outs.shape[0], stop_split - first_split
+    block = max(1, BLOCK_ROWS // n_rep)
+    blocks = (n_queries + block - 1) // block
+    rows = min(block, n_queries) * n_rep
+    memory = np.empty(_room_parts(0, rows, tile, width)[-1] + 64, np.uint8)
+    room = _room_parts((memory.ctypes.data + 63) // 64 * 64, rows, tile, width)
+    row_states = np.empty((rows, 2), np.float32)
+    ranges, active, targets = np.empty((2, rows), np.int64), np.empty(rows, np.int64), np.empty(rows, np.int64)
+    first_unit, stop_unit, step = _units(worker, workers, parts, blocks, kv_heads)
+    for unit in range(first_unit, stop_unit, step):
+        head, rest = unit // (parts * blocks), unit % (parts * blocks)
+        if parts == 1:
+            head, rest = unit % kv_heads, unit // kv_heads
+        part, first_query = rest // blocks, rest % blocks * block
+        _attend_block(
+            head, first_query, min(block, n_queries - first_query), first_split + n_splits * part // parts,
+            first_split + n_splits * (part + 1) // parts, q, starts, stops, k_table, v_table, geometry, options, slopes,
+            distances, mask, mask_strides, outs[part], states[part], room, row_states, ranges, active, targets,
+        )  # fmt: skip
+    memory[0] = 0  # Numba frees an array after its last mention, and the addresses above do not count as one
+
+
+@parallel_kernel
+def attend_parts(  # type: ignore[no-untyped-def]
+    q, starts, stops, first_split, stop_split, k_table, v_table, geometry, options, slopes, distances, mask,
+    mask_strides, outs, states, workers,
+):  # fmt: skip
+    """Attention of all queries, cut into (KV head, part of the splits, block of queries), shared out to the workers.
+
+    outs (parts, T, H, width) and states (parts, H, T, 2) are continued: a part each for as many runs of splits, or one
+    part for all.
+    """
     for worker in prange(workers):
-        for unit in range(worker, units, workers):
-            i = unit // kv_heads
-            _attend_block(
-                unit % kv_heads, 0, n_queries, first_split + i, first_split + i + 1, q, starts, stops, k_table, v_table,
-                geometry, options, slopes, distances, mask, mask_strides, partial_outs[i], partial_states[i],
-            )  # fmt: skip
+        _work(
+            worker, workers, q, starts, stops, first_split, stop_split, k_table, v_table, geometry, options, slopes,
+            distances, mask, mask_strides, outs, states,
+        )  # fmt: skip
 
 
 @kernel
 def merge_partials(partial_outs, partial_states, out, state):  # type: ignore[no-untyped-def]
-    """Merge partial attentions into ``out`` (T, H, width) and ``state`` (H, T, 2), in the order of the splits."""
-    n_splits, n_queries, n_heads, width = partial_outs.shape
+    """Merge partial attentions into ``out`` (T, H, width) and ``state`` (H, T, 2), in the order of the parts."""
+    n_parts, n_queries, n_heads, width = partial_outs.shape
     for h in range(n_heads):
         for t in range(n_queries):
             M, S = state[h, t, 0], state[h, t, 1]
             target = out.ctypes.data + (t * n_heads + h) * width * 4
-            for i in range(n_splits):
+            for i in range(n_parts):
                 source = partial_outs.ctypes.data + ((i * n_queries + t) * n_heads + h) * width * 4
                 other = partial_states[i, h, t]
                 M, S = merge_row(target, M, S, source, other[0], other[1], width)

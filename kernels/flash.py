@@ -7,7 +7,7 @@ import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .attention import BLOCK_ROWS, SPLIT, attend_blocks, attend_splits, merge_partials
+from .attention import BLOCK_ROWS, SPLIT, attend_parts, merge_partials
 from .segment import Int64, Segment, segment_of_arrays
 from .simd import LANES
 from .state import Float32, check_out, check_state, empty_state, pad_last_axis
@@ -15,6 +15,7 @@ from .state import Float32, check_out, check_state, empty_state, pad_last_axis
 PRECISIONS = ("default", "f32")
 _NO_MASK = np.zeros(2, np.int64)
 _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+UNITS_A_WORKER = 8  # units of work each, at least, so that none waits long for another
 _FARTHEST = 2**62  # positions beyond would wrap when one is subtracted from another
 
 
@@ -113,7 +114,7 @@ def flash_attention(
     _clear_empty_rows(result, running)
     attend(
         padded_q, segment, starts, stops, result, running, scale=scale, softcap=softcap, slopes=_slopes(max_bias, h),
-        distances=k_position - where, mask=tall_mask,
+        distances=k_position - where, mask=tall_mask, exact=precision == "f32",
     )  # fmt: skip
     if sinks is not None:
         _add_sink_logits(result, running, sinks)
@@ -137,6 +138,7 @@ def attend(
     slopes: Float32 | None = None,
     distances: Int64 | None = None,
     mask: Float32 | None = None,
+    exact: bool = False,
 ) -> None:
     """Continue ``out`` and ``state`` over a segment. The checked inside of ``flash_attention``; the cache calls it too.
 
@@ -154,7 +156,7 @@ def attend(
     if low >= high or n_queries == 0:
         return
     first_split, stop_split = low // SPLIT, -(-high // SPLIT)
-    options = np.array([scale, softcap], np.float32)
+    options = np.array([scale, softcap, exact], np.float32)
     slopes = np.zeros(n_heads, np.float32) if slopes is None else slopes
     distances = np.zeros(n_queries, np.int64) if distances is None else distances
     address = 0 if mask is None else mask.ctypes.data
@@ -165,13 +167,15 @@ def attend(
         distances, address, strides,
     )  # fmt: skip
     n_splits = stop_split - first_split
-    if n_splits == 1 or n_queries * n_heads // segment.n_kv_heads > BLOCK_ROWS:
-        attend_blocks(*common, out, state, workers)
+    n_rep = n_heads // segment.n_kv_heads
+    enough_units = -(-n_queries * n_rep // BLOCK_ROWS) * segment.n_kv_heads >= UNITS_A_WORKER * workers
+    if n_splits == 1 or n_queries * n_rep > BLOCK_ROWS or enough_units:
+        attend_parts(*common, out[None], state[None], workers)
     else:
-        outs = np.zeros((n_splits, n_queries, n_heads, width), np.float32)
-        states = np.zeros((n_splits, n_heads, n_queries, 2), np.float32)
-        states[..., 0] = -np.inf
-        attend_splits(*common, outs, states, workers)
+        outs = np.empty((n_splits, n_queries, n_heads, width), np.float32)
+        states = np.empty((n_splits, n_heads, n_queries, 2), np.float32)
+        states[:] = -np.inf, 0
+        attend_parts(*common, outs, states, workers)
         merge_partials(outs, states, out, state)
 
 

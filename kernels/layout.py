@@ -1,24 +1,36 @@
 """How keys and values lie in memory: the formats, and the layout of one tile.
 
 A *tile* is ``tile`` consecutive tokens of one layer, all KV heads, in one allocation: first K of every head, then V. The
-order is what the kernels eat: 16 tokens side by side for K (a dot product then needs no sum across lanes) and 16 channels
-side by side for V. ``width`` is head_dim rounded up to 16; the added channels are zero, or in coded V
-copies of the last one, so that they widen no range.
+order is what the kernels eat. An attention product has a *lane axis*, 16 of which stand side by side in a vector, and a
+*sum axis*, along which it adds up:
+
+             lane axis    sum axis
+    q . K    tokens       channels
+    p . V    channels     tokens
+
+``width`` is head_dim rounded up to 16; the added channels are zero, or in codes copies of the last one, so that they widen
+no range.
 
     K dense   [tile/16][width][16 tokens]
-    K 8 bits  [tile/16][width/4][16 tokens][4 channels]             then scales f16 [width], minima f16 [width]
-    K 4 bits  [tile/16][width/8][16 tokens][4 bytes]                the same; byte b of block i: low nibble channel
-                                                                    8i + b, high nibble channel 8i + 4 + b
     V dense   [tile][width]
-    V 8 bits  [tile/4][width/16][16 channels][4 tokens]             then scales f16 [groups][tile], minima likewise
-    V 4 bits  [tile/8][width/16][16 channels][4 bytes]              the same; byte b of block i: low nibble token
-                                                                    8i + b, high nibble token 8i + 4 + b
+    codes     [lanes/16][words][16 lanes] of 32-bit words, then scales f16, then minima f16
 
-A value is code * scale + minimum. K has one pair (scale, minimum) a channel and tile, V one a token and group of channels.
+A word holds codes of one lane. Its lower half has those of even places along the sum axis and its upper half those of odd
+ones: code i of both halves is the pair (2i, 2i + 1) that one 16-bit dot product takes. So a half holds 2 codes of 8 bits, 4
+of 4 or 8 of 2. Codes of 3 bits are two planes: the lower two bits of all of them as 2-bit codes, then the third bits, 16 to
+a half.
+
+A value is code * scale + minimum. *By channel*, a channel has one pair (scale, minimum) a tile; *by token*, a token has one
+for every ``group`` channels. For K and V alike the question is whether scales lie along the lane axis (K by token, V by
+channel), where they multiply the finished sum, or along the sum axis (K by channel, V by token), where they multiply what is
+multiplied with the codes. ``group`` counts the places along the other axis that share a scale.
+
+    scales along the lane axis    [sum axis / group][lanes]
+    scales along the sum axis     [lanes / group][sum axis]
 """
 
 import mmap
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ml_dtypes
 import numpy as np
@@ -28,10 +40,13 @@ from .simd import LANES
 
 Bytes = NDArray[np.uint8]
 
-F32, F16, BF16, Q8, Q4 = range(5)
-KIND_BITS = (32, 16, 16, 8, 4)
+F32, F16, BF16, Q8, Q4, Q3, Q2 = range(7)
+KIND_BITS = (32, 16, 16, 8, 4, 3, 2)
+KIND_OF_BITS = {8: Q8, 4: Q4, 3: Q3, 2: Q2}
 DENSE_DTYPES = {F32: np.dtype(np.float32), F16: np.dtype(np.float16), BF16: np.dtype(ml_dtypes.bfloat16)}
 TILES = (32, 64, 128)
+AXES = ("channel", "token")
+MAX_HEAD_DIM = 256  # 256 codes of 8 bits times 16-bit factors is what a sum in 32 bits can hold
 _ALIGNMENT = 64  # bytes: a vector load never straddles two cache lines
 
 
@@ -43,11 +58,24 @@ class Side:
     head_stride: int
     row_stride: int  # 0: the tile layout above; else token after token, so many bytes apart
     params: int  # offset of the scales from the head's start
-    group: int  # channels that share a scale (V by token)
+    group: int  # places that share a scale, along the axis on which the scales do not lie
+    per_lane: bool  # scales lie along the lane axis
+    nbytes: int  # that lie together, of one head in one tile; 0 where a head's rows lie apart
 
 
-def value_group(width: int) -> int:
-    """Channels of V that share a scale: the largest multiple of 16 that divides ``width`` and is at most 64.
+# Indices into the int64 array that describes a Side to the kernels
+KIND, HEAD, ROW, PARAMS, GROUP, PER_LANE, BYTES = range(7)
+
+
+def side_numbers(side: Side) -> NDArray[np.int64]:
+    """A Side as the kernels take it; BYTES is how many lie together, one head in one tile."""
+    return np.array(
+        [side.kind, side.head_stride, side.row_stride, side.params, side.group, side.per_lane, side.nbytes], dtype=np.int64
+    )
+
+
+def default_group(width: int) -> int:
+    """Channels that share a scale by token: the largest multiple of 16 that divides ``width`` and is at most 64.
 
     Where that would be under 32 (width 80 or 112: one scale for 16 values costs 2 bits each), the whole width.
     """
@@ -55,15 +83,36 @@ def value_group(width: int) -> int:
     return best if best >= min(32, width) else width
 
 
+def legal_groups(width: int) -> list[int]:
+    """The groups of channels that may share a scale by token: multiples of 16 that divide the width."""
+    return [g for g in range(LANES, width + 1, LANES) if width % g == 0]
+
+
 @dataclass(frozen=True, slots=True)
 class TileLayout:
-    """The layout of every tile of one cache segment."""
+    """The layout of every tile of one cache segment.
+
+    Attributes:
+        n_kv_heads, head_dim: shape of a token's keys and of its values.
+        tile: tokens a tile.
+        k_kind, v_kind: formats.
+        k_axis, v_axis: the axis that has scales of its own, "channel" or "token"; dense formats have none.
+        k_group, v_group: channels that share a scale by token; 0 for ``default_group``. By channel it is the tile.
+
+    Raises:
+        ValueError: a tile, an axis or a group that the kernels do not know, with those that they do.
+
+    """
 
     n_kv_heads: int
     head_dim: int
     tile: int
     k_kind: int
     v_kind: int
+    k_axis: str = "channel"
+    v_axis: str = "token"
+    k_group: int = 0
+    v_group: int = 0
     width: int = field(init=False)
     k: Side = field(init=False)
     v: Side = field(init=False)
@@ -73,23 +122,36 @@ class TileLayout:
     def __post_init__(self) -> None:
         if self.tile not in TILES:
             raise ValueError(f"tile must be one of {TILES}, found {self.tile}")
-        width = -(-self.head_dim // LANES) * LANES
-        group = value_group(width)
-
-        def side(kind: int, scales: int) -> Side:
-            codes = self.tile * width * KIND_BITS[kind] // 8
-            params = codes if kind in (Q8, Q4) else 0
-            return Side(kind, codes + (4 * scales if params else 0), 0, params, group)
-
         set_ = object.__setattr__
-        set_(self, "width", width)
-        k, v = side(self.k_kind, width), side(self.v_kind, self.tile * (width // group))
+        set_(self, "width", -(-self.head_dim // LANES) * LANES)
+        k = self._side("k", self.k_kind, self.k_axis, self.k_group)
+        v = self._side("v", self.v_kind, self.v_axis, self.v_group)
         if self.v_kind in DENSE_DTYPES:
-            v = Side(v.kind, v.head_stride, width * KIND_BITS[v.kind] // 8, 0, group)
+            v = replace(v, row_stride=self.width * KIND_BITS[v.kind] // 8)
         set_(self, "k", k)
         set_(self, "v", v)
         set_(self, "v_offset", -(-k.head_stride * self.n_kv_heads // _ALIGNMENT) * _ALIGNMENT)
         set_(self, "nbytes", self.v_offset + v.head_stride * self.n_kv_heads)
+
+    def _side(self, name: str, kind: int, axis: str, group: int) -> Side:
+        if axis not in AXES:
+            raise ValueError(f"{name}_axis must be one of {AXES}, found {axis!r}")
+        codes = self.tile * self.width * KIND_BITS[kind] // 8
+        if kind in DENSE_DTYPES:
+            return Side(kind, codes, 0, 0, self.tile, False, codes)
+        if self.width > MAX_HEAD_DIM:
+            raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} for codes, found {self.head_dim}")
+        if axis == "channel":
+            if group not in (0, self.tile):
+                raise ValueError(f"{name}_group by channel is the tile ({self.tile}) or 0, found {group}")
+            group = self.tile
+        else:
+            group = group or default_group(self.width)
+            if group not in legal_groups(self.width):
+                legal = ", ".join(map(str, legal_groups(self.width)))
+                raise ValueError(f"{name}_group by token must be one of {legal} at head_dim {self.head_dim}, found {group}")
+        scales = self.tile * self.width // group
+        return Side(kind, codes + 4 * scales, 0, codes, group, (name == "k") == (axis == "token"), codes + 4 * scales)
 
     def empty_tile(self, *, short_lived: bool = False) -> Bytes:
         """A tile of zeros: uint8 (nbytes,), aligned to 64 bytes.

@@ -7,11 +7,13 @@ rounding them costs is not paid twice.
 import numpy as np
 from numpy.typing import NDArray
 
-from .layout import DENSE_DTYPES, Q4, Q8, Bytes, TileLayout
+from . import simd
+from .jit import inner, kernel
+from .layout import DENSE_DTYPES, GROUP, HEAD, KIND, KIND_BITS, PARAMS, PER_LANE, ROW, Bytes, TileLayout, side_numbers
 from .simd import LANES
+from .tiles import VECTOR, unpack_dense_k, unpack_dense_v
 
 Float32 = NDArray[np.float32]
-LARGEST_CODE = {Q8: 255, Q4: 15}
 
 
 def store_rows(layout: TileLayout, tile: Bytes, first: int, k: Float32, v: Float32) -> None:
@@ -47,75 +49,164 @@ def quantize_tile(source: Bytes, dense: TileLayout, target: TileLayout, dead: in
     Args:
         source: the dense tile, all of its tokens present.
         dense, target: layouts of the same heads, head_dim and tile.
-        dead: how many of the first tokens no query will ever see (they are sinks); they do not widen K's range.
+        dead: how many of the first tokens no query will ever see (they are sinks); they widen no range by channel.
 
     Raises:
         OverflowError: a scale or minimum beyond float16.
 
     """
     tile = target.empty_tile()
-    if target.k_kind in LARGEST_CODE:
-        k = dense.dense_k(source).astype(np.float32)  # (Hkv, tile/16, width, 16)
-        _write_k(target, target.k_heads(tile), k, dead)
-    else:
-        target.dense_k(tile)[...] = narrow(dense.dense_k(source).astype(np.float32), target.k_kind)
-    if target.v_kind in LARGEST_CODE:
-        v = dense.dense_v(source).astype(np.float32)
-        v[..., target.head_dim :] = v[..., target.head_dim - 1 : target.head_dim]  # padding must not widen the range
-        _write_v(target, target.v_heads(tile), v)
-    else:
-        target.dense_v(tile)[...] = narrow(dense.dense_v(source).astype(np.float32), target.v_kind)
+    for is_k, side in ((True, target.k), (False, target.v)):
+        if side.kind in DENSE_DTYPES:
+            wide, narrowed = (layout.dense_k if is_k else layout.dense_v for layout in (dense, target))
+            narrowed(tile)[...] = narrow(wide(source).astype(np.float32), side.kind)
+            continue
+        offset = 0 if is_k else dense.v_offset, 0 if is_k else target.v_offset
+        found = _quantize_side(
+            source, offset[0], side_numbers(dense.k if is_k else dense.v), tile, offset[1], side_numbers(side),
+            KIND_BITS[side.kind], is_k, target.n_kv_heads, target.head_dim, target.tile, dead,
+        )  # fmt: skip
+        if not found:
+            raise OverflowError("a scale or minimum is beyond the largest float16, or not a number")
     return tile
 
 
-def _codes(x: Float32, low: Float32, high: Float32, kind: int) -> tuple[NDArray[np.uint8], Bytes, Bytes]:
-    """Codes of x, and the scales and minima as float16 bytes; low and high broadcast against x."""
-    with np.errstate(over="ignore"):
-        scale = ((high - low) / LARGEST_CODE[kind]).astype(np.float16)
-        minimum = low.astype(np.float16)
-    if not (np.isfinite(scale).all() and np.isfinite(minimum).all()):
-        raise OverflowError("a scale or minimum is beyond the largest float16, or not a number")
-    step = scale.astype(np.float32)
-    steps = np.divide(x - minimum.astype(np.float32), step, out=np.zeros_like(x), where=step > 0)
-    codes = np.clip(np.rint(steps), 0, LARGEST_CODE[kind]).astype(np.uint8)
-    return codes, np.ascontiguousarray(scale).view(np.uint8), np.ascontiguousarray(minimum).view(np.uint8)
+@inner
+def _fill_padding(values, is_k, per_lane, head_dim, width, tile):  # type: ignore[no-untyped-def]
+    """Give the channels that only fill up ``width`` the values of the last one, where they share scales with it."""
+    if is_k and per_lane:
+        for block in range(tile // LANES):
+            last = simd.load_f32(values + (block * width + head_dim - 1) * VECTOR)
+            for c in range(head_dim, width):
+                simd.store_f32(values + (block * width + c) * VECTOR, last)
+    elif not is_k and head_dim < width:
+        block = values + (width // LANES - 1) * tile * VECTOR
+        for token in range(tile):
+            last = simd.scalar_at(block + token * VECTOR + (head_dim - 1) % LANES * 4)
+            for lane in range(head_dim % LANES, LANES):
+                simd.store_scalar(block + token * VECTOR + lane * 4, last)
 
 
-def _write_k(layout: TileLayout, heads: Bytes, k: Float32, dead: int) -> None:
-    """Codes of k (Hkv, tile/16, width, 16), one scale a channel."""
-    live = (np.arange(layout.tile) >= dead).reshape(-1, 1, LANES)
-    if dead >= layout.tile:
-        low = high = np.zeros_like(k[:, :1, :, :1])
+@inner
+def _range_along_sum(values, lanes, steps, group, dead_steps, lows, highs):  # type: ignore[no-untyped-def]
+    """Smallest and largest of every ``group`` places along the sum axis, for every lane: [steps/group][lanes]."""
+    for g in range(steps // group):
+        for block in range(lanes // LANES):
+            low, high = simd.splat(np.float32(-np.inf)), simd.splat(np.float32(-np.inf))
+            for step in range(max(g * group, dead_steps), (g + 1) * group):
+                x = simd.load_f32(values + (block * steps + step) * VECTOR)
+                high = simd.maximum(high, x)
+                low = simd.maximum(low, simd.sub(simd.splat(np.float32(0)), x))
+            simd.store_f32(highs + 4 * (g * lanes + block * LANES), high)
+            simd.store_f32(lows + 4 * (g * lanes + block * LANES), simd.sub(simd.splat(np.float32(0)), low))
+
+
+@inner
+def _range_along_lanes(values, lanes, steps, group, dead_lanes, lows, highs):  # type: ignore[no-untyped-def]
+    """Smallest and largest of every ``group`` lanes, for every place along the sum axis: [lanes/group][steps]."""
+    lowest = np.float32(-np.inf)
+    for g in range(lanes // group):
+        for step in range(steps):
+            low, high = simd.splat(lowest), simd.splat(lowest)
+            for lane in range(g * group, (g + 1) * group, LANES):
+                x = simd.load_f32(values + (lane // LANES * steps + step) * VECTOR)
+                minus = simd.sub(simd.splat(np.float32(0)), x)
+                if lane < dead_lanes:
+                    x = simd.keep_lanes(x, np.int32(dead_lanes - lane), np.int32(LANES), lowest)
+                    minus = simd.keep_lanes(minus, np.int32(dead_lanes - lane), np.int32(LANES), lowest)
+                high, low = simd.maximum(high, x), simd.maximum(low, minus)
+            simd.store_scalar(highs + 4 * (g * steps + step), simd.max_lanes(high))
+            simd.store_scalar(lows + 4 * (g * steps + step), -simd.max_lanes(low))
+
+
+@inner
+def _store_params(lows, highs, count, largest, params, divisors, minima):  # type: ignore[no-untyped-def]
+    """Scales and minima as float16 at ``params``, and what codes are made with; False if one is beyond float16."""
+    fits = True
+    for i in range(0, 4 * count, VECTOR):
+        low, high = simd.load_f32(lows + i), simd.load_f32(highs + i)
+        simd.store_f16(params + i // 2, simd.div(simd.sub(high, low), simd.splat(np.float32(largest))))
+        simd.store_f16(params + 2 * count + i // 2, low)
+        simd.store_f32(divisors + i, simd.load_f16(params + i // 2))
+        simd.store_f32(minima + i, simd.load_f16(params + 2 * count + i // 2))
+    for i in range(0, 4 * count, 4):
+        step = simd.scalar_at(divisors + i)
+        if not (np.isfinite(step) and np.isfinite(simd.scalar_at(minima + i))):
+            fits = False
+        if step == 0:
+            simd.store_scalar(divisors + i, np.float32(np.inf))  # a single value: its code is 0
+    return fits
+
+
+@inner
+def _code(values, vector, lanes, steps, group, per_lane, divisors, minima, largest):  # type: ignore[no-untyped-def]
+    """The codes, not yet rounded, of one vector of 16 lanes."""
+    block, step = vector // steps, vector % steps
+    x = simd.load_f32(values + vector * VECTOR)
+    if per_lane:
+        place = 4 * (step // group * lanes + block * LANES)
+        x = simd.div(simd.sub(x, simd.load_f32(minima + place)), simd.load_f32(divisors + place))
     else:
-        low = np.where(live, k, np.inf).min(axis=(1, 3), keepdims=True).astype(np.float32)
-        high = np.where(live, k, -np.inf).max(axis=(1, 3), keepdims=True).astype(np.float32)
-    codes, scale, minimum = _codes(k, low, high, layout.k_kind)
-    h, blocks = len(k), layout.tile // LANES
-    if layout.k_kind == Q4:
-        nibbles = codes.reshape(h, blocks, layout.width // 8, 2, 4, LANES)
-        codes = nibbles[:, :, :, 0] | nibbles[:, :, :, 1] << np.uint8(4)
-    packed = codes.reshape(h, blocks, -1, 4, LANES).swapaxes(3, 4)
-    _fill(heads, layout.k.params, packed, scale, minimum)
+        place = 4 * (block * LANES // group * steps + step)
+        x = simd.div(simd.sub(x, simd.splat_at(minima + place)), simd.splat_at(divisors + place))
+    return simd.smaller(simd.larger(x, simd.splat(np.float32(0))), simd.splat(np.float32(largest)))
 
 
-def _write_v(layout: TileLayout, heads: Bytes, v: Float32) -> None:
-    """Codes of v (Hkv, tile, width), one scale a token and group of channels."""
-    h, groups = len(v), layout.width // layout.v.group
-    grouped = v.reshape(h, layout.tile, groups, layout.v.group).swapaxes(1, 2)  # (Hkv, groups, tile, group)
-    codes, scale, minimum = _codes(
-        grouped, grouped.min(axis=3, keepdims=True), grouped.max(axis=3, keepdims=True), layout.v_kind
-    )
-    codes = codes.swapaxes(1, 2).reshape(h, layout.tile, layout.width)
-    if layout.v_kind == Q4:
-        nibbles = codes.reshape(h, layout.tile // 8, 2, 4, layout.width)
-        codes = nibbles[:, :, 0] | nibbles[:, :, 1] << np.uint8(4)
-    packed = codes.reshape(h, -1, 4, layout.width // LANES, LANES).transpose(0, 1, 3, 4, 2)
-    _fill(heads, layout.v.params, packed, scale, minimum)
+@inner
+def _pack(values, lanes, steps, group, per_lane, divisors, minima, bits, target):  # type: ignore[no-untyped-def]
+    """Codes of [lanes/16][steps][16] values in the order that layout.py describes."""
+    largest = (1 << bits) - 1
+    plane_bits = 2 if bits == 3 else bits
+    a_word = 16 // plane_bits
+    pairs = lanes * steps // 32
+    tops = target + pairs // a_word * VECTOR
+    words, top_words = simd.zero_words(), simd.zero_words()
+    for pair in range(pairs):
+        codes = simd.pair_codes(
+            _code(values, 2 * pair, lanes, steps, group, per_lane, divisors, minima, largest),
+            _code(values, 2 * pair + 1, lanes, steps, group, per_lane, divisors, minima, largest),
+        )
+        words = simd.insert_codes(words, codes, 0, plane_bits, pair % a_word * plane_bits)
+        if pair % a_word == a_word - 1:
+            simd.store_words(target + pair // a_word * VECTOR, words)
+            words = simd.zero_words()
+        if bits == 3:
+            top_words = simd.insert_codes(top_words, codes, 2, 1, pair % 16)
+            if pair % 16 == 15:
+                simd.store_words(tops + pair // 16 * VECTOR, top_words)
+                top_words = simd.zero_words()
 
 
-def _fill(heads: Bytes, params: int, packed: NDArray[np.uint8], scale: Bytes, minimum: Bytes) -> None:
-    """Write codes, scales and minima of every head one after the other."""
-    heads[:, :params] = packed.reshape(len(heads), -1)
-    half = (heads.shape[1] - params) // 2
-    heads[:, params : params + half] = scale.reshape(len(heads), -1)
-    heads[:, params + half :] = minimum.reshape(len(heads), -1)
+@kernel
+def _quantize_side(  # type: ignore[no-untyped-def]
+    source, source_offset, dense, target, target_offset, coded, bits, is_k, heads, head_dim, tile, dead
+):
+    """K (or V) of every head of a tile; False if a scale or minimum does not fit float16."""
+    width = (head_dim + LANES - 1) // LANES * LANES
+    lanes, steps = (tile, width) if is_k else (width, tile)
+    group, per_lane = coded[GROUP], coded[PER_LANE] != 0
+    count = lanes * steps // group
+    memory = np.empty(tile * width + 4 * count + LANES * LANES + LANES, np.float32)
+    values = (memory.ctypes.data + 63) // 64 * 64
+    lows = values + 4 * tile * width
+    highs, divisors, minima = lows + 4 * count, lows + 8 * count, lows + 12 * count
+    scratch = lows + 16 * count
+    fits = True
+    for head in range(heads):
+        at = source.ctypes.data + source_offset + head * dense[HEAD]
+        out = target.ctypes.data + target_offset + head * coded[HEAD]
+        if is_k:
+            unpack_dense_k(at, dense[KIND], dense[ROW], width, 0, tile, values, scratch)
+        else:
+            unpack_dense_v(at, dense[KIND], dense[ROW], width, tile, 0, tile, values)
+        _fill_padding(values, is_k, per_lane, head_dim, width, tile)
+        by_channel = per_lane != is_k
+        live = dead if by_channel and dead < tile else 0
+        if per_lane:
+            _range_along_sum(values, lanes, steps, group, live, lows, highs)
+        else:
+            _range_along_lanes(values, lanes, steps, group, live, lows, highs)
+        fits &= _store_params(lows, highs, count, (1 << bits) - 1, out + coded[PARAMS], divisors, minima)
+        _pack(values, lanes, steps, group, per_lane, divisors, minima, bits, out)
+    memory[0] = 0  # Numba frees an array after its last mention, and the addresses above do not count as one
+    return fits

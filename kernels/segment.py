@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .attention import FIRST_TILE
-from .layout import DENSE_DTYPES, F32, Q4, Q8, Bytes, Side, TileLayout
+from .layout import DENSE_DTYPES, F16, F32, KIND_OF_BITS, Bytes, Side, TileLayout, side_numbers
 from .quantize import Float32, quantize_tile, store_rows
 from .simd import LANES
 
@@ -19,7 +19,6 @@ Int64 = NDArray[np.int64]
 
 ARRAY_TILE = 64  # plain arrays are visited in tiles of so many tokens
 _KIND_OF_DTYPE = {dtype: kind for kind, dtype in DENSE_DTYPES.items()}
-_KIND_OF_BITS = {4: Q4, 8: Q8}
 
 
 @dataclass(slots=True)
@@ -42,14 +41,7 @@ class Segment:
 
 def make_geometry(tile: int, first_tile: int, width: int, n_kv_heads: int, k: Side, v: Side) -> Int64:
     """The integers that describe a segment, in the order of the index names in attention.py."""
-    return np.array(
-        [
-            tile, first_tile, width, n_kv_heads,
-            k.kind, k.head_stride, k.row_stride, k.params,
-            v.kind, v.head_stride, v.row_stride, v.params, v.group,
-        ],
-        dtype=np.int64,
-    )  # fmt: skip
+    return np.concatenate([np.array([tile, first_tile, width, n_kv_heads]), side_numbers(k), side_numbers(v)])
 
 
 def segment_of_arrays(k: object, v: object) -> Segment:
@@ -70,7 +62,7 @@ def segment_of_arrays(k: object, v: object) -> Segment:
     n, heads, head_dim = k.shape
     k, v = _rows(k), _rows(v)
     width = k.shape[2]
-    sides = [Side(_KIND_OF_DTYPE[x.dtype], x.strides[1], x.strides[0], 0, width) for x in (k, v)]
+    sides = [Side(_KIND_OF_DTYPE[x.dtype], x.strides[1], x.strides[0], 0, ARRAY_TILE, False, 0) for x in (k, v)]
     tiles = np.arange(-(-n // ARRAY_TILE), dtype=np.int64) * ARRAY_TILE
     tables = [x.ctypes.data + tiles * x.strides[0] for x in (k, v)]
     geometry = make_geometry(ARRAY_TILE, 0, width, heads, *sides)
@@ -153,24 +145,41 @@ class TileStore:
         return Segment(k_table, v_table, self._geometry, start, stop, layout.n_kv_heads, layout.head_dim, tiles)
 
 
-def quantize(k: Float32, v: Float32, *, k_bits: int = 4, v_bits: int = 4, tile: int = 64) -> Segment:
+def quantize(
+    k: Float32,
+    v: Float32,
+    *,
+    k_bits: int = 4,
+    v_bits: int = 4,
+    tile: int = 64,
+    k_axis: str = "channel",
+    v_axis: str = "token",
+    k_group: int = 0,
+    v_group: int = 0,
+) -> Segment:
     """Quantize k, v (N, Hkv, D) float32 into one segment that ``flash_attention`` takes in the place of arrays.
 
-    K gets one scale a channel and tile, V one a token and group of channels. A last tile that N does not fill counts its
-    own tokens only.
+    Args:
+        k, v: float32 (N, Hkv, D). A last tile that N does not fill counts its own tokens only.
+        k_bits, v_bits: bits of a code, 8, 4, 3 or 2; or 16 or 32, which keep float16 or float32 in the same tiles.
+        tile: tokens that are quantized together: 32, 64 or 128.
+        k_axis, v_axis: "channel", one scale a channel and tile, or "token", one a token and group of channels.
+        k_group, v_group: channels of a group by token, a multiple of 16 that divides D (rounded up to 16); 0 for the
+            largest one up to 64.
 
     Raises:
-        ValueError: bits other than 4 or 8, a tile other than 32, 64 or 128, or arrays that do not fit together.
+        ValueError: bits, a tile, an axis or a group out of those named, or arrays that do not fit together.
         OverflowError: values whose scale is beyond float16.
 
     """
+    kinds = {**KIND_OF_BITS, 16: F16, 32: F32}
     for name, bits in (("k_bits", k_bits), ("v_bits", v_bits)):
-        if bits not in _KIND_OF_BITS:
-            raise ValueError(f"{name} must be one of {tuple(_KIND_OF_BITS)}, found {bits}")
+        if bits not in kinds:
+            raise ValueError(f"{name} must be one of {tuple(kinds)}, found {bits}")
     plain = segment_of_arrays(k, v)
     n, heads, head_dim = k.shape
     dense = TileLayout(heads, head_dim, tile, F32, F32)
-    target = TileLayout(heads, head_dim, tile, _KIND_OF_BITS[k_bits], _KIND_OF_BITS[v_bits])
+    target = TileLayout(heads, head_dim, tile, kinds[k_bits], kinds[v_bits], k_axis, v_axis, k_group, v_group)
     store = TileStore(target)
     for first in range(0, n, tile):
         source = dense.empty_tile()

@@ -5,7 +5,9 @@ generic vector IR is legal on every CPU (LLVM splits 16 lanes where registers ar
 is decided when a kernel compiles, from the features of the CPU that Numba compiles for:
 
 * half-precision loads: LLVM's conversion needs F16C on x86 (without it the call crashes); there, integer operations do it;
-* fused multiply-add: without FMA on x86 it would be a library call for every lane; there, a multiply and an add.
+* fused multiply-add: without FMA on x86 it would be a library call for every lane; there, a multiply and an add;
+* the dot product of pairs of 16-bit integers: one instruction with AVX-512 VNNI, two with any x86 (SSE2's pmaddwd and its
+  wider forms, which sum two products exactly), plain vector arithmetic elsewhere.
 
 Memory is addressed by plain integers (bytes), so that a tile in any format, in any allocation, is one kind of argument.
 The caller keeps the memory alive and in range: these are the only unchecked operations of the package.
@@ -15,12 +17,14 @@ import platform
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
+
+binding.initialize_native_asmparser()  # for the one instruction that is written as assembly
 
 _F32, _I32, _I16, _I8 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 _V_F32, _V_I32, _V_I16, _V_I8, _V_F16 = (ir.VectorType(t, LANES) for t in (_F32, _I32, _I16, _I8, ir.HalfType()))
@@ -211,11 +215,174 @@ def maximum(context: Any, builder: Any, a: Any, b: Any) -> Any:
     return _maximum(context, builder, a, b)
 
 
-@_operation(f32x16, i32x16, types.int32, types.int32)
-def bits_to_float(context: Any, builder: Any, words: Any, shift: Any, mask: Any) -> Any:
-    """``(words >> shift) & mask`` of every lane, as float32: one code out of each packed word."""
-    moved = builder.lshr(words, _broadcast(builder, shift, _V_I32))
-    return builder.uitofp(builder.and_(moved, _broadcast(builder, mask, _V_I32)), _V_F32)
+@_operation(f32x16, f32x16, f32x16)
+def larger(context: Any, builder: Any, a: Any, b: Any) -> Any:
+    """Lane by lane the larger of two numbers, in one instruction; a NaN in ``a`` is dropped, one in ``b`` is kept."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+@_operation(f32x16, f32x16, f32x16)
+def smaller(context: Any, builder: Any, a: Any, b: Any) -> Any:
+    """Lane by lane the smaller of two numbers, in one instruction; a NaN in ``a`` is dropped, one in ``b`` is kept."""
+    return builder.select(builder.fcmp_ordered("<", a, b), a, b)
+
+
+@_operation(f32x16, f32x16)
+def absolute(context: Any, builder: Any, a: Any) -> Any:
+    """Lane by lane |a|."""
+    return builder.bitcast(builder.and_(builder.bitcast(a, _V_I32), _const(_V_I32, 0x7FFFFFFF)), _V_F32)
+
+
+@_operation(f32x16, types.intp)
+def load_int32(context: Any, builder: Any, address: Any) -> Any:
+    """16 int32 at ``address``, as float32."""
+    return builder.sitofp(_load(builder, address, _V_I32), _V_F32)
+
+
+@_operation(types.void, types.intp, f32x16, f32x16)
+def store_int16(context: Any, builder: Any, address: Any, value: Any, factor: Any) -> None:
+    """Write 16 products |value * factor| <= 32767 as int16, rounded to the nearest. What is not a number becomes any."""
+    shifted = builder.bitcast(_fma(context, builder, value, factor, _const(_V_F32, _ROUND)), _V_I32)
+    builder.store(builder.trunc(shifted, _V_I16), _pointer(builder, address, _V_I16)).align = 2
+
+
+@_operation(f32x16, types.intp)
+def load_even(context: Any, builder: Any, address: Any) -> Any:
+    """The first of each of 16 pairs of uint16 at ``address``, as float32."""
+    return builder.uitofp(builder.and_(_load(builder, address, _V_I32), _const(_V_I32, 0xFFFF)), _V_F32)
+
+
+@_operation(f32x16, types.intp)
+def load_odd(context: Any, builder: Any, address: Any) -> Any:
+    """The second of each of 16 pairs of uint16 at ``address``, as float32."""
+    return builder.uitofp(builder.lshr(_load(builder, address, _V_I32), _const(_V_I32, 16)), _V_F32)
+
+
+@_operation(types.void, types.intp)
+def prefetch(context: Any, builder: Any, address: Any) -> None:
+    """Ask for the cache line at ``address``; any address will do, even one that is not ours."""
+    _prefetch(builder, address)
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    pointer = builder.inttoptr(address, _I8.as_pointer())
+    signature = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+    builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
+
+
+def _fields(builder: Any, words: Any, bits: int, count: int) -> list[Any]:
+    """The ``count`` codes of ``bits`` bits of each half of every word, one vector of pairs a code."""
+    mask = _const(_V_I32, ((1 << bits) - 1) * 0x10001)
+    return [builder.and_(builder.lshr(words, _const(_V_I32, bits * i)), mask) for i in range(count)]
+
+
+def _store_pairs(builder: Any, target: Any, vectors: list[Any]) -> None:
+    for i, vector in enumerate(vectors):
+        address = builder.add(target, ir.Constant(target.type, 64 * i))
+        builder.store(vector, _pointer(builder, address, _V_I32)).align = 4
+
+
+@_operation(types.void, types.intp, types.intp)
+def spread8(context: Any, builder: Any, source: Any, target: Any) -> None:
+    """16 words of 8-bit codes into 2 vectors of 16 pairs of uint16: code i of the lower and of the upper half."""
+    _store_pairs(builder, target, _fields(builder, _load(builder, source, _V_I32), 8, 2))
+
+
+@_operation(types.void, types.intp, types.intp)
+def spread4(context: Any, builder: Any, source: Any, target: Any) -> None:
+    """16 words of 4-bit codes into 4 vectors of 16 pairs of uint16."""
+    _store_pairs(builder, target, _fields(builder, _load(builder, source, _V_I32), 4, 4))
+
+
+@_operation(types.void, types.intp, types.intp)
+def spread2(context: Any, builder: Any, source: Any, target: Any) -> None:
+    """16 words of 2-bit codes into 8 vectors of 16 pairs of uint16."""
+    _store_pairs(builder, target, _fields(builder, _load(builder, source, _V_I32), 2, 8))
+
+
+@_operation(types.void, types.intp, types.intp, types.intp)
+def spread3(context: Any, builder: Any, source: Any, tops: Any, target: Any) -> None:
+    """Twice 16 words of the lower two bits, and 16 words of the third, into 16 vectors of 16 pairs of uint16."""
+    upper = _load(builder, tops, _V_I32)
+    for half in range(2):
+        words = _load(builder, builder.add(source, ir.Constant(source.type, 64 * half)), _V_I32)
+        lows, highs = _fields(builder, words, 2, 8), _fields(builder, upper, 1, 16)[8 * half : 8 * half + 8]
+        pairs = [builder.or_(x, builder.shl(y, _const(_V_I32, 2))) for x, y in zip(lows, highs, strict=True)]
+        _store_pairs(builder, builder.add(target, ir.Constant(target.type, 64 * 8 * half)), pairs)
+
+
+@_operation(i32x16)
+def zero_words(context: Any, builder: Any) -> Any:
+    """16 words of zero."""
+    return _const(_V_I32, 0)
+
+
+@_operation(i32x16, f32x16, f32x16)
+def pair_codes(context: Any, builder: Any, even: Any, odd: Any) -> Any:
+    """Two codes 0 <= x < 2^16 of every lane, rounded to the nearest (half to even), as a pair of uint16."""
+    low, high = (builder.bitcast(builder.fadd(x, _const(_V_F32, _ROUND)), _V_I32) for x in (even, odd))
+    return builder.or_(builder.and_(low, _const(_V_I32, 0xFFFF)), builder.shl(high, _const(_V_I32, 16)))
+
+
+@_operation(i32x16, i32x16, i32x16, types.int32, types.int32, types.int32)
+def insert_codes(context: Any, builder: Any, words: Any, pairs: Any, first: Any, bits: Any, place: Any) -> Any:
+    """Put the ``bits`` bits of both codes of a pair that begin at bit ``first`` into both halves, at bit ``place``."""
+    mask = builder.mul(builder.sub(builder.shl(_I32(1), bits), _I32(1)), _I32(0x10001))
+    field = builder.and_(builder.lshr(pairs, _broadcast(builder, first, _V_I32)), _broadcast(builder, mask, _V_I32))
+    return builder.or_(words, builder.shl(field, _broadcast(builder, place, _V_I32)))
+
+
+@_operation(types.void, types.intp, i32x16)
+def store_words(context: Any, builder: Any, address: Any, words: Any) -> None:
+    """Write 16 words."""
+    builder.store(words, _pointer(builder, address, _V_I32)).align = 4
+
+
+def _float_to_half_bits(builder: Any, x: Any) -> Any:
+    """Float32 to half-precision bits (16 x i32) by integer operations, rounded to the nearest, half to even."""
+    bits = builder.bitcast(x, _V_I32)
+    sign = builder.and_(builder.lshr(bits, _const(_V_I32, 16)), _const(_V_I32, 0x8000))
+    magnitude = builder.and_(bits, _const(_V_I32, 0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(magnitude, _const(_V_I32, 13)), _const(_V_I32, 1))
+    rounded = builder.add(builder.add(magnitude, _const(_V_I32, 0xFFF - (112 << 23))), odd)
+    normal = builder.lshr(rounded, _const(_V_I32, 13))
+    # Below 2^-14 a half has fixed steps of 2^-24: adding 1/2, whose last place is that, leaves them in the low bits.
+    tiny = builder.bitcast(builder.fadd(builder.bitcast(magnitude, _V_F32), _const(_V_F32, 0.5)), _V_I32)
+    subnormal = builder.sub(tiny, _const(_V_I32, 126 << 23))
+    half = builder.select(builder.icmp_unsigned("<", magnitude, _const(_V_I32, 113 << 23)), subnormal, normal)
+    half = builder.select(builder.icmp_unsigned(">=", magnitude, _const(_V_I32, 0x477FF000)), _const(_V_I32, 0x7C00), half)
+    half = builder.select(builder.icmp_unsigned(">", magnitude, _const(_V_I32, 0x7F800000)), _const(_V_I32, 0x7E00), half)
+    return builder.or_(sign, half)
+
+
+@_operation(types.void, types.intp, f32x16)
+def store_f16(context: Any, builder: Any, address: Any, value: Any) -> None:
+    """Write 16 numbers as float16, rounded to the nearest; beyond its range they become infinite."""
+    if cpu_has(context, "f16c"):
+        bits = builder.bitcast(builder.fptrunc(value, _V_F16), _V_I16)
+    else:
+        bits = builder.trunc(_float_to_half_bits(builder, value), _V_I16)
+    builder.store(bits, _pointer(builder, address, _V_I16)).align = 2
+
+
+@_operation(types.void, types.intp, types.intp)
+def transpose(context: Any, builder: Any, source: Any, target: Any) -> None:
+    """Turn 16 x 16 float32 at ``source``, row after row, so that its columns become rows at ``target``."""
+    rows = [_load(builder, builder.add(source, ir.Constant(source.type, 64 * i)), _V_F32) for i in range(LANES)]
+    width = LANES // 2
+    while width:  # exchange the blocks off the diagonal, ever smaller ones
+        lower = [i + (LANES - width if i & width else 0) for i in range(LANES)]
+        upper = [i + (LANES if i & width else width) for i in range(LANES)]
+        orders = [ir.Constant(_V_I32, lower), ir.Constant(_V_I32, upper)]
+        for i in range(LANES):
+            if not i & width:
+                a, b = rows[i], rows[i + width]
+                rows[i], rows[i + width] = (builder.shuffle_vector(a, b, order) for order in orders)
+        width //= 2
+    for i, row in enumerate(rows):
+        address = builder.add(target, ir.Constant(target.type, 64 * i))
+        builder.store(row, _pointer(builder, address, _V_F32)).align = 4
 
 
 @_operation(f32x16)
@@ -257,42 +424,34 @@ def max_lanes(context: Any, builder: Any, x: Any) -> Any:
     return _fold(context, builder, x, _maximum)
 
 
+@_operation(types.float32, f32x16)
+def largest_lane(context: Any, builder: Any, x: Any) -> Any:
+    """The largest of 16 numbers, in half the instructions; where one is NaN, any of them or NaN."""
+    return _fold(context, builder, x, lambda _, b, p, q: b.select(b.fcmp_ordered(">", p, q), p, q))
+
+
 _LOG2_E = 1.4426950408889634
-_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4  # ln 2 in two parts (Cody and Waite), the first exact in 10 bits
 _ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer that stands in the low bits
-# exp(r) - 1 - r over r^2 on |r| <= ln(2)/2: Cephes' minimax coefficients for single precision, highest first
-_EXP_COEFFICIENTS = (
-    1.9875691500e-4,
-    1.3981999507e-3,
-    8.3334519073e-3,
-    4.1665795894e-2,
-    1.6666665459e-1,
-    5.0000001201e-1,
-)
+# 2^r on |r| <= 1/2, highest first: fitted to least relative error (9.2e-8), with 2^0 exactly 1
+_EXP2_COEFFICIENTS = (1.326472727e-3, 9.671512860e-3, 5.550733745e-2, 2.402224208e-1, 6.931469776e-1, 1.0)
 
 
 @_operation(f32x16, f32x16)
 def exp(context: Any, builder: Any, x: Any) -> Any:
-    """e^x within 2 units in the last place; below -87.3 it is 0, above 88.7 infinity, and NaN stays NaN.
+    """e^x of x <= 88, within 2 + |x|/4 units in the last place; below -87.3 it is 0, and NaN stays NaN.
 
-    Written as compare-and-select and integer bit moves: a float-to-integer conversion would be undefined for NaN.
+    x is a logit minus the largest one: the further below 0, the less it weighs, and its error with it. Written as selects and integer bit moves: a float-to-integer conversion would be undefined for NaN.
     """
     low = builder.fcmp_ordered("<", x, _const(_V_F32, -87.3))
-    high = builder.fcmp_ordered(">", x, _const(_V_F32, 88.7))
-    inside = builder.select(builder.or_(low, high), _const(_V_F32, 0.0), x)
-    shifted = _fma(context, builder, inside, _const(_V_F32, _LOG2_E), _const(_V_F32, _ROUND))
+    shifted = _fma(context, builder, x, _const(_V_F32, _LOG2_E), _const(_V_F32, _ROUND))
     whole = builder.fsub(shifted, _const(_V_F32, _ROUND))
-    rest = _fma(context, builder, whole, _const(_V_F32, -_LN2_HIGH), inside)
-    rest = _fma(context, builder, whole, _const(_V_F32, -_LN2_LOW), rest)
-    tail = _const(_V_F32, _EXP_COEFFICIENTS[0])
-    for coefficient in _EXP_COEFFICIENTS[1:]:
-        tail = _fma(context, builder, tail, rest, _const(_V_F32, coefficient))
-    value = _fma(context, builder, builder.fmul(rest, rest), tail, builder.fadd(rest, _const(_V_F32, 1.0)))
+    rest = _fma(context, builder, x, _const(_V_F32, _LOG2_E), builder.fneg(whole))
+    value = _const(_V_F32, _EXP2_COEFFICIENTS[0])
+    for coefficient in _EXP2_COEFFICIENTS[1:]:
+        value = _fma(context, builder, value, rest, _const(_V_F32, coefficient))
     exponent = builder.shl(builder.bitcast(shifted, _V_I32), _const(_V_I32, 23))
-    scaled = builder.bitcast(builder.add(builder.bitcast(value, _V_I32), exponent), _V_F32)
-    scaled = builder.select(builder.fcmp_unordered("uno", x, x), x, scaled)
-    scaled = builder.select(low, _const(_V_F32, 0.0), scaled)
-    return builder.select(high, _const(_V_F32, float("inf")), scaled)
+    power = builder.bitcast(builder.add(exponent, _const(_V_I32, 127 << 23)), _V_F32)
+    return builder.select(low, _const(_V_F32, 0.0), builder.fmul(value, power))
 
 
 # tanh(y) / y - 1 over y^2 on |y| < 0.625: Cephes' coefficients for single precision, highest first
@@ -301,7 +460,7 @@ _TANH_COEFFICIENTS = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.
 
 @_operation(f32x16, f32x16, f32x16)
 def tanh_from_exp(context: Any, builder: Any, y: Any, e: Any) -> Any:
-    """tanh(y), given e = exp(2 y): 1 - 2 / (e + 1), which cancels for small |y|, where a polynomial takes its place."""
+    """tanh(y), given e = exp(min(2 y, 40)): 1 - 2 / (e + 1); it cancels for small |y|, where a polynomial replaces it."""
     one, two = _const(_V_F32, 1.0), _const(_V_F32, 2.0)
     large = builder.fsub(one, builder.fdiv(two, builder.fadd(e, one)))
     square = builder.fmul(y, y)
@@ -311,3 +470,220 @@ def tanh_from_exp(context: Any, builder: Any, y: Any, e: Any) -> Any:
     small = _fma(context, builder, builder.fmul(square, y), tail, y)
     is_small = builder.fcmp_ordered("<", square, _const(_V_F32, 0.625**2))
     return builder.select(is_small, small, large)
+
+
+# --- The microkernel ------------------------------------------------------------------------------------------------------
+#
+# sum[r][v] = sum over i < count of a[r][i] * b[v][i], for up to ROWS rows and VECTORS vectors. a holds one number (or pair
+# of int16) a step, b a vector of 16 of them; the accumulators stay in registers for the whole sum. It is written as IR and
+# not as Python loops over tuples, so that nothing depends on what the optimizer makes of them.
+
+ROWS, VECTORS = 4, 4
+
+
+def _register_block(context: Any) -> tuple[int, int]:
+    """Rows and vectors whose accumulators, with the operands of a step, fit the registers of the CPU compiled for."""
+    if cpu_has(context, "avx512f"):
+        return 4, 4
+    return (2, 2) if cpu_has(context, "avx2") else (1, 2)
+
+
+def _pieces(builder: Any, x: Any, count: int) -> list[Any]:
+    """A vector of 16 words cut into ``count`` vectors of int16."""
+    lanes = LANES // count
+    whole = builder.bitcast(x, ir.VectorType(_I16, 2 * LANES))
+    order = [list(range(2 * lanes * i, 2 * lanes * (i + 1))) for i in range(count)]
+    none = ir.Constant(whole.type, ir.Undefined)
+    return [builder.shuffle_vector(whole, none, ir.Constant(ir.VectorType(_I32, 2 * lanes), o)) for o in order]
+
+
+def _join(builder: Any, parts: list[Any]) -> Any:
+    while len(parts) > 1:
+        both = ir.VectorType(_I32, 2 * parts[0].type.count)
+        order = ir.Constant(both, list(range(both.count)))
+        parts = [builder.shuffle_vector(a, b, order) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def _dot_pairs(context: Any, builder: Any, acc: Any, a: Any, b: Any) -> Any:
+    """Add to 16 int32 the dot products of 16 pairs of int16 (words ``a`` and ``b``): exact, as long as 32 bits hold it."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        if cpu_has(context, "avx512vnni"):
+            # As assembly: LLVM splits its own intrinsic into a multiplication and an addition in unrolled loops.
+            signature = ir.FunctionType(_V_I32, [_V_I32] * 3)
+            return builder.asm(signature, "vpdpwssd $3, $2, $0", "=v,0,v,v", [acc, a, b], False)
+        wide, middle = cpu_has(context, "avx512bw"), cpu_has(context, "avx2")
+        count, name = (1, "avx512.pmaddw.d.512") if wide else (2, "avx2.pmadd.wd") if middle else (4, "sse2.pmadd.wd")
+        result = ir.VectorType(_I32, LANES // count)
+        pieces = zip(_pieces(builder, a, count), _pieces(builder, b, count), strict=True)
+        return builder.add(acc, _join(builder, [_call(builder, f"llvm.x86.{name}", result, list(p)) for p in pieces]))
+    half = _const(_V_I32, 16)
+    low = [builder.ashr(builder.shl(x, half), half) for x in (a, b)]
+    high = [builder.ashr(x, half) for x in (a, b)]
+    return builder.add(acc, builder.add(builder.mul(*low), builder.mul(*high)))
+
+
+def _at(builder: Any, base: Any, *offsets: tuple[int, Any]) -> Any:
+    """The address base + count * stride + ..., for constant counts."""
+    for count, stride in offsets:
+        base = builder.add(base, builder.mul(ir.Constant(base.type, count), stride))
+    return base
+
+
+def _emit_sums(
+    context: Any, builder: Any, a_rows: list[Any], b_vectors: list[Any], count: Any, initial: list[Any],
+    ahead: Any, last: Any, step: Callable[..., Any],
+) -> list[Any]:  # fmt: skip
+    """The loop over ``count`` (at least 1) steps: one sum for every row and vector.
+
+    A step asks for one cache line that will be read later, from ``ahead`` on, none beyond ``last``.
+    """
+    llvm, word = initial[0].type, count.type
+    before, loop, after = builder.block, builder.append_basic_block("step"), builder.append_basic_block("sums")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    i = builder.phi(word)
+    i.add_incoming(ir.Constant(word, 0), before)
+    accumulators = [builder.phi(llvm) for _ in initial]
+    line = builder.add(ahead, builder.mul(i, ir.Constant(word, 64)))
+    _prefetch(builder, builder.select(builder.icmp_signed("<", line, last), line, last))
+    columns = [_load(builder, builder.add(x, builder.mul(i, ir.Constant(word, 64))), llvm) for x in b_vectors]
+    sums = []
+    for r, row in enumerate(a_rows):
+        number = _load(builder, builder.add(row, builder.mul(i, ir.Constant(word, 4))), llvm.element)
+        for v, column in enumerate(columns):
+            acc = accumulators[r * len(columns) + v]
+            sums.append(step(context, builder, acc, _broadcast(builder, number, llvm), column))
+    following = builder.add(i, ir.Constant(word, 1))
+    i.add_incoming(following, loop)
+    for phi, start, total in zip(accumulators, initial, sums, strict=True):
+        phi.add_incoming(start, before)
+        phi.add_incoming(total, loop)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
+    builder.position_at_end(after)
+    return sums
+
+
+def _blocks(context: Any, builder: Any, rows: Any, vectors: Any) -> Any:
+    """For every size that a call may have, position ``builder`` where its code goes and give the parts of the block.
+
+    Yields (first row, first vector, rows, vectors); what the registers cannot hold is cut into several parts.
+    """
+    most_rows, most_vectors = _register_block(context)
+    done = builder.append_basic_block("done")
+    chosen = builder.add(builder.mul(rows, ir.Constant(rows.type, VECTORS + 1)), vectors)
+    switch = builder.switch(chosen, done)
+    for r in range(1, ROWS + 1):
+        for v in range(1, VECTORS + 1):
+            block = builder.append_basic_block(f"rows{r}vectors{v}")
+            switch.add_case(ir.Constant(rows.type, r * (VECTORS + 1) + v), block)
+            builder.position_at_end(block)
+            for r0 in range(0, r, most_rows):
+                for v0 in range(0, v, most_vectors):
+                    yield r0, v0, min(most_rows, r - r0), min(most_vectors, v - v0)
+            builder.branch(done)
+    builder.position_at_end(done)
+
+
+@_operation(types.void, *[types.intp] * 12)
+def multiply_floats(context: Any, builder: Any, *args: Any) -> None:
+    """target[r][v] += sum of a[r][i] * b[v][i], all float32.
+
+    Arguments: a, its row stride, b, its vector stride, count, rows, vectors, target, its row and vector strides, and
+    ``ahead`` and ``last``, the cache lines to ask for meanwhile. Sums run in the order of the steps, one after the other,
+    from what is in the target: its bits do not depend on the block that a row is computed in, nor on where a sum is
+    interrupted and continued.
+    """
+    a, a_stride, b, b_stride, count, rows, vectors, target, row_stride, vector_stride, ahead, last = args
+    for r0, v0, n_rows, n_vectors in _blocks(context, builder, rows, vectors):
+        a_rows = [_at(builder, a, (r0 + r, a_stride)) for r in range(n_rows)]
+        b_vectors = [_at(builder, b, (v0 + v, b_stride)) for v in range(n_vectors)]
+        cells = [(r0 + r, v0 + v) for r in range(n_rows) for v in range(n_vectors)]
+        targets = [_at(builder, target, (r, row_stride), (v, vector_stride)) for r, v in cells]
+        initial = [_load(builder, at, _V_F32) for at in targets]
+        sums = _emit_sums(
+            context, builder, a_rows, b_vectors, count, initial, ahead, last,
+            lambda context, builder, acc, x, y: _fma(context, builder, x, y, acc),
+        )  # fmt: skip
+        for at, total in zip(targets, sums, strict=True):
+            builder.store(total, _pointer(builder, at, _V_F32)).align = 4
+
+
+@_operation(types.void, *[types.intp] * 15)
+def multiply_pairs(context: Any, builder: Any, *args: Any) -> None:
+    """target[r][v] += (sum of a[r][i] . b[v][i]) * scales[v] * factors[r] + minima[v] * offsets[r].
+
+    a and b are pairs of int16 and their sums exact, in int32; the rest is float32. Arguments: a, its row stride, b, its
+    vector stride, count, rows, vectors, the addresses of the rows' targets (int64, one a row), the targets' offset,
+    factors, offsets (float32, every fourth one counts), scales, minima (vectors; address 0 for ones), ``ahead``, ``last``.
+    """
+    a, a_stride, b, b_stride, count, rows, vectors, targets, column, factors, offsets, scales, minima, ahead, last = args
+    word = a.type
+    per_lane = builder.icmp_unsigned("!=", scales, ir.Constant(word, 0))
+    for r0, v0, n_rows, n_vectors in _blocks(context, builder, rows, vectors):
+        a_rows = [_at(builder, a, (r0 + r, a_stride)) for r in range(n_rows)]
+        b_vectors = [_at(builder, b, (v0 + v, b_stride)) for v in range(n_vectors)]
+        initial = [_const(_V_I32, 0)] * (n_rows * n_vectors)
+        sums = _emit_sums(context, builder, a_rows, b_vectors, count, initial, ahead, last, _dot_pairs)
+        sums = [builder.sitofp(total, _V_F32) for total in sums]
+        with builder.if_else(per_lane) as (then, otherwise):
+            for has_scales, branch in ((True, then), (False, otherwise)):
+                with branch:
+                    for r in range(n_rows):
+                        place = ir.Constant(word, r0 + r)
+                        row = _load(builder, builder.add(targets, builder.mul(place, ir.Constant(word, 8))), word)
+                        quad = builder.mul(place, ir.Constant(word, 16))
+                        factor, offset = (
+                            _broadcast(builder, _load(builder, builder.add(x, quad), _F32), _V_F32)
+                            for x in (factors, offsets)
+                        )
+                        for v in range(n_vectors):
+                            at = ir.Constant(word, 64 * (v0 + v))
+                            value, shift = sums[r * n_vectors + v], offset
+                            if has_scales:
+                                value = builder.fmul(value, _load(builder, builder.add(scales, at), _V_F32))
+                                shift = builder.fmul(shift, _load(builder, builder.add(minima, at), _V_F32))
+                            value = _fma(context, builder, value, factor, shift)
+                            to = builder.add(builder.add(row, column), at)
+                            value = builder.fadd(_load(builder, to, _V_F32), value)
+                            builder.store(value, _pointer(builder, to, _V_F32)).align = 4
+
+
+def _reduce_four(builder: Any, source: Any, combine: Callable[[Any, Any], Any]) -> Any:
+    """Reduce each of four vectors in memory as ``_fold`` does; lanes 4i .. 4i + 3 get the result of vector i."""
+
+    def shuffle(a: Any, b: Any, order: list[int]) -> Any:
+        return builder.shuffle_vector(a, b, ir.Constant(_V_I32, order))
+
+    word = source.type
+    a, b, c, d = (_load(builder, builder.add(source, ir.Constant(word, 64 * i)), _V_F32) for i in range(4))
+    low, high = list(range(8)), list(range(8, 16))
+    halves = [
+        combine(shuffle(x, y, low + [16 + i for i in low]), shuffle(x, y, high + [16 + i for i in high]))
+        for x, y in ((a, b), (c, d))
+    ]
+    even, odd = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
+    quarters = combine(*(shuffle(*halves, half + [16 + i for i in half]) for half in (even, odd)))
+    for distance in (2, 1):
+        quarters = combine(quarters, shuffle(quarters, quarters, [i ^ distance for i in range(LANES)]))
+    return quarters
+
+
+@_operation(f32x16, types.intp)
+def sum_four(context: Any, builder: Any, source: Any) -> Any:
+    """The sums over the lanes of four vectors at ``source``: lanes 4i .. 4i + 3 hold ``sum_lanes`` of vector i."""
+    return _reduce_four(builder, source, builder.fadd)
+
+
+@_operation(f32x16, types.intp)
+def largest_four(context: Any, builder: Any, source: Any) -> Any:
+    """The largest lanes of four vectors at ``source``: lanes 4i .. 4i + 3 hold ``largest_lane`` of vector i."""
+    return _reduce_four(builder, source, lambda x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))
+
+
+@_operation(f32x16, f32x16, types.float32, types.float32)
+def inverse_above(context: Any, builder: Any, x: Any, numerator: Any, least: Any) -> Any:
+    """``numerator`` / x where x is larger than ``least``, else 0."""
+    quotient = builder.fdiv(_broadcast(builder, numerator, _V_F32), x)
+    large = builder.fcmp_ordered(">", x, _broadcast(builder, least, _V_F32))
+    return builder.select(large, quotient, _const(_V_F32, 0.0))

@@ -1,15 +1,83 @@
-"""Reading a tile: from any format into a small float32 buffer that stays in the first-level cache.
+"""Reading a tile: from any format into a small buffer that stays in the first-level cache.
 
-K becomes [tile/16][width][16 tokens], V becomes [width/16][tile][16 channels]: in both, one vector a step of the product
-that follows (see attention.py). It is done once for all query heads of a KV head and for all queries of a block.
+Codes become pairs of uint16, [lanes/16][pairs][16 lanes], for the integer route. Everything else, and codes on the
+float32 route, become float32, [lanes/16][sum axis][16 lanes]: in both, one vector a step of the product that follows (see
+products.py). It is done once for all query heads of a KV head and for all queries of a block.
 """
 
 from . import simd
 from .jit import inner
-from .layout import BF16, F16, F32, Q4
+from .layout import BF16, F16, F32, Q2, Q3, Q4, Q8
 from .simd import LANES
 
-VECTOR = 4 * LANES  # bytes of a vector of float32
+VECTOR = 4 * LANES  # bytes of a vector of words
+
+
+@inner
+def is_dense(kind):  # type: ignore[no-untyped-def]
+    """Whether a format holds the numbers themselves."""
+    return kind in (F32, F16, BF16)
+
+
+@inner
+def _ask(ahead, vector):  # type: ignore[no-untyped-def]
+    """For every third vector that is read, ask for a cache line from ``ahead`` on."""
+    if vector % 3 == 0:
+        simd.prefetch(ahead + vector // 3 * VECTOR)
+
+
+@inner
+def unpack_codes(base, kind, vectors, target, ahead):  # type: ignore[no-untyped-def]
+    """The codes of one head and tile at ``base`` into ``vectors`` vectors of 16 pairs of uint16.
+
+    Asks for a third as many bytes from ``ahead`` on.
+    """
+    if kind == Q8:
+        for i in range(vectors // 2):
+            _ask(ahead, i)
+            simd.spread8(base + i * VECTOR, target + 2 * i * VECTOR)
+    elif kind == Q4:
+        for i in range(vectors // 4):
+            _ask(ahead, i)
+            simd.spread4(base + i * VECTOR, target + 4 * i * VECTOR)
+    elif kind == Q3:
+        tops = base + vectors // 8 * VECTOR
+        for i in range(vectors // 16):
+            _ask(ahead, 3 * i)
+            simd.spread3(base + 2 * i * VECTOR, tops + i * VECTOR, target + 16 * i * VECTOR)
+    elif kind == Q2:
+        for i in range(vectors // 8):
+            _ask(ahead, i)
+            simd.spread2(base + i * VECTOR, target + 8 * i * VECTOR)
+
+
+@inner
+def unpack_scales(source, count, target):  # type: ignore[no-untyped-def]
+    """``count`` scales and as many minima, float16, as float32."""
+    for i in range(0, 2 * count, LANES):
+        simd.store_f32(target + 4 * i, simd.load_f16(source + 2 * i))
+
+
+@inner
+def codes_to_floats(codes, scales, lanes, steps, group, per_lane, target):  # type: ignore[no-untyped-def]
+    """code * scale + minimum of pairs [lanes/16][steps/2][16] into float32 [lanes/16][steps][16]."""
+    minima = scales + 4 * (lanes * steps // group)
+    for block in range(lanes // LANES):
+        for i in range(0, steps, 2):
+            pair = codes + (block * steps + i) // 2 * VECTOR
+            at = target + (block * steps + i) * VECTOR
+            if per_lane:
+                place = 4 * (i // group * lanes + block * LANES)
+                scale, minimum = simd.load_f32(scales + place), simd.load_f32(minima + place)
+                simd.store_f32(at, simd.fma(simd.load_even(pair), scale, minimum))
+                simd.store_f32(at + VECTOR, simd.fma(simd.load_odd(pair), scale, minimum))
+            else:
+                place = 4 * (block * LANES // group * steps + i)
+                even = simd.fma(simd.load_even(pair), simd.splat_at(scales + place), simd.splat_at(minima + place))
+                place += 4
+                odd = simd.fma(simd.load_odd(pair), simd.splat_at(scales + place), simd.splat_at(minima + place))
+                simd.store_f32(at, even)
+                simd.store_f32(at + VECTOR, odd)
 
 
 @inner
@@ -23,93 +91,29 @@ def _load(kind, address):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _number_bytes(kind):  # type: ignore[no-untyped-def]
-    return 4 if kind == F32 else 2
+def unpack_dense_k(base, kind, row_stride, width, first, stop, target, scratch):  # type: ignore[no-untyped-def]
+    """Tokens first .. stop of dense K at ``base`` into ``target`` [tile/16][width][16 tokens].
 
-
-@inner
-def _widen_halves(source, target, count):  # type: ignore[no-untyped-def]
-    """Convert ``count`` float16 (a multiple of 16) to float32."""
-    for i in range(0, count, LANES):
-        simd.store_f32(target + 4 * i, simd.load_f16(source + 2 * i))
-
-
-@inner
-def unpack_k(base, kind, row_stride, params, width, first, stop, buffer, scratch):  # type: ignore[no-untyped-def]
-    """Tokens first .. stop of K at address ``base`` into ``buffer`` [tile/16][width][16 tokens], as float32.
-
-    Lanes of a block of 16 that lie outside are undefined: nothing may read them. ``scratch`` has room for 2 * width floats.
+    Lanes of a block of 16 that lie outside are undefined: nothing may read them. ``scratch`` has room for 256 floats.
     """
-    if row_stride:
-        _transpose_rows(base, kind, row_stride, width, first, stop, buffer, scratch)
-    elif kind in (F32, F16, BF16):
-        size = _number_bytes(kind)
+    size = 4 if kind == F32 else 2
+    if row_stride == 0:
         for i in range(first // LANES * width, (stop + LANES - 1) // LANES * width):
-            simd.store_f32(buffer + i * VECTOR, _load(kind, base + i * LANES * size))
-    else:
-        _widen_halves(base + params, scratch, 2 * width)
-        for block in range(first // LANES, (stop + LANES - 1) // LANES):
-            _unpack_k_block(base, kind, width, block, buffer + block * width * VECTOR, scratch)
-
-
-@inner
-def _unpack_k_block(base, kind, width, block, buffer, scratch):  # type: ignore[no-untyped-def]
-    """16 tokens of coded K: the codes of a channel are one byte or nibble of every word."""
-    minima = scratch + 4 * width
-    nibbles = 1 if kind == Q4 else 0
-    per_word = 8 if kind == Q4 else 4
-    for i in range(width // per_word):
-        words = simd.load_words(base + (block * (width // per_word) + i) * VECTOR)
-        for half in range(1 + nibbles):
-            for b in range(4):
-                c = i * per_word + half * 4 + b
-                code = simd.bits_to_float(words, 8 * b + 4 * half, 15 if nibbles else 255)
-                value = simd.fma(code, simd.splat_at(scratch + 4 * c), simd.splat_at(minima + 4 * c))
-                simd.store_f32(buffer + c * VECTOR, value)
-
-
-@inner
-def _transpose_rows(base, kind, row_stride, width, first, stop, buffer, scratch):  # type: ignore[no-untyped-def]
-    """K that lies token after token, turned so that tokens are side by side."""
-    size = _number_bytes(kind)
-    for token in range(first, stop):
-        lane = buffer + (token // LANES * width * LANES + token % LANES) * 4
+            simd.store_f32(target + i * VECTOR, _load(kind, base + i * LANES * size))
+        return
+    for block in range(first // LANES, (stop + LANES - 1) // LANES):
         for c in range(0, width, LANES):
-            simd.store_f32(scratch, _load(kind, base + token * row_stride + c * size))
-            for i in range(LANES):
-                simd.store_scalar(lane + (c + i) * VECTOR, simd.scalar_at(scratch + 4 * i))
+            for i in range(max(first - block * LANES, 0), min(stop - block * LANES, LANES)):
+                value = _load(kind, base + (block * LANES + i) * row_stride + c * size)
+                simd.store_f32(scratch + i * VECTOR, value)
+            simd.transpose(scratch, target + (block * width + c) * VECTOR)
 
 
 @inner
-def unpack_v(base, kind, row_stride, params, group, width, tile, first, stop, buffer, scratch):  # type: ignore[no-untyped-def]
-    """Tokens first .. stop of V at address ``base`` into ``buffer`` [width/16][tile][16 channels], as float32.
-
-    Coded tokens are unpacked by whole words: up to 7 before ``first`` and after ``stop`` come along.
-    ``scratch`` has room for 2 * tile * (width / group) floats.
-    """
-    if row_stride:
-        size = _number_bytes(kind)
-        for token in range(first, stop):
-            for c in range(0, width, LANES):
-                value = _load(kind, base + token * row_stride + c * size)
-                simd.store_f32(buffer + (c // LANES * tile + token) * VECTOR, value)
-    else:
-        _widen_halves(base + params, scratch, 2 * tile * (width // group))
-        per_word = 8 if kind == Q4 else 4
-        for block in range(first // per_word, (stop + per_word - 1) // per_word):
-            _unpack_v_block(base, kind, group, width, tile, block, per_word, buffer, scratch)
-
-
-@inner
-def _unpack_v_block(base, kind, group, width, tile, block, per_word, buffer, scratch):  # type: ignore[no-untyped-def]
-    """4 or 8 tokens of coded V: the codes of a token are one byte or nibble of every word."""
-    minima = 4 * tile * (width // group)
-    for vector in range(width // LANES):
-        words = simd.load_words(base + (block * (width // LANES) + vector) * VECTOR)
-        scales = scratch + 4 * (vector * LANES // group * tile)
-        for j in range(per_word):
-            token = block * per_word + j
-            shift = 8 * (j % 4) + 4 * (j // 4)
-            code = simd.bits_to_float(words, shift, 15 if kind == Q4 else 255)
-            value = simd.fma(code, simd.splat_at(scales + 4 * token), simd.splat_at(scales + minima + 4 * token))
-            simd.store_f32(buffer + (vector * tile + token) * VECTOR, value)
+def unpack_dense_v(base, kind, row_stride, width, tile, first, stop, target):  # type: ignore[no-untyped-def]
+    """Tokens first .. stop of dense V at ``base`` into ``target`` [width/16][tile][16 channels]."""
+    size = 4 if kind == F32 else 2
+    for token in range(first, stop):
+        for c in range(0, width, LANES):
+            value = _load(kind, base + token * row_stride + c * size)
+            simd.store_f32(target + (c // LANES * tile + token) * VECTOR, value)

@@ -1,0 +1,146 @@
+"""The two products of attention, q . K and p . V, over one unpacked tile. Both are the same product here:
+
+    target[row][lane] += sum over the sum axis of x[row][step] * value[lane][step]
+
+with x = q, lanes = tokens for K, and x = p, lanes = channels for V (see layout.py). There are two routes. The float32
+route multiplies with values. The integer route multiplies with codes, and never forms a value: with
+value = code * scale + minimum, scales that lie along the sum axis are folded into x before x is rounded to 16 bits, and
+scales that lie along the lane axis multiply the finished sum. Minima become one more sum a row.
+"""
+
+import numpy as np
+
+from . import simd
+from .jit import inner
+from .simd import LANES, ROWS, VECTORS
+from .tiles import VECTOR
+
+_LARGEST = 32767.0  # of a 16-bit factor
+_SMALLEST = 1e-33  # rows of smaller numbers count as zeros: 32767 / x would not be a float32
+
+
+@inner
+def _fold_rows(x, x_stride, active, rows, scales, minima, count, words, factors, offsets, scratch):  # type: ignore[no-untyped-def]
+    """Round x * scale of up to 4 rows to int16 at ``words``, with x * scale ~ word * factor and offset = x . minimum.
+
+    ``scales`` is an address, or 0 for scales and minima of 1. A row's factor and offset are stored four times over.
+    ``scratch`` has room for 4 rows of ``count`` floats and 8 vectors.
+    """
+    tops, totals, folded = scratch, scratch + ROWS * VECTOR, scratch + 2 * ROWS * VECTOR
+    for r in range(rows):
+        row, target = x + active[r] * x_stride, folded + 4 * r * count
+        top, total = simd.splat(np.float32(0)), simd.splat(np.float32(0))
+        for i in range(0, 4 * count, VECTOR):
+            value = simd.load_f32(row + i)
+            if scales:
+                total = simd.fma(value, simd.load_f32(minima + i), total)
+                value = simd.mul(value, simd.load_f32(scales + i))
+            else:
+                total = simd.add(value, total)
+            simd.store_f32(target + i, value)
+            top = simd.larger(top, simd.absolute(value))
+        simd.store_f32(tops + r * VECTOR, top)
+        simd.store_f32(totals + r * VECTOR, total)
+    largest = simd.largest_four(tops)
+    simd.store_f32(factors, simd.mul(largest, simd.splat(np.float32(1 / _LARGEST))))
+    simd.store_f32(offsets, simd.sum_four(totals))
+    simd.store_f32(tops, simd.inverse_above(largest, np.float32(_LARGEST), np.float32(_SMALLEST)))
+    for r in range(rows):
+        inverse = simd.splat_at(tops + 4 * ROWS * r)
+        for i in range(0, count, LANES):
+            simd.store_int16(words + 2 * (r * count + i), simd.load_f32(folded + 4 * (r * count + i)), inverse)
+
+
+@inner
+def multiply_codes(  # type: ignore[no-untyped-def]
+    x, x_stride, active, n_active, lanes, steps, codes, scales, group, per_lane, target, target_stride, ahead, last, words,
+    factors, offsets, targets, scratch,
+):  # fmt: skip
+    """The integer route: adds to the target. ``active`` names the rows that see anything of this tile, the only ones touched.
+
+    codes: pairs of uint16 [lanes/16][steps/2][16]. scales: float32, then the minima, as layout.py describes. ahead, last:
+    cache lines to ask for meanwhile. words: room for ``n_active`` rows of ``steps`` int16; factors, offsets: for 4 floats
+    a row; targets: int64 (n_active,); scratch: see ``_fold_rows``.
+    """
+    minima = scales + 4 * (lanes * steps // group)
+    length, span = (group, lanes) if per_lane else (steps, group)  # of a sum, and the lanes that share it, in each part
+    for i in range(n_active):
+        targets[i] = target + active[i] * target_stride
+    for part in range(steps // length * (lanes // span)):
+        first_step, first_lane = (part * length, 0) if per_lane else (0, part * span)
+        own_scales, own_minima = (0, 0) if per_lane else (scales + 4 * part * steps, minima + 4 * part * steps)
+        for i in range(0, n_active, ROWS):
+            _fold_rows(
+                x + 4 * first_step, x_stride, active[i:], min(ROWS, n_active - i), own_scales, own_minima, length,
+                words + 2 * i * length, factors + 16 * i, offsets + 16 * i, scratch,
+            )  # fmt: skip
+        for lane in range(first_lane, first_lane + span, VECTORS * LANES):
+            blocks = min(VECTORS, (first_lane + span - lane) // LANES)
+            column = codes + (lane * steps // 32 + first_step // 2) * VECTOR
+            place = 4 * (part * lanes + lane)
+            lane_scales, lane_minima = (scales + place, minima + place) if per_lane else (0, 0)
+            for i in range(0, n_active, ROWS):
+                simd.multiply_pairs(
+                    words + 2 * i * length, 2 * length, column, steps // 2 * VECTOR, length // 2, min(ROWS, n_active - i),
+                    blocks, targets.ctypes.data + 8 * i, 4 * lane, factors + 16 * i, offsets + 16 * i, lane_scales,
+                    lane_minima, ahead, last,
+                )  # fmt: skip
+                ahead += length // 2 * VECTOR
+
+
+@inner
+def score_floats(q, q_stride, first, stop, lanes, steps, keys, target, target_stride, ahead, last):  # type: ignore[no-untyped-def]
+    """The float32 route of q . K: adds the products of rows first .. stop and one tile [lanes/16][steps][16]."""
+    for lane in range(0, lanes, VECTORS * LANES):
+        blocks = min(VECTORS, (lanes - lane) // LANES)
+        for row in range(first, stop, ROWS):
+            count = min(ROWS, stop - row)
+            simd.multiply_floats(
+                q + row * q_stride, q_stride, keys + lane // LANES * steps * VECTOR, steps * VECTOR, steps, count,
+                blocks, target + row * target_stride + 4 * lane, target_stride, VECTOR, ahead, last,
+            )  # fmt: skip
+            ahead += steps * VECTOR
+
+
+@inner
+def _add_values(p, p_stride, rows, values, low, high, tile, width, out, ahead, last):  # type: ignore[no-untyped-def]
+    """Out += p . V of ``rows`` rows over the tokens low .. high of the tile, in their order."""
+    if low < high:
+        for c in range(0, width, VECTORS * LANES):
+            blocks = min(VECTORS, (width - c) // LANES)
+            simd.multiply_floats(
+                p + 4 * low, p_stride, values + (c // LANES * tile + low) * VECTOR, tile * VECTOR, high - low, rows,
+                blocks, out + 4 * c, 4 * width, VECTOR, ahead, last,
+            )  # fmt: skip
+            ahead += (high - low) * VECTOR
+    return ahead
+
+
+@inner
+def weigh_floats(  # type: ignore[no-untyped-def]
+    p, p_stride, first, stop, starts, stops, origin, tile, width, values, out, ahead, last
+):
+    """The float32 route of p . V: adds one tile [width/16][tile][16] to the rows first .. stop of ``out``.
+
+    Rows go in groups of 4 over the range they share; what only some of them see comes before and after, row by row. A
+    token outside a row's range is never touched, so whatever lies there (NaN even) cannot reach the row.
+    """
+    lows, highs = np.empty(ROWS, np.int64), np.empty(ROWS, np.int64)
+    for row in range(first, stop, ROWS):
+        count = min(ROWS, stop - row)
+        low, high = 0, tile
+        for i in range(count):
+            lows[i] = min(max(starts[row + i] - origin, 0), tile)
+            highs[i] = max(min(stops[row + i] - origin, tile), lows[i])
+            low, high = max(low, lows[i]), min(high, highs[i])
+        shared = low < high
+        weights, target = p + row * p_stride + 4 * origin, out + row * width * 4
+        for i in range(count):
+            end = low if shared else highs[i]
+            own, own_target = weights + i * p_stride, target + i * width * 4
+            ahead = _add_values(own, 0, 1, values, lows[i], end, tile, width, own_target, ahead, last)
+        if shared:
+            ahead = _add_values(weights, p_stride, count, values, low, high, tile, width, target, ahead, last)
+            for i in range(count):
+                own, own_target = weights + i * p_stride, target + i * width * 4
+                ahead = _add_values(own, 0, 1, values, high, highs[i], tile, width, own_target, ahead, last)
