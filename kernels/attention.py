@@ -8,10 +8,10 @@ accumulators: so its bits depend on neither the other rows of a call, nor where 
 """
 
 import numpy as np
-from numba import prange
+from numba import prange, types
 
 from . import simd
-from .jit import inner, kernel, parallel_kernel
+from .jit import inner, kernel, parallel_kernel, standalone
 from .layout import BYTES, GROUP, HEAD, KIND, PARAMS, PER_LANE, ROW
 from .products import multiply_codes, score_floats, weigh_floats
 from .simd import LANES, ROWS, VECTORS
@@ -20,7 +20,7 @@ from .tiles import VECTOR, codes_to_floats, is_dense, unpack_codes, unpack_dense
 
 SPLIT = 512  # positions whose logits share one maximum; a multiple of every tile
 BLOCK_ROWS = 96  # query rows that share the unpacking of a tile: their logits then fit the second-level cache
-LOGITS_ROW = (SPLIT + LANES) * 4  # bytes from one row of logits to the next: no power of two, which would share cache sets
+LOGITS_ROW = np.int64((SPLIT + LANES) * 4)  # bytes from one row of logits to the next: no power of two, which would share cache sets
 
 # Indices into the int64 array that describes a segment to the kernel (see segment.py)
 TILE, FIRST_TILE, WIDTH, KV_HEADS = range(4)
@@ -40,6 +40,7 @@ def _softmax_row(logits, start, stop, tile, cap, slope, distance, mask):  # type
     Within the tiles that the row sees, what lies outside of start .. stop becomes 0. ``distance`` is the position of the
     split's first key minus that of the query; ``mask`` an address, or 0.
     """
+    simd.never_inline()
     lowest, nothing = np.float32(-np.inf), simd.splat(np.float32(0))
     first, last = start // LANES * LANES, (stop - 1) // LANES * LANES
     for at in range(start // tile * tile, first, LANES):
@@ -113,8 +114,16 @@ def _first_key(split, k_table, geometry):  # type: ignore[no-untyped-def]
     return k_table[min(max(split * (SPLIT // geometry[TILE]) - geometry[FIRST_TILE], 0), k_table.size - 1)]
 
 
-@inner
-def _attend_split(  # type: ignore[no-untyped-def]
+_INT64, _INTS, _FLOATS = types.int64, types.int64[::1], types.float32[::1]
+
+
+@standalone(
+    types.void(
+        _INT64, _INT64, _INT64, _INT64, _INT64, _INTS, _INTS, _INTS, _INTS, _INTS, _FLOATS, _FLOATS, _INTS, _INT64, _INTS,
+        _INTS, types.float32[:, ::1], types.int64[:, ::1], _INTS, _INTS, _INT64,
+    )
+)  # fmt: skip
+def split_kernel(  # type: ignore[no-untyped-def]
     head, split, rows, n_rep, first_query, starts, stops, k_table, v_table, geometry, options, slopes, distances, mask,
     mask_strides, room, states, ranges, active, targets, following,
 ):  # fmt: skip
@@ -232,9 +241,12 @@ def _room_parts(start, rows, tile, width):  # type: ignore[no-untyped-def]
     return queries, out, logits, codes, values, scales, words, factors, offsets, scratch, end
 
 
+_attend_split = split_kernel.call
+
+
 @inner
 def _attend_block(  # type: ignore[no-untyped-def]
-    head, first_query, n_queries, first_split, stop_split, q, starts, stops, k_table, v_table, geometry, options, slopes,
+    split_address, head, first_query, n_queries, first_split, stop_split, q, starts, stops, k_table, v_table, geometry, options, slopes,
     distances, mask, mask_strides, out, state, room, states, ranges, active, targets,
 ):  # fmt: skip
     """Attention of some queries of one KV head's query heads over a run of splits, merged into ``out`` and ``state``."""
@@ -250,8 +262,8 @@ def _attend_block(  # type: ignore[no-untyped-def]
     for split in range(first_split, stop_split):
         following = _first_key(split + 1, k_table, geometry) + head * geometry[K_SIDE + HEAD]
         _attend_split(
-            head, split, rows, n_rep, first_query, starts, stops, k_table, v_table, geometry, options, slopes, distances,
-            mask, mask_strides, room, states, ranges, active, targets, following,
+            split_address, head, split, rows, n_rep, first_query, starts, stops, k_table, v_table, geometry, options, slopes,
+            distances, mask, mask_strides, room, states, ranges, active, targets, following,
         )  # fmt: skip
         for row in range(rows):
             query, h = first_query + row // n_rep, head * n_rep + row % n_rep
@@ -276,7 +288,7 @@ def _units(worker, workers, parts, blocks, kv_heads):  # type: ignore[no-untyped
 
 @inner
 def _work(  # type: ignore[no-untyped-def]
-    worker, workers, q, starts, stops, first_split, stop_split, k_table, v_table, geometry, options, slopes, distances,
+    split_address, worker, workers, q, starts, stops, first_split, stop_split, k_table, v_table, geometry, options, slopes, distances,
     mask, mask_strides, outs, states,
 ):  # fmt: skip
     """The share of one worker: see ``attend_parts``."""
@@ -287,7 +299,7 @@ def _work(  # type: ignore[no-untyped-def]
     blocks = (n_queries + block - 1) // block
     rows = min(block, n_queries) * n_rep
     memory = np.empty(_room_parts(0, rows, tile, width)[-1] + 64, np.uint8)
-    room = _room_parts((memory.ctypes.data + 63) // 64 * 64, rows, tile, width)
+    room = np.array(_room_parts((memory.ctypes.data + 63) // 64 * 64, rows, tile, width))
     row_states = np.empty((rows, 2), np.float32)
     ranges, active, targets = np.empty((2, rows), np.int64), np.empty(rows, np.int64), np.empty(rows, np.int64)
     first_unit, stop_unit, step = _units(worker, workers, parts, blocks, kv_heads)
@@ -297,7 +309,7 @@ def _work(  # type: ignore[no-untyped-def]
             head, rest = unit % kv_heads, unit // kv_heads
         part, first_query = rest // blocks, rest % blocks * block
         _attend_block(
-            head, first_query, min(block, n_queries - first_query), first_split + n_splits * part // parts,
+            split_address, head, first_query, min(block, n_queries - first_query), first_split + n_splits * part // parts,
             first_split + n_splits * (part + 1) // parts, q, starts, stops, k_table, v_table, geometry, options, slopes,
             distances, mask, mask_strides, outs[part], states[part], room, row_states, ranges, active, targets,
         )  # fmt: skip
@@ -306,7 +318,7 @@ def _work(  # type: ignore[no-untyped-def]
 
 @parallel_kernel
 def attend_parts(  # type: ignore[no-untyped-def]
-    q, starts, stops, first_split, stop_split, k_table, v_table, geometry, options, slopes, distances, mask,
+    split_address, q, starts, stops, first_split, stop_split, k_table, v_table, geometry, options, slopes, distances, mask,
     mask_strides, outs, states, workers,
 ):  # fmt: skip
     """Attention of all queries, cut into (KV head, part of the splits, block of queries), shared out to the workers.
@@ -316,7 +328,7 @@ def attend_parts(  # type: ignore[no-untyped-def]
     """
     for worker in prange(workers):
         _work(
-            worker, workers, q, starts, stops, first_split, stop_split, k_table, v_table, geometry, options, slopes,
+            split_address, np.int64(worker), workers, q, starts, stops, first_split, stop_split, k_table, v_table, geometry, options, slopes,
             distances, mask, mask_strides, outs, states,
         )  # fmt: skip
 

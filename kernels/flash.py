@@ -7,7 +7,7 @@ import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .attention import BLOCK_ROWS, SPLIT, attend_parts, merge_partials
+from .attention import BLOCK_ROWS, SPLIT, attend_parts, merge_partials, split_kernel
 from .segment import Int64, Segment, segment_of_arrays
 from .simd import LANES
 from .state import Float32, check_out, check_state, empty_state, pad_last_axis
@@ -163,7 +163,7 @@ def attend(
     strides = _NO_MASK if mask is None else np.array(mask.strides[:2], np.int64)
     workers = numba.get_num_threads()
     common = (
-        q, starts, stops, first_split, stop_split, segment.k_table, segment.v_table, segment.geometry, options, slopes,
+        split_kernel.address(), q, starts, stops, first_split, stop_split, segment.k_table, segment.v_table, segment.geometry, options, slopes,
         distances, address, strides,
     )  # fmt: skip
     n_splits = stop_split - first_split

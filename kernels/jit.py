@@ -14,6 +14,9 @@ from typing import Any
 
 import numba
 import platformdirs
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 
 def _sources_hash() -> str:
@@ -66,3 +69,46 @@ kernel = _compiler()
 parallel_kernel = _compiler(parallel=True)
 inner: Callable[[Any], Any] = numba.njit(nogil=True, error_model="numpy")
 """A function that is only called by kernels: it is compiled into them, so a cache entry of its own would be waste."""
+
+
+class Standalone:
+    """A kernel that other kernels call by its address, and so do not contain.
+
+    What a kernel contains is compiled with it once more, and parallel kernels are compiled four times over. ``call`` is
+    for kernels: its first argument is ``address()``, which the caller's caller has to pass down; the others are those of
+    the function, of exactly the types of its signature.
+    """
+
+    def __init__(self, function: Any, signature: Any) -> None:
+        self.function, self._signature = kernel(function), signature
+        self._address = 0
+
+        def codegen(context: Any, builder: Any, _: Any, args: Any) -> Any:
+            convention, parameters = context.call_conv, signature.args
+            pointer = convention.get_function_type(signature.return_type, parameters).as_pointer()
+            status, _ = convention.call_function(
+                builder, builder.inttoptr(args[0], pointer), signature.return_type, parameters, args[1:]
+            )
+            with cgutils.if_unlikely(builder, status.is_error):
+                convention.return_status_propagate(builder, status)
+            return context.get_dummy_value()
+
+        names = ", ".join(f"a{i}" for i in range(len(signature.args) + 1))
+        scope: dict[str, Any] = {"made": types.void(types.intp, *signature.args), "codegen": codegen}
+        # Numba reads the number of arguments from the function's own signature, so it has to be spelled out.
+        exec(f"def call(typingctx, {names}):\n    return made, codegen", scope)  # noqa: S102
+        scope["call"].__module__ = __name__
+        self.call = intrinsic(scope["call"])
+
+    def address(self) -> int:
+        """Where its machine code is; compiled, or loaded from the cache, at the first time."""
+        if not self._address:
+            self.function.compile(self._signature)
+            compiled = self.function.overloads[self._signature.args]
+            self._address = int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
+        return self._address
+
+
+def standalone(signature: Any) -> Callable[[Any], Standalone]:
+    """A decorator that makes a ``Standalone`` kernel of a function that returns nothing."""
+    return lambda function: Standalone(function, signature)

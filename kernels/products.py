@@ -26,6 +26,7 @@ def _fold_rows(x, x_stride, active, rows, scales, minima, count, words, factors,
     ``scales`` is an address, or 0 for scales and minima of 1. A row's factor and offset are stored four times over.
     ``scratch`` has room for 4 rows of ``count`` floats and 8 vectors.
     """
+    simd.never_inline()
     tops, totals, folded = scratch, scratch + ROWS * VECTOR, scratch + 2 * ROWS * VECTOR
     for r in range(rows):
         row, target = x + active[r] * x_stride, folded + 4 * r * count
@@ -62,6 +63,7 @@ def multiply_codes(  # type: ignore[no-untyped-def]
     cache lines to ask for meanwhile. words: room for ``n_active`` rows of ``steps`` int16; factors, offsets: for 4 floats
     a row; targets: int64 (n_active,); scratch: see ``_fold_rows``.
     """
+    simd.never_inline()
     minima = scales + 4 * (lanes * steps // group)
     length, span = (group, lanes) if per_lane else (steps, group)  # of a sum, and the lanes that share it, in each part
     for i in range(n_active):
@@ -91,6 +93,7 @@ def multiply_codes(  # type: ignore[no-untyped-def]
 @inner
 def score_floats(q, q_stride, first, stop, lanes, steps, keys, target, target_stride, ahead, last):  # type: ignore[no-untyped-def]
     """The float32 route of q . K: adds the products of rows first .. stop and one tile [lanes/16][steps][16]."""
+    simd.never_inline()
     for lane in range(0, lanes, VECTORS * LANES):
         blocks = min(VECTORS, (lanes - lane) // LANES)
         for row in range(first, stop, ROWS):
@@ -105,6 +108,7 @@ def score_floats(q, q_stride, first, stop, lanes, steps, keys, target, target_st
 @inner
 def _add_values(p, p_stride, rows, values, low, high, tile, width, out, ahead, last):  # type: ignore[no-untyped-def]
     """Out += p . V of ``rows`` rows over the tokens low .. high of the tile, in their order."""
+    simd.never_inline()
     if low < high:
         for c in range(0, width, VECTORS * LANES):
             blocks = min(VECTORS, (width - c) // LANES)
@@ -125,6 +129,7 @@ def weigh_floats(  # type: ignore[no-untyped-def]
     Rows go in groups of 4 over the range they share; what only some of them see comes before and after, row by row. A
     token outside a row's range is never touched, so whatever lies there (NaN even) cannot reach the row.
     """
+    simd.never_inline()
     lows, highs = np.empty(ROWS, np.int64), np.empty(ROWS, np.int64)
     for row in range(first, stop, ROWS):
         count = min(ROWS, stop - row)

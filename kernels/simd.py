@@ -122,6 +122,12 @@ def _operation(result: Any, *parameters: Any) -> Callable[[Callable[..., Any]], 
     return wrap
 
 
+@_operation(types.void)
+def never_inline(context: Any, builder: Any) -> None:
+    """Compile the calling function once: the optimizer would copy it to every place that it is called from."""
+    builder.function.attributes.add("noinline")
+
+
 @_operation(f32x16, types.intp)
 def load_f32(context: Any, builder: Any, address: Any) -> Any:
     """16 float32 at ``address``."""
@@ -532,9 +538,9 @@ def _at(builder: Any, base: Any, *offsets: tuple[int, Any]) -> Any:
 
 def _emit_sums(
     context: Any, builder: Any, a_rows: list[Any], b_vectors: list[Any], count: Any, initial: list[Any],
-    ahead: Any, last: Any, step: Callable[..., Any],
+    ahead: Any, last: Any, step: Callable[..., Any], unroll: int,
 ) -> list[Any]:  # fmt: skip
-    """The loop over ``count`` (at least 1) steps: one sum for every row and vector.
+    """The loop over ``count`` steps, a positive multiple of ``unroll``: one sum for every row and vector.
 
     A step asks for one cache line that will be read later, from ``ahead`` on, none beyond ``last``.
     """
@@ -545,16 +551,17 @@ def _emit_sums(
     i = builder.phi(word)
     i.add_incoming(ir.Constant(word, 0), before)
     accumulators = [builder.phi(llvm) for _ in initial]
-    line = builder.add(ahead, builder.mul(i, ir.Constant(word, 64)))
-    _prefetch(builder, builder.select(builder.icmp_signed("<", line, last), line, last))
-    columns = [_load(builder, builder.add(x, builder.mul(i, ir.Constant(word, 64))), llvm) for x in b_vectors]
-    sums = []
-    for r, row in enumerate(a_rows):
-        number = _load(builder, builder.add(row, builder.mul(i, ir.Constant(word, 4))), llvm.element)
-        for v, column in enumerate(columns):
-            acc = accumulators[r * len(columns) + v]
-            sums.append(step(context, builder, acc, _broadcast(builder, number, llvm), column))
-    following = builder.add(i, ir.Constant(word, 1))
+    sums = list(accumulators)
+    for u in range(unroll):
+        place = builder.add(i, ir.Constant(word, u))
+        line = builder.add(ahead, builder.mul(place, ir.Constant(word, 64)))
+        _prefetch(builder, builder.select(builder.icmp_signed("<", line, last), line, last))
+        columns = [_load(builder, builder.add(x, builder.mul(place, ir.Constant(word, 64))), llvm) for x in b_vectors]
+        for r, row in enumerate(a_rows):
+            number = _load(builder, builder.add(row, builder.mul(place, ir.Constant(word, 4))), llvm.element)
+            for v, column in enumerate(columns, r * len(columns)):
+                sums[v] = step(context, builder, sums[v], _broadcast(builder, number, llvm), column)
+    following = builder.add(i, ir.Constant(word, unroll))
     i.add_incoming(following, loop)
     for phi, start, total in zip(accumulators, initial, sums, strict=True):
         phi.add_incoming(start, before)
@@ -603,7 +610,7 @@ def multiply_floats(context: Any, builder: Any, *args: Any) -> None:
         initial = [_load(builder, at, _V_F32) for at in targets]
         sums = _emit_sums(
             context, builder, a_rows, b_vectors, count, initial, ahead, last,
-            lambda context, builder, acc, x, y: _fma(context, builder, x, y, acc),
+            lambda context, builder, acc, x, y: _fma(context, builder, x, y, acc), 1,
         )  # fmt: skip
         for at, total in zip(targets, sums, strict=True):
             builder.store(total, _pointer(builder, at, _V_F32)).align = 4
@@ -614,7 +621,7 @@ def multiply_pairs(context: Any, builder: Any, *args: Any) -> None:
     """target[r][v] += (sum of a[r][i] . b[v][i]) * scales[v] * factors[r] + minima[v] * offsets[r].
 
     a and b are pairs of int16 and their sums exact, in int32; the rest is float32. Arguments: a, its row stride, b, its
-    vector stride, count, rows, vectors, the addresses of the rows' targets (int64, one a row), the targets' offset,
+    vector stride, count (a multiple of 4), rows, vectors, the addresses of the rows' targets (int64, one a row), the targets' offset,
     factors, offsets (float32, every fourth one counts), scales, minima (vectors; address 0 for ones), ``ahead``, ``last``.
     """
     a, a_stride, b, b_stride, count, rows, vectors, targets, column, factors, offsets, scales, minima, ahead, last = args
@@ -624,7 +631,7 @@ def multiply_pairs(context: Any, builder: Any, *args: Any) -> None:
         a_rows = [_at(builder, a, (r0 + r, a_stride)) for r in range(n_rows)]
         b_vectors = [_at(builder, b, (v0 + v, b_stride)) for v in range(n_vectors)]
         initial = [_const(_V_I32, 0)] * (n_rows * n_vectors)
-        sums = _emit_sums(context, builder, a_rows, b_vectors, count, initial, ahead, last, _dot_pairs)
+        sums = _emit_sums(context, builder, a_rows, b_vectors, count, initial, ahead, last, _dot_pairs, 4)
         sums = [builder.sitofp(total, _V_F32) for total in sums]
         with builder.if_else(per_lane) as (then, otherwise):
             for has_scales, branch in ((True, then), (False, otherwise)):

@@ -32,6 +32,7 @@ def unpack_codes(base, kind, vectors, target, ahead):  # type: ignore[no-untyped
 
     Asks for a third as many bytes from ``ahead`` on.
     """
+    simd.never_inline()
     if kind == Q8:
         for i in range(vectors // 2):
             _ask(ahead, i)
@@ -61,6 +62,7 @@ def unpack_scales(source, count, target):  # type: ignore[no-untyped-def]
 @inner
 def codes_to_floats(codes, scales, lanes, steps, group, per_lane, target):  # type: ignore[no-untyped-def]
     """code * scale + minimum of pairs [lanes/16][steps/2][16] into float32 [lanes/16][steps][16]."""
+    simd.never_inline()
     minima = scales + 4 * (lanes * steps // group)
     for block in range(lanes // LANES):
         for i in range(0, steps, 2):
@@ -96,6 +98,7 @@ def unpack_dense_k(base, kind, row_stride, width, first, stop, target, scratch):
 
     Lanes of a block of 16 that lie outside are undefined: nothing may read them. ``scratch`` has room for 256 floats.
     """
+    simd.never_inline()
     size = 4 if kind == F32 else 2
     if row_stride == 0:
         for i in range(first // LANES * width, (stop + LANES - 1) // LANES * width):
@@ -112,6 +115,7 @@ def unpack_dense_k(base, kind, row_stride, width, first, stop, target, scratch):
 @inner
 def unpack_dense_v(base, kind, row_stride, width, tile, first, stop, target):  # type: ignore[no-untyped-def]
     """Tokens first .. stop of dense V at ``base`` into ``target`` [width/16][tile][16 channels]."""
+    simd.never_inline()
     size = 4 if kind == F32 else 2
     for token in range(first, stop):
         for c in range(0, width, LANES):
