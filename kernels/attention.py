@@ -9,13 +9,14 @@ accumulators: so its bits depend on neither the other rows of a call, nor where 
 
 import numpy as np
 from numba import prange, types
+from numba.cpython.unsafe.tuple import tuple_setitem
 
 from . import simd
-from .jit import inner, kernel, parallel_kernel, standalone
+from .jit import inner, parallel_kernel, standalone
 from .layout import BYTES, GROUP, HEAD, KIND, PARAMS, PER_LANE, ROW
-from .products import multiply_codes, score_floats, weigh_floats
-from .simd import LANES, ROWS, VECTORS
-from .state import merge_row
+from .products import FOLDED, multiply_codes, score_floats, weigh_floats
+from .simd import LANES
+from .state import merge_rows
 from .tiles import VECTOR, codes_to_floats, is_dense, unpack_codes, unpack_dense_k, unpack_dense_v, unpack_scales
 
 SPLIT = 512  # positions whose logits share one maximum; a multiple of every tile
@@ -63,11 +64,16 @@ def _softmax_row(logits, start, stop, tile, cap, slope, distance, mask):  # type
     for at in (first, last):  # the vectors that may reach beyond the range
         x = simd.keep_lanes(simd.load_f32(logits + 4 * at), np.int32(start - at), np.int32(stop - at), lowest)
         simd.store_f32(logits + 4 * at, x)
-    top, other = simd.splat(lowest), simd.splat(lowest)
-    for at in range(first, last, 2 * LANES):
+    tops, at = (simd.splat(lowest), simd.splat(lowest), simd.splat(lowest), simd.splat(lowest)), first
+    while at + 4 * LANES <= stop:
+        for i in range(4):
+            tops = tuple_setitem(tops, i, simd.larger(tops[i], simd.load_f32(logits + 4 * at + i * VECTOR)))
+        at += 4 * LANES
+    top = simd.larger(simd.larger(tops[0], tops[1]), simd.larger(tops[2], tops[3]))
+    while at < stop:
         top = simd.larger(top, simd.load_f32(logits + 4 * at))
-        other = simd.larger(other, simd.load_f32(logits + 4 * at + VECTOR))
-    M = simd.largest_lane(simd.larger(simd.larger(top, other), simd.load_f32(logits + 4 * last)))
+        at += LANES
+    M = simd.largest_lane(top)
     if lowest == M:
         M = _first_nan(logits, first, stop)
         if lowest == M:  # every key masked: nothing was attended to, and -inf - -inf is never computed
@@ -127,7 +133,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
     head, split, rows, n_rep, first_query, starts, stops, k_table, v_table, geometry, options, slopes, distances, mask,
     mask_strides, room, states, ranges, active, targets, following,
 ):  # fmt: skip
-    """The partial attention of a block of rows over one split: room[OUT] (rows, width) normalised, states (rows, 2)."""
+    """The partial attention of a block of rows over one split: room[OUT] (rows, width) normalised, states[:2] = M, S."""
     tile, width = geometry[TILE], geometry[WIDTH]
     k_side, v_side = geometry[K_SIDE : K_SIDE + 7], geometry[V_SIDE : V_SIDE + 7]
     exact = options[EXACT] != 0
@@ -138,7 +144,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
         a = min(max(starts[first_query + row // n_rep] - origin, 0), SPLIT)
         b = max(min(stops[first_query + row // n_rep] - origin, SPLIT), a)
         starts_here[row], stops_here[row] = a, b
-        states[row, 0], states[row, 1] = -np.inf, 0
+        states[0, row], states[1, row] = -np.inf, 0
         if a < b:
             first, stop = min(first, a), max(stop, b)
     if first >= stop:
@@ -153,9 +159,6 @@ def split_kernel(  # type: ignore[no-untyped-def]
         at, target = k_table[base + t] + head * k_side[HEAD], logits + t * tile * 4
         ahead = k_table[base + t + 1] + head * k_side[HEAD] if t < last_tile else first_v
         last = ahead + (k_side[BYTES] if t < last_tile else v_side[BYTES])
-        for i in range(count):
-            for c in range(0, 4 * tile, VECTOR):
-                simd.store_f32(target + active[i] * LOGITS_ROW + c, simd.splat(np.float32(0)))
         if is_dense(k_side[KIND]):
             low, high = max(first - t * tile, 0), min(stop - t * tile, tile)
             unpack_dense_k(at, k_side[KIND], k_side[ROW], width, low, high, room[VALUES], room[SCALES])
@@ -173,7 +176,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
         else:
             multiply_codes(
                 room[QUERIES], width * 4, active, count, tile, width, room[CODES], room[SCALES], k_side[GROUP],
-                k_side[PER_LANE], target, LOGITS_ROW, ahead + (last - ahead) // 3, last, room[WORDS], room[FACTORS], room[OFFSETS], targets,
+                k_side[PER_LANE], 1, target, LOGITS_ROW, ahead + (last - ahead) // 3, last, room[WORDS], room[FACTORS], room[OFFSETS], targets,
                 room[SCRATCH],
             )  # fmt: skip
     for row in range(rows):
@@ -184,7 +187,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
                 logits + row * LOGITS_ROW, starts_here[row], stops_here[row], tile, options[SOFTCAP], slopes[h],
                 distances[query] + origin, row_mask,
             )  # fmt: skip
-            states[row, 0], states[row, 1] = M, S
+            states[0, row], states[1, row] = M, S
             if S == 0:
                 starts_here[row] = stops_here[row]
     for i in range(0, rows * width, LANES):
@@ -213,12 +216,12 @@ def split_kernel(  # type: ignore[no-untyped-def]
         else:
             multiply_codes(
                 logits + t * tile * 4, LOGITS_ROW, active, count, width, tile, room[CODES], room[SCALES], v_side[GROUP],
-                v_side[PER_LANE], out, width * 4, ahead + (last - ahead) // 3, last, room[WORDS], room[FACTORS], room[OFFSETS], targets,
+                v_side[PER_LANE], 0, out, width * 4, ahead + (last - ahead) // 3, last, room[WORDS], room[FACTORS], room[OFFSETS], targets,
                 room[SCRATCH],
             )  # fmt: skip
     for row in range(rows):
-        if states[row, 1] != 0:
-            share = simd.splat(np.float32(1) / states[row, 1])
+        if states[1, row] != 0:
+            share = simd.splat(np.float32(1) / states[1, row])
             for c in range(0, width, LANES):
                 at = out + (row * width + c) * 4
                 simd.store_f32(at, simd.mul(simd.load_f32(at), share))
@@ -237,7 +240,7 @@ def _room_parts(start, rows, tile, width):  # type: ignore[no-untyped-def]
     factors = words + (rows * max(tile, width) * 2 + 63) // 64 * 64
     offsets = factors + (rows + 3) // 4 * VECTOR
     scratch = offsets + (rows + 3) // 4 * VECTOR
-    end = scratch + ROWS * (2 * VECTOR + 4 * max(tile, width))
+    end = scratch + FOLDED * (2 * VECTOR + 4 * max(tile, width))
     return queries, out, logits, codes, values, scales, words, factors, offsets, scratch, end
 
 
@@ -247,7 +250,7 @@ _attend_split = split_kernel.call
 @inner
 def _attend_block(  # type: ignore[no-untyped-def]
     split_address, head, first_query, n_queries, first_split, stop_split, q, starts, stops, k_table, v_table, geometry, options, slopes,
-    distances, mask, mask_strides, out, state, room, states, ranges, active, targets,
+    distances, mask, mask_strides, out, state, room, states, ranges, active, targets, outs,
 ):  # fmt: skip
     """Attention of some queries of one KV head's query heads over a run of splits, merged into ``out`` and ``state``."""
     width, n_heads = geometry[WIDTH], q.shape[1]
@@ -259,19 +262,19 @@ def _attend_block(  # type: ignore[no-untyped-def]
         at = q.ctypes.data + (query * n_heads + h) * width * 4
         for c in range(0, width, LANES):
             simd.store_f32(room[QUERIES] + (row * width + c) * 4, simd.mul(simd.load_f32(at + 4 * c), scale))
+        outs[0, row] = out.ctypes.data + (query * n_heads + h) * width * 4
+        outs[1, row] = room[OUT] + row * width * 4
+        states[2, row], states[3, row] = state[h, query, 0], state[h, query, 1]
     for split in range(first_split, stop_split):
         following = _first_key(split + 1, k_table, geometry) + head * geometry[K_SIDE + HEAD]
         _attend_split(
-            split_address, head, split, rows, n_rep, first_query, starts, stops, k_table, v_table, geometry, options, slopes,
-            distances, mask, mask_strides, room, states, ranges, active, targets, following,
+            split_address, head, split, rows, n_rep, first_query, starts, stops, k_table, v_table, geometry, options,
+            slopes, distances, mask, mask_strides, room, states, ranges, active, targets, following,
         )  # fmt: skip
-        for row in range(rows):
-            query, h = first_query + row // n_rep, head * n_rep + row % n_rep
-            M, S = merge_row(
-                out.ctypes.data + (query * n_heads + h) * width * 4, state[h, query, 0], state[h, query, 1],
-                room[OUT] + row * width * 4, states[row, 0], states[row, 1], width,
-            )  # fmt: skip
-            state[h, query, 0], state[h, query, 1] = M, S
+        merge_rows(outs[0], states[2], states[3], outs[1], states[0], states[1], rows, width)
+    for row in range(rows):
+        query, h = first_query + row // n_rep, head * n_rep + row % n_rep
+        state[h, query, 0], state[h, query, 1] = states[2, row], states[3, row]
 
 
 @inner
@@ -300,7 +303,8 @@ def _work(  # type: ignore[no-untyped-def]
     rows = min(block, n_queries) * n_rep
     memory = np.empty(_room_parts(0, rows, tile, width)[-1] + 64, np.uint8)
     room = np.array(_room_parts((memory.ctypes.data + 63) // 64 * 64, rows, tile, width))
-    row_states = np.empty((rows, 2), np.float32)
+    row_states = np.zeros((4, (rows + LANES - 1) // LANES * LANES), np.float32)  # M and S of a split, and of all so far
+    row_outs = np.empty((2, rows), np.int64)
     ranges, active, targets = np.empty((2, rows), np.int64), np.empty(rows, np.int64), np.empty(rows, np.int64)
     first_unit, stop_unit, step = _units(worker, workers, parts, blocks, kv_heads)
     for unit in range(first_unit, stop_unit, step):
@@ -311,7 +315,7 @@ def _work(  # type: ignore[no-untyped-def]
         _attend_block(
             split_address, head, first_query, min(block, n_queries - first_query), first_split + n_splits * part // parts,
             first_split + n_splits * (part + 1) // parts, q, starts, stops, k_table, v_table, geometry, options, slopes,
-            distances, mask, mask_strides, outs[part], states[part], room, row_states, ranges, active, targets,
+            distances, mask, mask_strides, outs[part], states[part], room, row_states, ranges, active, targets, row_outs,
         )  # fmt: skip
     memory[0] = 0  # Numba frees an array after its last mention, and the addresses above do not count as one
 
@@ -331,18 +335,3 @@ def attend_parts(  # type: ignore[no-untyped-def]
             split_address, np.int64(worker), workers, q, starts, stops, first_split, stop_split, k_table, v_table, geometry, options, slopes,
             distances, mask, mask_strides, outs, states,
         )  # fmt: skip
-
-
-@kernel
-def merge_partials(partial_outs, partial_states, out, state):  # type: ignore[no-untyped-def]
-    """Merge partial attentions into ``out`` (T, H, width) and ``state`` (H, T, 2), in the order of the parts."""
-    n_parts, n_queries, n_heads, width = partial_outs.shape
-    for h in range(n_heads):
-        for t in range(n_queries):
-            M, S = state[h, t, 0], state[h, t, 1]
-            target = out.ctypes.data + (t * n_heads + h) * width * 4
-            for i in range(n_parts):
-                source = partial_outs.ctypes.data + ((i * n_queries + t) * n_heads + h) * width * 4
-                other = partial_states[i, h, t]
-                M, S = merge_row(target, M, S, source, other[0], other[1], width)
-            state[h, t, 0], state[h, t, 1] = M, S

@@ -7,10 +7,10 @@ import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .attention import BLOCK_ROWS, SPLIT, attend_parts, merge_partials, split_kernel
+from .attention import BLOCK_ROWS, SPLIT, attend_parts, split_kernel
 from .segment import Int64, Segment, segment_of_arrays
 from .simd import LANES
-from .state import Float32, check_out, check_state, empty_state, pad_last_axis
+from .state import Float32, check_out, check_state, empty_state, merge_partials, pad_last_axis
 
 PRECISIONS = ("default", "f32")
 _NO_MASK = np.zeros(2, np.int64)
@@ -172,7 +172,7 @@ def attend(
     if n_splits == 1 or n_queries * n_rep > BLOCK_ROWS or enough_units:
         attend_parts(*common, out[None], state[None], workers)
     else:
-        outs = np.empty((n_splits, n_queries, n_heads, width), np.float32)
+        outs = np.zeros((n_splits, n_queries, n_heads, width), np.float32)
         states = np.empty((n_splits, n_heads, n_queries, 2), np.float32)
         states[:] = -np.inf, 0
         attend_parts(*common, outs, states, workers)

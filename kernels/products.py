@@ -15,19 +15,20 @@ from .jit import inner
 from .simd import LANES, ROWS, VECTORS
 from .tiles import VECTOR
 
+FOLDED = 16  # rows that are folded together, so that one need not wait for the other's maximum
 _LARGEST = 32767.0  # of a 16-bit factor
 _SMALLEST = 1e-33  # rows of smaller numbers count as zeros: 32767 / x would not be a float32
 
 
 @inner
 def _fold_rows(x, x_stride, active, rows, scales, minima, count, words, factors, offsets, scratch):  # type: ignore[no-untyped-def]
-    """Round x * scale of up to 4 rows to int16 at ``words``, with x * scale ~ word * factor and offset = x . minimum.
+    """Round x * scale of up to 16 rows to int16 at ``words``, with x * scale ~ word * factor and offset = x . minimum.
 
     ``scales`` is an address, or 0 for scales and minima of 1. A row's factor and offset are stored four times over.
-    ``scratch`` has room for 4 rows of ``count`` floats and 8 vectors.
+    ``scratch`` has room for 16 rows of ``count`` floats and 32 vectors.
     """
     simd.never_inline()
-    tops, totals, folded = scratch, scratch + ROWS * VECTOR, scratch + 2 * ROWS * VECTOR
+    tops, totals, folded = scratch, scratch + FOLDED * VECTOR, scratch + 2 * FOLDED * VECTOR
     for r in range(rows):
         row, target = x + active[r] * x_stride, folded + 4 * r * count
         top, total = simd.splat(np.float32(0)), simd.splat(np.float32(0))
@@ -42,26 +43,27 @@ def _fold_rows(x, x_stride, active, rows, scales, minima, count, words, factors,
             top = simd.larger(top, simd.absolute(value))
         simd.store_f32(tops + r * VECTOR, top)
         simd.store_f32(totals + r * VECTOR, total)
-    largest = simd.largest_four(tops)
-    simd.store_f32(factors, simd.mul(largest, simd.splat(np.float32(1 / _LARGEST))))
-    simd.store_f32(offsets, simd.sum_four(totals))
-    simd.store_f32(tops, simd.inverse_above(largest, np.float32(_LARGEST), np.float32(_SMALLEST)))
+    for r in range(0, rows, 4):
+        largest, quad = simd.largest_four(tops + r * VECTOR), r // 4 * VECTOR
+        simd.store_f32(factors + quad, simd.mul(largest, simd.splat(np.float32(1 / _LARGEST))))
+        simd.store_f32(offsets + quad, simd.sum_four(totals + r * VECTOR))
+        simd.store_f32(tops + r * VECTOR, simd.inverse_above(largest, np.float32(_LARGEST), np.float32(_SMALLEST)))
     for r in range(rows):
-        inverse = simd.splat_at(tops + 4 * ROWS * r)
+        inverse = simd.splat_at(tops + r // 4 * 4 * VECTOR + r % 4 * LANES)
         for i in range(0, count, LANES):
             simd.store_int16(words + 2 * (r * count + i), simd.load_f32(folded + 4 * (r * count + i)), inverse)
 
 
 @inner
 def multiply_codes(  # type: ignore[no-untyped-def]
-    x, x_stride, active, n_active, lanes, steps, codes, scales, group, per_lane, target, target_stride, ahead, last, words,
-    factors, offsets, targets, scratch,
+    x, x_stride, active, n_active, lanes, steps, codes, scales, group, per_lane, fresh, target, target_stride, ahead, last,
+    words, factors, offsets, targets, scratch,
 ):  # fmt: skip
-    """The integer route: adds to the target. ``active`` names the rows that see anything of this tile, the only ones touched.
+    """The integer route. ``active`` names the rows that see anything of this tile, the only ones touched.
 
-    codes: pairs of uint16 [lanes/16][steps/2][16]. scales: float32, then the minima, as layout.py describes. ahead, last:
-    cache lines to ask for meanwhile. words: room for ``n_active`` rows of ``steps`` int16; factors, offsets: for 4 floats
-    a row; targets: int64 (n_active,); scratch: see ``_fold_rows``.
+    codes: pairs of uint16 [lanes/16][steps/2][16]. scales: float32, then the minima, as layout.py describes. fresh: the
+    target is written, not added to. ahead, last: cache lines to ask for meanwhile. words: room for ``n_active`` rows of
+    ``steps`` int16; factors, offsets: for 4 floats a row; targets: int64 (n_active,); scratch: see ``_fold_rows``.
     """
     simd.never_inline()
     minima = scales + 4 * (lanes * steps // group)
@@ -71,9 +73,9 @@ def multiply_codes(  # type: ignore[no-untyped-def]
     for part in range(steps // length * (lanes // span)):
         first_step, first_lane = (part * length, 0) if per_lane else (0, part * span)
         own_scales, own_minima = (0, 0) if per_lane else (scales + 4 * part * steps, minima + 4 * part * steps)
-        for i in range(0, n_active, ROWS):
+        for i in range(0, n_active, FOLDED):
             _fold_rows(
-                x + 4 * first_step, x_stride, active[i:], min(ROWS, n_active - i), own_scales, own_minima, length,
+                x + 4 * first_step, x_stride, active[i:], min(FOLDED, n_active - i), own_scales, own_minima, length,
                 words + 2 * i * length, factors + 16 * i, offsets + 16 * i, scratch,
             )  # fmt: skip
         for lane in range(first_lane, first_lane + span, VECTORS * LANES):
@@ -84,20 +86,24 @@ def multiply_codes(  # type: ignore[no-untyped-def]
             for i in range(0, n_active, ROWS):
                 simd.multiply_pairs(
                     words + 2 * i * length, 2 * length, column, steps // 2 * VECTOR, length // 2, min(ROWS, n_active - i),
-                    blocks, targets.ctypes.data + 8 * i, 4 * lane, factors + 16 * i, offsets + 16 * i, lane_scales,
-                    lane_minima, ahead, last,
+                    blocks, targets.ctypes.data + 8 * i, 4 * lane, fresh and first_step == 0, factors + 16 * i,
+                    offsets + 16 * i, lane_scales, lane_minima, ahead, last,
                 )  # fmt: skip
                 ahead += length // 2 * VECTOR
 
 
 @inner
 def score_floats(q, q_stride, first, stop, lanes, steps, keys, target, target_stride, ahead, last):  # type: ignore[no-untyped-def]
-    """The float32 route of q . K: adds the products of rows first .. stop and one tile [lanes/16][steps][16]."""
+    """The float32 route of q . K: logits of the rows first .. stop against one tile [lanes/16][steps][16]."""
     simd.never_inline()
     for lane in range(0, lanes, VECTORS * LANES):
         blocks = min(VECTORS, (lanes - lane) // LANES)
         for row in range(first, stop, ROWS):
             count = min(ROWS, stop - row)
+            for i in range(count):
+                for b in range(blocks):
+                    at = target + (row + i) * target_stride + 4 * lane + b * VECTOR
+                    simd.store_f32(at, simd.splat(np.float32(0)))
             simd.multiply_floats(
                 q + row * q_stride, q_stride, keys + lane // LANES * steps * VECTOR, steps * VECTOR, steps, count,
                 blocks, target + row * target_stride + 4 * lane, target_stride, VECTOR, ahead, last,

@@ -542,7 +542,7 @@ def _emit_sums(
 ) -> list[Any]:  # fmt: skip
     """The loop over ``count`` steps, a positive multiple of ``unroll``: one sum for every row and vector.
 
-    A step asks for one cache line that will be read later, from ``ahead`` on, none beyond ``last``.
+    A step asks for one cache line that will be read later, from ``ahead`` on, up to ``last``.
     """
     llvm, word = initial[0].type, count.type
     before, loop, after = builder.block, builder.append_basic_block("step"), builder.append_basic_block("sums")
@@ -552,10 +552,11 @@ def _emit_sums(
     i.add_incoming(ir.Constant(word, 0), before)
     accumulators = [builder.phi(llvm) for _ in initial]
     sums = list(accumulators)
+    line = builder.add(ahead, builder.mul(i, ir.Constant(word, 64)))
+    line = builder.select(builder.icmp_signed("<", line, last), line, last)
     for u in range(unroll):
+        _prefetch(builder, builder.add(line, ir.Constant(word, 64 * u)))
         place = builder.add(i, ir.Constant(word, u))
-        line = builder.add(ahead, builder.mul(place, ir.Constant(word, 64)))
-        _prefetch(builder, builder.select(builder.icmp_signed("<", line, last), line, last))
         columns = [_load(builder, builder.add(x, builder.mul(place, ir.Constant(word, 64))), llvm) for x in b_vectors]
         for r, row in enumerate(a_rows):
             number = _load(builder, builder.add(row, builder.mul(place, ir.Constant(word, 4))), llvm.element)
@@ -616,44 +617,53 @@ def multiply_floats(context: Any, builder: Any, *args: Any) -> None:
             builder.store(total, _pointer(builder, at, _V_F32)).align = 4
 
 
-@_operation(types.void, *[types.intp] * 15)
+@_operation(types.void, *[types.intp] * 16)
 def multiply_pairs(context: Any, builder: Any, *args: Any) -> None:
     """target[r][v] += (sum of a[r][i] . b[v][i]) * scales[v] * factors[r] + minima[v] * offsets[r].
 
     a and b are pairs of int16 and their sums exact, in int32; the rest is float32. Arguments: a, its row stride, b, its
-    vector stride, count (a multiple of 4), rows, vectors, the addresses of the rows' targets (int64, one a row), the targets' offset,
-    factors, offsets (float32, every fourth one counts), scales, minima (vectors; address 0 for ones), ``ahead``, ``last``.
+    vector stride, count (a multiple of 4), rows, vectors, the addresses of the rows' targets (int64, one a row), the
+    targets' offset, whether they are fresh (then they are written, not added to), factors, offsets (float32, every fourth
+    one counts), scales, minima (vectors; address 0 for ones), ``ahead``, ``last``.
     """
-    a, a_stride, b, b_stride, count, rows, vectors, targets, column, factors, offsets, scales, minima, ahead, last = args
+    a, a_stride, b, b_stride, count, rows, vectors, targets, column, fresh = args[:10]
+    factors, offsets, scales, minima, ahead, last = args[10:]
     word = a.type
-    per_lane = builder.icmp_unsigned("!=", scales, ir.Constant(word, 0))
-    for r0, v0, n_rows, n_vectors in _blocks(context, builder, rows, vectors):
+    is_fresh, per_lane = (builder.icmp_unsigned("!=", x, ir.Constant(word, 0)) for x in (fresh, scales))
+
+    def finish(sums: list[Any], r0: int, v0: int, n_rows: int, n_vectors: int, writes: bool, has_scales: bool) -> None:
+        for r in range(n_rows):
+            place = ir.Constant(word, r0 + r)
+            row = builder.add(_load(builder, _at(builder, targets, (r0 + r, ir.Constant(word, 8))), word), column)
+            quad = builder.mul(place, ir.Constant(word, 16))
+            factor, offset = (
+                _broadcast(builder, _load(builder, builder.add(x, quad), _F32), _V_F32) for x in (factors, offsets)
+            )
+            for v in range(n_vectors):
+                at = ir.Constant(word, 64 * (v0 + v))
+                value, shift = sums[r * n_vectors + v], offset
+                if has_scales:
+                    value = builder.fmul(value, _load(builder, builder.add(scales, at), _V_F32))
+                    shift = builder.fmul(shift, _load(builder, builder.add(minima, at), _V_F32))
+                value = _fma(context, builder, value, factor, shift)
+                to = builder.add(row, at)
+                if not writes:
+                    value = builder.fadd(_load(builder, to, _V_F32), value)
+                builder.store(value, _pointer(builder, to, _V_F32)).align = 4
+
+    for part in _blocks(context, builder, rows, vectors):
+        r0, v0, n_rows, n_vectors = part
         a_rows = [_at(builder, a, (r0 + r, a_stride)) for r in range(n_rows)]
         b_vectors = [_at(builder, b, (v0 + v, b_stride)) for v in range(n_vectors)]
         initial = [_const(_V_I32, 0)] * (n_rows * n_vectors)
         sums = _emit_sums(context, builder, a_rows, b_vectors, count, initial, ahead, last, _dot_pairs, 4)
         sums = [builder.sitofp(total, _V_F32) for total in sums]
-        with builder.if_else(per_lane) as (then, otherwise):
-            for has_scales, branch in ((True, then), (False, otherwise)):
-                with branch:
-                    for r in range(n_rows):
-                        place = ir.Constant(word, r0 + r)
-                        row = _load(builder, builder.add(targets, builder.mul(place, ir.Constant(word, 8))), word)
-                        quad = builder.mul(place, ir.Constant(word, 16))
-                        factor, offset = (
-                            _broadcast(builder, _load(builder, builder.add(x, quad), _F32), _V_F32)
-                            for x in (factors, offsets)
-                        )
-                        for v in range(n_vectors):
-                            at = ir.Constant(word, 64 * (v0 + v))
-                            value, shift = sums[r * n_vectors + v], offset
-                            if has_scales:
-                                value = builder.fmul(value, _load(builder, builder.add(scales, at), _V_F32))
-                                shift = builder.fmul(shift, _load(builder, builder.add(minima, at), _V_F32))
-                            value = _fma(context, builder, value, factor, shift)
-                            to = builder.add(builder.add(row, column), at)
-                            value = builder.fadd(_load(builder, to, _V_F32), value)
-                            builder.store(value, _pointer(builder, to, _V_F32)).align = 4
+        with builder.if_else(is_fresh) as branches:
+            for writes, branch in zip((True, False), branches, strict=True):
+                with branch, builder.if_else(per_lane) as inner_branches:
+                    for has_scales, inner_branch in zip((True, False), inner_branches, strict=True):
+                        with inner_branch:
+                            finish(sums, *part, writes, has_scales)
 
 
 def _reduce_four(builder: Any, source: Any, combine: Callable[[Any, Any], Any]) -> Any:
@@ -686,6 +696,12 @@ def sum_four(context: Any, builder: Any, source: Any) -> Any:
 def largest_four(context: Any, builder: Any, source: Any) -> Any:
     """The largest lanes of four vectors at ``source``: lanes 4i .. 4i + 3 hold ``largest_lane`` of vector i."""
     return _reduce_four(builder, source, lambda x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))
+
+
+@_operation(f32x16, f32x16, f32x16)
+def zero_where_zero(context: Any, builder: Any, x: Any, y: Any) -> Any:
+    """X, but 0 in the lanes where y is 0."""
+    return builder.select(builder.fcmp_ordered("==", y, _const(_V_F32, 0.0)), _const(_V_F32, 0.0), x)
 
 
 @_operation(f32x16, f32x16, types.float32, types.float32)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from . import simd
 from .jit import inner, kernel
+from .simd import LANES
 
 Float32 = NDArray[np.float32]
 
@@ -53,40 +54,57 @@ def check_out(name: str, out: object, shape: tuple[int, ...], *, writable: bool 
 
 
 @inner
-def merge_row(out, M, S, other, other_M, other_S, size):  # type: ignore[no-untyped-def]
-    """Merge one row (other, other_M, other_S) into the row at address ``out``; returns the new (M, S).
+def merge_rows(outs, M, S, others, other_M, other_S, rows, size):  # type: ignore[no-untyped-def]
+    """Merge partial attentions into others, row by row.
 
-    ``out`` and ``other`` are addresses of ``size`` float32, a multiple of 16. A row without keys (S = 0) is never read.
+    outs, others: addresses (int64) of every row's ``size`` float32, a multiple of 16. M, S, other_M, other_S: float32, as
+    many as rows, rounded up to 16. What a row without keys (S = 0) has in ``outs`` must be finite; in ``others`` it is
+    never read.
     """
-    if other_S == 0:
-        return M, S
-    if S == 0:
-        for c in range(0, size, 16):
-            simd.store_f32(out + 4 * c, simd.load_f32(other + 4 * c))
-        return other_M, other_S
-    top = simd.max_lanes(simd.maximum(simd.splat(M), simd.splat(other_M)))
-    weight = simd.mul(simd.splat(S), simd.exp(simd.splat(M - top)))
-    other_weight = simd.mul(simd.splat(other_S), simd.exp(simd.splat(other_M - top)))
-    total = simd.add(weight, other_weight)
-    share, other_share = simd.div(weight, total), simd.div(other_weight, total)
-    for c in range(0, size, 16):
-        theirs = simd.mul(simd.load_f32(other + 4 * c), other_share)
-        simd.store_f32(out + 4 * c, simd.fma(simd.load_f32(out + 4 * c), share, theirs))
-    return top, simd.max_lanes(total)
+    own, theirs = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    for first in range(0, rows, LANES):
+        at = 4 * first
+        m, s = simd.load_f32(M.ctypes.data + at), simd.load_f32(S.ctypes.data + at)
+        other_m, other_s = simd.load_f32(other_M.ctypes.data + at), simd.load_f32(other_S.ctypes.data + at)
+        top = simd.maximum(m, other_m)
+        # Where S = 0, M is -inf and M - top may be -inf - -inf; it does not matter then.
+        weight = simd.zero_where_zero(simd.mul(s, simd.exp(simd.sub(m, top))), s)
+        other_weight = simd.zero_where_zero(simd.mul(other_s, simd.exp(simd.sub(other_m, top))), other_s)
+        total = simd.add(weight, other_weight)
+        simd.store_f32(own.ctypes.data, simd.div(weight, total))
+        simd.store_f32(theirs.ctypes.data, simd.div(other_weight, total))
+        simd.store_f32(M.ctypes.data + at, top)
+        simd.store_f32(S.ctypes.data + at, total)
+        for i in range(min(LANES, rows - first)):
+            if other_S[first + i] != 0:
+                share, other_share = simd.splat(own[i]), simd.splat(theirs[i])
+                target, source = outs[first + i], others[first + i]
+                for c in range(0, 4 * size, 4 * LANES):
+                    more = simd.mul(simd.load_f32(source + c), other_share)
+                    simd.store_f32(target + c, simd.fma(simd.load_f32(target + c), share, more))
 
 
 @kernel
-def _merge(out, state, other, other_state, width):  # type: ignore[no-untyped-def]
-    """Merge ``other`` (T, H, width) into ``out`` in place, and the states (H, T, 2) likewise."""
-    for h in range(state.shape[0]):
-        for t in range(state.shape[1]):
-            at = (t * state.shape[0] + h) * width * 4
-            M, S = merge_row(
-                out.ctypes.data + at, state[h, t, 0], state[h, t, 1],
-                other.ctypes.data + at, other_state[h, t, 0], other_state[h, t, 1], width,
-            )  # fmt: skip
-            state[h, t, 0] = M
-            state[h, t, 1] = S
+def merge_partials(outs, states, out, state):  # type: ignore[no-untyped-def]
+    """Merge partial attentions ``outs`` (parts, T, H, width), with ``states`` (parts, H, T, 2), in their order.
+
+    ``out`` (T, H, width) and ``state`` (H, T, 2) are continued in place.
+    """
+    n_parts, n_queries, n_heads, width = outs.shape
+    padded = (n_heads + LANES - 1) // LANES * LANES
+    M, S, other_M, other_S = np.zeros((4, padded), np.float32)
+    targets, sources = np.empty(n_heads, np.int64), np.empty(n_heads, np.int64)
+    for t in range(n_queries):
+        for h in range(n_heads):
+            M[h], S[h] = state[h, t, 0], state[h, t, 1]
+            targets[h] = out.ctypes.data + (t * n_heads + h) * width * 4
+        for i in range(n_parts):
+            for h in range(n_heads):
+                other_M[h], other_S[h] = states[i, h, t, 0], states[i, h, t, 1]
+                sources[h] = outs.ctypes.data + ((i * n_queries + t) * n_heads + h) * width * 4
+            merge_rows(targets, M, S, sources, other_M, other_S, n_heads, width)
+        for h in range(n_heads):
+            state[h, t, 0], state[h, t, 1] = M[h], S[h]
 
 
 def pad_last_axis(x: Float32, multiple: int = simd.LANES) -> Float32:
@@ -128,7 +146,7 @@ def merge_states(
     state = np.where(state1[..., 1:] == 0, np.array([-np.inf, 0], np.float32), state1)
     # Writable and aligned, because those are part of the type that Numba compiles for; both are only read.
     other, other_state = (np.require(x, requirements=["W", "A"]) for x in (pad_last_axis(out2), state2))
-    _merge(merged, state, other, other_state, merged.shape[-1])
+    merge_partials(other[None], other_state[None], merged, state)
     if out is None:
         return np.ascontiguousarray(merged[..., :d]), state
     out[...] = merged[..., :d]
