@@ -9,11 +9,10 @@ accumulators: so its bits depend on neither the other rows of a call, nor where 
 
 import numpy as np
 from numba import prange, types
-from numba.cpython.unsafe.tuple import tuple_setitem
 
 from . import simd
 from .jit import inner, parallel_kernel, standalone
-from .layout import BYTES, GROUP, HEAD, KIND, PARAMS, PER_LANE, ROW
+from .layout import BYTES, GROUP, HEAD, KIND, PARAMS, PARTS, PER_LANE, ROW
 from .products import FOLDED, multiply_codes, score_floats, weigh_floats
 from .simd import LANES
 from .state import merge_rows
@@ -21,69 +20,90 @@ from .tiles import VECTOR, codes_to_floats, is_dense, unpack_codes, unpack_dense
 
 SPLIT = 512  # positions whose logits share one maximum; a multiple of every tile
 BLOCK_ROWS = 96  # query rows that share the unpacking of a tile: their logits then fit the second-level cache
-LOGITS_ROW = np.int64((SPLIT + LANES) * 4)  # bytes from one row of logits to the next: no power of two, which would share cache sets
+LOGITS_ROW = np.int64((SPLIT + LANES) * 4)  # bytes between rows of logits: a power of two would share cache sets
 
-# Indices into the int64 array that describes a segment to the kernel (see segment.py)
-TILE, FIRST_TILE, WIDTH, KV_HEADS = range(4)
-K_SIDE, V_SIDE = 4, 11  # where the seven numbers of each Side begin (see layout.py)
+# Indices into the int64 array that describes a segment (see segment.py)
+TILE, TILE_SHIFT, FIRST_TILE, WIDTH, KV_HEADS = range(5)
+K_SIDE, V_SIDE = 5, 13  # where the eight numbers of each Side begin (see layout.py)
+SIDE_NUMBERS = 8
 
 # Indices into the float32 array of options
 SCALE, SOFTCAP, EXACT = range(3)  # EXACT: not 0 for float32 throughout
 
-# Parts of a worker's room: addresses, on 64-byte boundaries
-QUERIES, OUT, LOGITS, CODES, VALUES, SCALES, WORDS, FACTORS, OFFSETS, SCRATCH = range(10)
+# A worker's room: addresses, on 64-byte boundaries, of
+#     QUERIES  float32 [rows][width], scaled            OUT      float32 [rows][width], the partial output of a split
+#     LOGITS   float32 [rows][SPLIT + 16]               SUMS     a vector a row: largest logits, then sums of exponentials
+#     CODES    one side of a tile as pairs of uint16    VALUES   one side of a tile as float32
+#     SCALES   its scales and minima, or room to transpose
+#     WORDS    int16 [rows][tile or width], and what is more by products.multiply_codes
+QUERIES, OUT, LOGITS, SUMS, CODES, VALUES, SCALES, WORDS, FACTORS, OFFSETS, SCRATCH = range(11)
+
+# A worker's rows. int64 [fields][rows]: the positions that a row sees, absolute and in the current split; the distance of
+# position 0 from the query's; addresses of its mask (or 0), its output and its partial output; lists made for each tile
+START, STOP, LOW, HIGH, DISTANCE, MASK, TARGET, PARTIAL, ACTIVE, TARGETS = range(10)
+# float32 [fields][rows rounded up to 16]: M and S of the current split, of everything so far, and the slope of ALiBi
+SPLIT_M, SPLIT_S, M, S, SLOPE = range(5)
 
 
 @inner
-def _softmax_row(logits, start, stop, tile, cap, slope, distance, mask):  # type: ignore[no-untyped-def]
-    """Turn the logits of a row into exp(logit - M), in place; returns (M, S).
+def _map_logits(logits, first, stop, cap, slope, distance, mask):  # type: ignore[no-untyped-def]
+    """Soft-cap, ALiBi's bias and the mask, in this order, in place. ``distance``: of the split's first key from the query."""
+    for at in range(first, stop, LANES):
+        x = simd.load_f32(logits + 4 * at)
+        if cap > 0:
+            y = simd.div(x, simd.splat(cap))
+            e = simd.exp(simd.smaller(simd.splat(np.float32(40)), simd.add(y, y)))
+            x = simd.mul(simd.splat(cap), simd.tanh_from_exp(y, e))
+        if slope != 0:
+            away = simd.add(simd.lane_numbers(), simd.splat(np.float32(distance + at)))
+            x = simd.fma(simd.splat(slope), away, x)
+        if mask:
+            x = simd.add(x, simd.load_f32(mask + 4 * at))
+        simd.store_f32(logits + 4 * at, x)
 
-    Within the tiles that the row sees, what lies outside of start .. stop becomes 0. ``distance`` is the position of the
-    split's first key minus that of the query; ``mask`` an address, or 0.
+
+@inner
+def _finish_logits(table, numbers, count, low, high, origin, cap, logits, sums):  # type: ignore[no-untyped-def]
+    """What follows q . K in the tile low .. high (in the split): the options, -inf outside of a row's range, the maximum."""
+    simd.never_inline()
+    for i in range(count):
+        row = table[ACTIVE, i]
+        at, slope, mask = logits + row * LOGITS_ROW, numbers[SLOPE, row], table[MASK, row]
+        if cap > 0 or slope != 0 or mask:
+            mask = mask + 4 * origin if mask else 0
+            _map_logits(at, low, high, cap, slope, table[DISTANCE, row] + origin, mask)
+        start, stop = table[LOW, row], table[HIGH, row]
+        if low < start or stop < high:
+            for place in range(low, high, LANES):
+                x = simd.load_f32(at + 4 * place)
+                x = simd.keep_lanes(x, np.int32(start - place), np.int32(stop - place), np.float32(-np.inf))
+                simd.store_f32(at + 4 * place, x)
+        top = simd.load_f32(sums + row * VECTOR)
+        for place in range(low, high, LANES):
+            top = simd.larger(top, simd.load_f32(at + 4 * place))
+        simd.store_f32(sums + row * VECTOR, top)
+
+
+@inner
+def _find_maxima(table, numbers, rows, logits, sums):  # type: ignore[no-untyped-def]
+    """M of the split for every row, from a vector of largest logits each; then that becomes a vector of sums, 0.
+
+    A row that sees nothing, or only -inf, is left with an empty range.
     """
     simd.never_inline()
-    lowest, nothing = np.float32(-np.inf), simd.splat(np.float32(0))
-    first, last = start // LANES * LANES, (stop - 1) // LANES * LANES
-    for at in range(start // tile * tile, first, LANES):
-        simd.store_f32(logits + 4 * at, nothing)
-    for at in range(last + LANES, (stop + tile - 1) // tile * tile, LANES):
-        simd.store_f32(logits + 4 * at, nothing)
-    if cap > 0 or slope != 0 or mask:
-        for at in range(first, stop, LANES):
-            x = simd.load_f32(logits + 4 * at)
-            if cap > 0:
-                y = simd.div(x, simd.splat(cap))
-                e = simd.exp(simd.smaller(simd.splat(np.float32(40)), simd.add(y, y)))
-                x = simd.mul(simd.splat(cap), simd.tanh_from_exp(y, e))
-            if slope != 0:
-                away = simd.add(simd.lane_numbers(), simd.splat(np.float32(distance + at)))
-                x = simd.fma(simd.splat(slope), away, x)
-            if mask:
-                x = simd.add(x, simd.load_f32(mask + 4 * at))
-            simd.store_f32(logits + 4 * at, x)
-    for at in (first, last):  # the vectors that may reach beyond the range
-        x = simd.keep_lanes(simd.load_f32(logits + 4 * at), np.int32(start - at), np.int32(stop - at), lowest)
-        simd.store_f32(logits + 4 * at, x)
-    tops, at = (simd.splat(lowest), simd.splat(lowest), simd.splat(lowest), simd.splat(lowest)), first
-    while at + 4 * LANES <= stop:
-        for i in range(4):
-            tops = tuple_setitem(tops, i, simd.larger(tops[i], simd.load_f32(logits + 4 * at + i * VECTOR)))
-        at += 4 * LANES
-    top = simd.larger(simd.larger(tops[0], tops[1]), simd.larger(tops[2], tops[3]))
-    while at < stop:
-        top = simd.larger(top, simd.load_f32(logits + 4 * at))
-        at += LANES
-    M = simd.largest_lane(top)
-    if lowest == M:
-        M = _first_nan(logits, first, stop)
-        if lowest == M:  # every key masked: nothing was attended to, and -inf - -inf is never computed
-            return M, np.float32(0)
-    total = nothing
-    for at in range(first, stop, LANES):
-        p = simd.exp(simd.sub(simd.load_f32(logits + 4 * at), simd.splat(M)))
-        simd.store_f32(logits + 4 * at, p)
-        total = simd.add(total, p)
-    return M, simd.sum_lanes(total)
+    lowest = np.float32(-np.inf)
+    for row in range(0, rows, 4):
+        simd.store_f32(sums + row * VECTOR, simd.largest_four(sums + row * VECTOR))
+    for row in range(rows):
+        top = simd.scalar_at(sums + row // 4 * 4 * VECTOR + row % 4 * LANES)
+        start, stop = table[LOW, row], table[HIGH, row]
+        if top == lowest and start < stop:
+            top = _first_nan(logits + row * LOGITS_ROW, start, stop)
+            if top == lowest:  # nothing was attended to, and -inf - -inf is never computed
+                table[LOW, row] = stop
+        numbers[SPLIT_M, row] = top
+    for row in range(rows):
+        simd.store_f32(sums + row * VECTOR, simd.splat(np.float32(0)))
 
 
 @inner
@@ -97,202 +117,227 @@ def _first_nan(logits, start, stop):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _rows_that_see(starts, stops, rows, low, high, active):  # type: ignore[no-untyped-def]
-    """List the rows whose range meets the positions low .. high in ``active``; returns how many."""
+def _exponentials(table, numbers, count, low, high, logits, sums):  # type: ignore[no-untyped-def]
+    """exp(logit - M) in place of the logits of one tile, for the rows that see it, and their sums."""
+    simd.never_inline()
+    for i in range(count):
+        row = table[ACTIVE, i]
+        at, total, top = logits + row * LOGITS_ROW, simd.load_f32(sums + row * VECTOR), simd.splat(numbers[SPLIT_M, row])
+        for place in range(low, high, LANES):
+            p = simd.exp(simd.sub(simd.load_f32(at + 4 * place), top))
+            simd.store_f32(at + 4 * place, p)
+            total = simd.add(total, p)
+        simd.store_f32(sums + row * VECTOR, total)
+
+
+@inner
+def _divide_by_sums(numbers, rows, width, sums, out):  # type: ignore[no-untyped-def]
+    """S of the split for every row, and the output divided by it."""
+    simd.never_inline()
+    for row in range(0, rows, 4):
+        simd.store_f32(sums + row * VECTOR, simd.sum_four(sums + row * VECTOR))
+    for row in range(rows):
+        total = simd.scalar_at(sums + row // 4 * 4 * VECTOR + row % 4 * LANES)
+        numbers[SPLIT_S, row] = total
+        if np.isnan(total):
+            numbers[SPLIT_M, row] = np.nan
+        if total != 0:
+            share = simd.splat(np.float32(1) / total)
+            for c in range(0, 4 * width, VECTOR):
+                at = out + row * width * 4 + c
+                simd.store_f32(at, simd.mul(simd.load_f32(at), share))
+
+
+@inner
+def _see_split(table, rows, origin):  # type: ignore[no-untyped-def]
+    """Cut the rows' ranges to the split: returns the range that any of them sees."""
+    first, stop = SPLIT, 0
+    for row in range(rows):
+        low = min(max(table[START, row] - origin, 0), SPLIT)
+        high = max(min(table[STOP, row] - origin, SPLIT), low)
+        table[LOW, row], table[HIGH, row] = low, high
+        if low < high:
+            first, stop = min(first, low), max(stop, high)
+    return first, stop
+
+
+@inner
+def _see_tile(table, rows, low, high):  # type: ignore[no-untyped-def]
+    """List the rows whose range meets the positions low .. high; returns how many."""
     count = 0
     for row in range(rows):
-        if max(starts[row], low) < min(stops[row], high):
-            active[count] = row
+        table[ACTIVE, count] = row
+        if max(table[LOW, row], low) < min(table[HIGH, row], high):
             count += 1
     return count
 
 
 @inner
-def _unpack_coded(base, side, lanes, steps, room, ahead):  # type: ignore[no-untyped-def]
-    """Codes of one head and tile as pairs of uint16 in room[CODES], their scales and minima as float32 in room[SCALES]."""
-    unpack_codes(base, side[KIND], lanes * steps // 32, room[CODES], ahead)
-    unpack_scales(base + side[PARAMS], lanes * steps // side[GROUP], room[SCALES])
+def _unpack(  # type: ignore[no-untyped-def]
+    is_k, side, address, width, tile, low, high, exact, room, ahead
+):
+    """One head and tile: pairs of codes in room[CODES] and scales in room[SCALES], or float32 in room[VALUES]."""
+    if is_dense(side[KIND]):
+        if is_k:
+            unpack_dense_k(address, side[KIND], side[ROW], width, low, high, room[VALUES], room[SCALES])
+        else:
+            unpack_dense_v(address, side[KIND], side[ROW], width, tile, low, high, room[VALUES])
+        return
+    lanes, steps = (tile, width) if is_k else (width, tile)
+    unpack_codes(address, side[KIND], lanes * steps // 32, room[CODES], ahead)
+    unpack_scales(address + side[PARAMS], side[PARTS] * (lanes if side[PER_LANE] else steps), room[SCALES])
+    if exact:
+        codes_to_floats(
+            room[CODES], room[SCALES], lanes, steps, side[GROUP], side[PARTS], side[PER_LANE], room[VALUES]
+        )  # fmt: skip
 
 
 @inner
 def _first_key(split, k_table, geometry):  # type: ignore[no-untyped-def]
     """Address of the first tile of K in a split, or of the last one there is."""
-    return k_table[min(max(split * (SPLIT // geometry[TILE]) - geometry[FIRST_TILE], 0), k_table.size - 1)]
+    return k_table[min(max((split * SPLIT >> geometry[TILE_SHIFT]) - geometry[FIRST_TILE], 0), k_table.size - 1)]
 
 
-_INT64, _INTS, _FLOATS = types.int64, types.int64[::1], types.float32[::1]
+_INTS, _FLOATS = types.int64[::1], types.float32[::1]
 
 
 @standalone(
     types.void(
-        _INT64, _INT64, _INT64, _INT64, _INT64, _INTS, _INTS, _INTS, _INTS, _INTS, _FLOATS, _FLOATS, _INTS, _INT64, _INTS,
-        _INTS, types.float32[:, ::1], types.int64[:, ::1], _INTS, _INTS, _INT64,
+        types.int64, types.int64, types.int64, _INTS, _INTS, _INTS, _FLOATS, _INTS, types.int64[:, ::1],
+        types.float32[:, ::1], types.int64,
     )
 )  # fmt: skip
 def split_kernel(  # type: ignore[no-untyped-def]
-    head, split, rows, n_rep, first_query, starts, stops, k_table, v_table, geometry, options, slopes, distances, mask,
-    mask_strides, room, states, ranges, active, targets, following,
-):  # fmt: skip
-    """The partial attention of a block of rows over one split: room[OUT] (rows, width) normalised, states[:2] = M, S."""
-    tile, width = geometry[TILE], geometry[WIDTH]
-    k_side, v_side = geometry[K_SIDE : K_SIDE + 7], geometry[V_SIDE : V_SIDE + 7]
+    head, split, rows, k_table, v_table, geometry, options, room, table, numbers, following
+):
+    """The partial attention of a worker's rows over one split: room[OUT], normalised, and SPLIT_M, SPLIT_S.
+
+    ``following`` is the address of what will be read next.
+    """
+    tile, shift, width = geometry[TILE], geometry[TILE_SHIFT], geometry[WIDTH]
+    k_side, v_side = geometry[K_SIDE : K_SIDE + SIDE_NUMBERS], geometry[V_SIDE : V_SIDE + SIDE_NUMBERS]
     exact = options[EXACT] != 0
-    origin, logits, out = split * SPLIT, room[LOGITS], room[OUT]
-    starts_here, stops_here = ranges[0], ranges[1]
-    first, stop = SPLIT, 0
-    for row in range(rows):
-        a = min(max(starts[first_query + row // n_rep] - origin, 0), SPLIT)
-        b = max(min(stops[first_query + row // n_rep] - origin, SPLIT), a)
-        starts_here[row], stops_here[row] = a, b
-        states[0, row], states[1, row] = -np.inf, 0
-        if a < b:
-            first, stop = min(first, a), max(stop, b)
+    k_floats, v_floats = exact or is_dense(k_side[KIND]), exact or is_dense(v_side[KIND])
+    origin, logits, sums, out, active = split * SPLIT, room[LOGITS], room[SUMS], room[OUT], table[ACTIVE]
+    first, stop = _see_split(table, rows, origin)
     if first >= stop:
+        numbers[SPLIT_M, :rows], numbers[SPLIT_S, :rows] = -np.inf, 0
         return
-    base = split * (SPLIT // tile) - geometry[FIRST_TILE]
-    first_tile, last_tile = first // tile, (stop - 1) // tile
+    for row in range(rows):
+        simd.store_f32(sums + row * VECTOR, simd.splat(np.float32(-np.inf)))
+    for at in range(0, 4 * rows * width, VECTOR):
+        simd.store_f32(out + at, simd.splat(np.float32(0)))
+    base = (origin >> shift) - geometry[FIRST_TILE]
+    first_tile, last_tile = first >> shift, (stop - 1) >> shift
     first_v = v_table[base + first_tile] + head * v_side[HEAD]
     for t in range(first_tile, last_tile + 1):
-        count = _rows_that_see(starts_here, stops_here, rows, t * tile, (t + 1) * tile, active)
+        low, high = t * tile, (t + 1) * tile
+        count = _see_tile(table, rows, low, high)
         if count == 0:
             continue
-        at, target = k_table[base + t] + head * k_side[HEAD], logits + t * tile * 4
         ahead = k_table[base + t + 1] + head * k_side[HEAD] if t < last_tile else first_v
         last = ahead + (k_side[BYTES] if t < last_tile else v_side[BYTES])
-        if is_dense(k_side[KIND]):
-            low, high = max(first - t * tile, 0), min(stop - t * tile, tile)
-            unpack_dense_k(at, k_side[KIND], k_side[ROW], width, low, high, room[VALUES], room[SCALES])
-        else:
-            _unpack_coded(at, k_side, tile, width, room, ahead)
-            if exact:
-                codes_to_floats(
-                    room[CODES], room[SCALES], tile, width, k_side[GROUP], k_side[PER_LANE], room[VALUES]
-                )  # fmt: skip
-        if exact or is_dense(k_side[KIND]):
+        at, seen_from, seen_to = k_table[base + t] + head * k_side[HEAD], max(first - low, 0), min(stop - low, tile)
+        _unpack(True, k_side, at, width, tile, seen_from, seen_to, exact, room, ahead)
+        if k_floats:
             score_floats(
-                room[QUERIES], width * 4, active[0], active[count - 1] + 1, tile, width, room[VALUES], target,
+                room[QUERIES], width * 4, active[0], active[count - 1] + 1, tile, width, room[VALUES], logits + 4 * low,
                 LOGITS_ROW, ahead, last,
             )  # fmt: skip
         else:
             multiply_codes(
-                room[QUERIES], width * 4, active, count, tile, width, room[CODES], room[SCALES], k_side[GROUP],
-                k_side[PER_LANE], 1, target, LOGITS_ROW, ahead + (last - ahead) // 3, last, room[WORDS], room[FACTORS], room[OFFSETS], targets,
-                room[SCRATCH],
+                room[QUERIES], width * 4, active, count, tile, width, room[CODES], room[SCALES], k_side, 1,
+                logits + 4 * low, LOGITS_ROW, ahead + (last - ahead) // 3, last, room[WORDS], room[FACTORS],
+                room[OFFSETS], table[TARGETS], room[SCRATCH],
             )  # fmt: skip
-    for row in range(rows):
-        query, h = first_query + row // n_rep, head * n_rep + row % n_rep
-        if starts_here[row] < stops_here[row]:
-            row_mask = mask + h * mask_strides[0] + query * mask_strides[1] + origin * 4 if mask else 0
-            M, S = _softmax_row(
-                logits + row * LOGITS_ROW, starts_here[row], stops_here[row], tile, options[SOFTCAP], slopes[h],
-                distances[query] + origin, row_mask,
-            )  # fmt: skip
-            states[0, row], states[1, row] = M, S
-            if S == 0:
-                starts_here[row] = stops_here[row]
-    for i in range(0, rows * width, LANES):
-        simd.store_f32(out + 4 * i, simd.splat(np.float32(0)))
+        _finish_logits(table, numbers, count, low, high, origin, options[SOFTCAP], logits, sums)
+    _find_maxima(table, numbers, rows, logits, sums)
     for t in range(first_tile, last_tile + 1):
-        count = _rows_that_see(starts_here, stops_here, rows, t * tile, (t + 1) * tile, active)
+        low, high = t * tile, (t + 1) * tile
+        count = _see_tile(table, rows, low, high)
         if count == 0:
             continue
-        at = v_table[base + t] + head * v_side[HEAD]
         ahead = v_table[base + t + 1] + head * v_side[HEAD] if t < last_tile else following
         last = ahead + (v_side[BYTES] if t < last_tile else k_side[BYTES])
-        if is_dense(v_side[KIND]):
-            low, high = max(first - t * tile, 0), min(stop - t * tile, tile)
-            unpack_dense_v(at, v_side[KIND], v_side[ROW], width, tile, low, high, room[VALUES])
-        else:
-            _unpack_coded(at, v_side, width, tile, room, ahead)
-            if exact:
-                codes_to_floats(
-                    room[CODES], room[SCALES], width, tile, v_side[GROUP], v_side[PER_LANE], room[VALUES]
-                )  # fmt: skip
-        if exact or is_dense(v_side[KIND]):
+        at, seen_from, seen_to = v_table[base + t] + head * v_side[HEAD], max(first - low, 0), min(stop - low, tile)
+        _unpack(False, v_side, at, width, tile, seen_from, seen_to, exact, room, ahead)
+        _exponentials(table, numbers, count, low, high, logits, sums)
+        if v_floats:
             weigh_floats(
-                logits, LOGITS_ROW, active[0], active[count - 1] + 1, starts_here, stops_here, t * tile, tile, width,
+                logits, LOGITS_ROW, active[0], active[count - 1] + 1, table[LOW], table[HIGH], low, tile, width,
                 room[VALUES], out, ahead, last,
             )  # fmt: skip
         else:
             multiply_codes(
-                logits + t * tile * 4, LOGITS_ROW, active, count, width, tile, room[CODES], room[SCALES], v_side[GROUP],
-                v_side[PER_LANE], 0, out, width * 4, ahead + (last - ahead) // 3, last, room[WORDS], room[FACTORS], room[OFFSETS], targets,
-                room[SCRATCH],
+                logits + 4 * low, LOGITS_ROW, active, count, width, tile, room[CODES], room[SCALES], v_side, 0, out,
+                width * 4, ahead + (last - ahead) // 3, last, room[WORDS], room[FACTORS], room[OFFSETS],
+                table[TARGETS], room[SCRATCH],
             )  # fmt: skip
-    for row in range(rows):
-        if states[1, row] != 0:
-            share = simd.splat(np.float32(1) / states[1, row])
-            for c in range(0, width, LANES):
-                at = out + (row * width + c) * 4
-                simd.store_f32(at, simd.mul(simd.load_f32(at), share))
-
-
-@inner
-def _room_parts(start, rows, tile, width):  # type: ignore[no-untyped-def]
-    """Where each part of a worker's room begins, from address ``start`` on, and where the last one ends."""
-    queries = start
-    out = queries + rows * width * 4
-    logits = out + rows * width * 4
-    codes = logits + rows * LOGITS_ROW
-    values = codes + tile * width * 2
-    scales = values + tile * width * 4
-    words = scales + max(2 * tile * width // LANES, LANES * LANES) * 4
-    factors = words + (rows * max(tile, width) * 2 + 63) // 64 * 64
-    offsets = factors + (rows + 3) // 4 * VECTOR
-    scratch = offsets + (rows + 3) // 4 * VECTOR
-    end = scratch + FOLDED * (2 * VECTOR + 4 * max(tile, width))
-    return queries, out, logits, codes, values, scales, words, factors, offsets, scratch, end
+    _divide_by_sums(numbers, rows, width, sums, out)
 
 
 _attend_split = split_kernel.call
 
 
 @inner
+def _room(start, rows, tile, width):  # type: ignore[no-untyped-def]
+    """Where each part of a worker's room begins, from address ``start`` on, and where the last one ends."""
+    most, vectors = max(tile, width), (rows + LANES - 1) // LANES * LANES
+    queries = start
+    out = queries + rows * width * 4
+    logits = out + rows * width * 4
+    sums = logits + rows * LOGITS_ROW
+    codes = sums + vectors * VECTOR
+    values = codes + tile * width * 2
+    scales = values + tile * width * 4
+    words = scales + max(2 * tile * width // LANES, LANES * LANES) * 4
+    factors = words + vectors * most * 2 + VECTOR
+    offsets = factors + vectors * 4
+    scratch = offsets + vectors * 4
+    end = scratch + FOLDED * (2 * VECTOR + 4 * most) + VECTOR
+    return queries, out, logits, sums, codes, values, scales, words, factors, offsets, scratch, end
+
+
+@inner
 def _attend_block(  # type: ignore[no-untyped-def]
-    split_address, head, first_query, n_queries, first_split, stop_split, q, starts, stops, k_table, v_table, geometry, options, slopes,
-    distances, mask, mask_strides, out, state, room, states, ranges, active, targets, outs,
+    split_address, head, first_query, n_queries, first_split, stop_split, q, starts, stops, k_table, v_table, geometry,
+    options, slopes, distances, mask, mask_strides, out, state, room, table, numbers,
 ):  # fmt: skip
     """Attention of some queries of one KV head's query heads over a run of splits, merged into ``out`` and ``state``."""
     width, n_heads = geometry[WIDTH], q.shape[1]
     n_rep = n_heads // geometry[KV_HEADS]
-    rows = n_queries * n_rep
     scale = simd.splat(options[SCALE])
-    for row in range(rows):
-        query, h = first_query + row // n_rep, head * n_rep + row % n_rep
-        at = q.ctypes.data + (query * n_heads + h) * width * 4
-        for c in range(0, width, LANES):
-            simd.store_f32(room[QUERIES] + (row * width + c) * 4, simd.mul(simd.load_f32(at + 4 * c), scale))
-        outs[0, row] = out.ctypes.data + (query * n_heads + h) * width * 4
-        outs[1, row] = room[OUT] + row * width * 4
-        states[2, row], states[3, row] = state[h, query, 0], state[h, query, 1]
+    row = 0
+    for query in range(first_query, first_query + n_queries):
+        for h in range(head * n_rep, (head + 1) * n_rep):
+            place = (query * n_heads + h) * width * 4
+            for c in range(0, 4 * width, VECTOR):
+                target = room[QUERIES] + row * width * 4 + c
+                simd.store_f32(target, simd.mul(simd.load_f32(q.ctypes.data + place + c), scale))
+            table[START, row], table[STOP, row], table[DISTANCE, row] = starts[query], stops[query], distances[query]
+            table[MASK, row] = mask + h * mask_strides[0] + query * mask_strides[1] if mask else 0
+            table[TARGET, row], table[PARTIAL, row] = out.ctypes.data + place, room[OUT] + row * width * 4
+            numbers[SLOPE, row], numbers[M, row], numbers[S, row] = slopes[h], state[h, query, 0], state[h, query, 1]
+            row += 1
     for split in range(first_split, stop_split):
         following = _first_key(split + 1, k_table, geometry) + head * geometry[K_SIDE + HEAD]
         _attend_split(
-            split_address, head, split, rows, n_rep, first_query, starts, stops, k_table, v_table, geometry, options,
-            slopes, distances, mask, mask_strides, room, states, ranges, active, targets, following,
+            split_address, head, split, row, k_table, v_table, geometry, options, room, table, numbers, following
         )  # fmt: skip
-        merge_rows(outs[0], states[2], states[3], outs[1], states[0], states[1], rows, width)
-    for row in range(rows):
-        query, h = first_query + row // n_rep, head * n_rep + row % n_rep
-        state[h, query, 0], state[h, query, 1] = states[2, row], states[3, row]
-
-
-@inner
-def _units(worker, workers, parts, blocks, kv_heads):  # type: ignore[no-untyped-def]
-    """The units of work of one worker: first, stop, step.
-
-    Parts follow one another in memory, so a worker takes a run of them; blocks differ in work, so they are dealt out.
-    """
-    units = parts * blocks * kv_heads
-    if parts > 1:
-        return units * worker // workers, units * (worker + 1) // workers, 1
-    return worker, units, workers
+        merge_rows(
+            table[TARGET], numbers[M], numbers[S], table[PARTIAL], numbers[SPLIT_M], numbers[SPLIT_S], row, width
+        )  # fmt: skip
+    row = 0
+    for query in range(first_query, first_query + n_queries):
+        for h in range(head * n_rep, (head + 1) * n_rep):
+            state[h, query, 0], state[h, query, 1] = numbers[M, row], numbers[S, row]
+            row += 1
 
 
 @inner
 def _work(  # type: ignore[no-untyped-def]
-    split_address, worker, workers, q, starts, stops, first_split, stop_split, k_table, v_table, geometry, options, slopes, distances,
-    mask, mask_strides, outs, states,
+    split_address, worker, workers, q, starts, stops, first_split, stop_split, k_table, v_table, geometry, options, slopes,
+    distances, mask, mask_strides, outs, states,
 ):  # fmt: skip
     """The share of one worker: see ``attend_parts``."""
     n_queries, kv_heads, tile, width = q.shape[0], geometry[KV_HEADS], geometry[TILE], geometry[WIDTH]
@@ -301,12 +346,15 @@ def _work(  # type: ignore[no-untyped-def]
     block = max(1, BLOCK_ROWS // n_rep)
     blocks = (n_queries + block - 1) // block
     rows = min(block, n_queries) * n_rep
-    memory = np.empty(_room_parts(0, rows, tile, width)[-1] + 64, np.uint8)
-    room = np.array(_room_parts((memory.ctypes.data + 63) // 64 * 64, rows, tile, width))
-    row_states = np.zeros((4, (rows + LANES - 1) // LANES * LANES), np.float32)  # M and S of a split, and of all so far
-    row_outs = np.empty((2, rows), np.int64)
-    ranges, active, targets = np.empty((2, rows), np.int64), np.empty(rows, np.int64), np.empty(rows, np.int64)
-    first_unit, stop_unit, step = _units(worker, workers, parts, blocks, kv_heads)
+    memory = np.empty(_room(0, rows, tile, width)[-1] + 64, np.uint8)
+    room = np.array(_room((memory.ctypes.data + 63) // 64 * 64, rows, tile, width))
+    table = np.empty((10, rows + 1), np.int64)
+    numbers = np.zeros((5, (rows + LANES - 1) // LANES * LANES), np.float32)
+    units = parts * blocks * kv_heads
+    # Parts follow one another in memory, so a worker takes a run of them; blocks differ in work, so they are dealt out.
+    first_unit, stop_unit, step = worker, units, workers
+    if parts > 1:
+        first_unit, stop_unit, step = units * worker // workers, units * (worker + 1) // workers, 1
     for unit in range(first_unit, stop_unit, step):
         head, rest = unit // (parts * blocks), unit % (parts * blocks)
         if parts == 1:
@@ -315,7 +363,7 @@ def _work(  # type: ignore[no-untyped-def]
         _attend_block(
             split_address, head, first_query, min(block, n_queries - first_query), first_split + n_splits * part // parts,
             first_split + n_splits * (part + 1) // parts, q, starts, stops, k_table, v_table, geometry, options, slopes,
-            distances, mask, mask_strides, outs[part], states[part], room, row_states, ranges, active, targets, row_outs,
+            distances, mask, mask_strides, outs[part], states[part], room, table, numbers,
         )  # fmt: skip
     memory[0] = 0  # Numba frees an array after its last mention, and the addresses above do not count as one
 
@@ -328,10 +376,10 @@ def attend_parts(  # type: ignore[no-untyped-def]
     """Attention of all queries, cut into (KV head, part of the splits, block of queries), shared out to the workers.
 
     outs (parts, T, H, width) and states (parts, H, T, 2) are continued: a part each for as many runs of splits, or one
-    part for all.
+    part for all. split_address: of ``split_kernel``.
     """
     for worker in prange(workers):
         _work(
-            split_address, np.int64(worker), workers, q, starts, stops, first_split, stop_split, k_table, v_table, geometry, options, slopes,
-            distances, mask, mask_strides, outs, states,
+            split_address, np.int64(worker), workers, q, starts, stops, first_split, stop_split, k_table, v_table,
+            geometry, options, slopes, distances, mask, mask_strides, outs, states,
         )  # fmt: skip

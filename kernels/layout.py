@@ -15,10 +15,10 @@ no range.
     V dense   [tile][width]
     codes     [lanes/16][words][16 lanes] of 32-bit words, then scales f16, then minima f16
 
-A word holds codes of one lane. Its lower half has those of even places along the sum axis and its upper half those of odd
-ones: code i of both halves is the pair (2i, 2i + 1) that one 16-bit dot product takes. So a half holds 2 codes of 8 bits, 4
-of 4 or 8 of 2. Codes of 3 bits are two planes: the lower two bits of all of them as 2-bit codes, then the third bits, 16 to
-a half.
+A word holds codes of one lane. Its lower half has those of the first half of the sum axis and its upper half those of the
+second: the codes at the same place of both are the pair (i, i + length/2) that one 16-bit dot product takes, where length
+is that of the sum axis, or of a group where scales lie along the lanes. So a word holds 2 pairs of 8 bits, 4 of 4 or 8 of 2. Codes of 3 bits are two planes: the lower two bits of all of them as 2-bit codes, then the third bits, 16 to
+a half word.
 
 A value is code * scale + minimum. *By channel*, a channel has one pair (scale, minimum) a tile; *by token*, a token has one
 for every ``group`` channels. For K and V alike the question is whether scales lie along the lane axis (K by token, V by
@@ -59,19 +59,23 @@ class Side:
     row_stride: int  # 0: the tile layout above; else token after token, so many bytes apart
     params: int  # offset of the scales from the head's start
     group: int  # places that share a scale, along the axis on which the scales do not lie
+    parts: int  # groups along that axis
     per_lane: bool  # scales lie along the lane axis
     nbytes: int  # that lie together, of one head in one tile; 0 where a head's rows lie apart
 
 
 # Indices into the int64 array that describes a Side to the kernels
-KIND, HEAD, ROW, PARAMS, GROUP, PER_LANE, BYTES = range(7)
+KIND, HEAD, ROW, PARAMS, GROUP, PARTS, PER_LANE, BYTES = range(8)
 
 
 def side_numbers(side: Side) -> NDArray[np.int64]:
     """A Side as the kernels take it; BYTES is how many lie together, one head in one tile."""
     return np.array(
-        [side.kind, side.head_stride, side.row_stride, side.params, side.group, side.per_lane, side.nbytes], dtype=np.int64
-    )
+        [
+            side.kind, side.head_stride, side.row_stride, side.params, side.group, side.parts, side.per_lane, side.nbytes,
+        ],
+        dtype=np.int64,
+    )  # fmt: skip
 
 
 def default_group(width: int) -> int:
@@ -138,7 +142,7 @@ class TileLayout:
             raise ValueError(f"{name}_axis must be one of {AXES}, found {axis!r}")
         codes = self.tile * self.width * KIND_BITS[kind] // 8
         if kind in DENSE_DTYPES:
-            return Side(kind, codes, 0, 0, self.tile, False, codes)
+            return Side(kind, codes, 0, 0, self.tile, 1, False, codes)
         if self.width > MAX_HEAD_DIM:
             raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} for codes, found {self.head_dim}")
         if axis == "channel":
@@ -150,8 +154,9 @@ class TileLayout:
             if group not in legal_groups(self.width):
                 legal = ", ".join(map(str, legal_groups(self.width)))
                 raise ValueError(f"{name}_group by token must be one of {legal} at head_dim {self.head_dim}, found {group}")
-        scales = self.tile * self.width // group
-        return Side(kind, codes + 4 * scales, 0, codes, group, (name == "k") == (axis == "token"), codes + 4 * scales)
+        nbytes = codes + 4 * (self.tile * self.width // group)
+        parts = 1 if axis == "channel" else self.width // group
+        return Side(kind, nbytes, 0, codes, group, parts, (name == "k") == (axis == "token"), nbytes)
 
     def empty_tile(self, *, short_lived: bool = False) -> Bytes:
         """A tile of zeros: uint8 (nbytes,), aligned to 64 bytes.

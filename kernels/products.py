@@ -12,6 +12,7 @@ import numpy as np
 
 from . import simd
 from .jit import inner
+from .layout import GROUP, PARTS, PER_LANE
 from .simd import LANES, ROWS, VECTORS
 from .tiles import VECTOR
 
@@ -24,11 +25,13 @@ _SMALLEST = 1e-33  # rows of smaller numbers count as zeros: 32767 / x would not
 def _fold_rows(x, x_stride, active, rows, scales, minima, count, words, factors, offsets, scratch):  # type: ignore[no-untyped-def]
     """Round x * scale of up to 16 rows to int16 at ``words``, with x * scale ~ word * factor and offset = x . minimum.
 
-    ``scales`` is an address, or 0 for scales and minima of 1. A row's factor and offset are stored four times over.
-    ``scratch`` has room for 16 rows of ``count`` floats and 32 vectors.
+    ``scales`` is an address, or 0 for scales and minima of 1. The pairs are those of the codes: (i, i + count/2). Row r's
+    factor and offset stand at place 4 * (r % 4) + r // 4. ``scratch`` has room for 16 rows of ``count`` floats and 32 + 1
+    vectors.
     """
     simd.never_inline()
-    tops, totals, folded = scratch, scratch + FOLDED * VECTOR, scratch + 2 * FOLDED * VECTOR
+    tops, totals = scratch, scratch + FOLDED * VECTOR
+    folded = scratch + 2 * FOLDED * VECTOR
     for r in range(rows):
         row, target = x + active[r] * x_stride, folded + 4 * r * count
         top, total = simd.splat(np.float32(0)), simd.splat(np.float32(0))
@@ -40,43 +43,54 @@ def _fold_rows(x, x_stride, active, rows, scales, minima, count, words, factors,
             else:
                 total = simd.add(value, total)
             simd.store_f32(target + i, value)
-            top = simd.larger(top, simd.absolute(value))
+            top = simd.larger_magnitude(top, value)
         simd.store_f32(tops + r * VECTOR, top)
         simd.store_f32(totals + r * VECTOR, total)
-    for r in range(0, rows, 4):
-        largest, quad = simd.largest_four(tops + r * VECTOR), r // 4 * VECTOR
-        simd.store_f32(factors + quad, simd.mul(largest, simd.splat(np.float32(1 / _LARGEST))))
-        simd.store_f32(offsets + quad, simd.sum_four(totals + r * VECTOR))
-        simd.store_f32(tops + r * VECTOR, simd.inverse_above(largest, np.float32(_LARGEST), np.float32(_SMALLEST)))
+    largest, total = simd.splat(np.float32(0)), simd.splat(np.float32(0))
+    for quad in range((rows + 3) // 4):
+        largest = simd.replace_fourth(largest, simd.largest_four(tops + 4 * quad * VECTOR), quad)
+        total = simd.replace_fourth(total, simd.sum_four(totals + 4 * quad * VECTOR), quad)
+    simd.store_f32(factors, simd.mul(largest, simd.splat(np.float32(1 / _LARGEST))))
+    simd.store_f32(offsets, total)
+    simd.store_f32(tops, simd.inverse_above(largest, np.float32(_LARGEST), np.float32(_SMALLEST)))
+    half = 2 * count
     for r in range(rows):
-        inverse = simd.splat_at(tops + r // 4 * 4 * VECTOR + r % 4 * LANES)
-        for i in range(0, count, LANES):
-            simd.store_int16(words + 2 * (r * count + i), simd.load_f32(folded + 4 * (r * count + i)), inverse)
+        inverse, source, target = simd.splat_at(tops + _place(r)), folded + 4 * r * count, words + r * half
+        for i in range(0, half, VECTOR):
+            simd.store_pairs(target + i, simd.load_f32(source + i), simd.load_f32(source + half + i), inverse)
+
+
+@inner
+def _place(row):  # type: ignore[no-untyped-def]
+    """Where the factor of a row stands: bytes from the first one."""
+    return row // FOLDED * VECTOR + row % 4 * 16 + row % FOLDED // 4 * 4
 
 
 @inner
 def multiply_codes(  # type: ignore[no-untyped-def]
-    x, x_stride, active, n_active, lanes, steps, codes, scales, group, per_lane, fresh, target, target_stride, ahead, last,
-    words, factors, offsets, targets, scratch,
+    x, x_stride, active, n_active, lanes, steps, codes, scales, side, fresh, target, target_stride, ahead, last, words,
+    factors, offsets, targets, scratch,
 ):  # fmt: skip
     """The integer route. ``active`` names the rows that see anything of this tile, the only ones touched.
 
-    codes: pairs of uint16 [lanes/16][steps/2][16]. scales: float32, then the minima, as layout.py describes. fresh: the
-    target is written, not added to. ahead, last: cache lines to ask for meanwhile. words: room for ``n_active`` rows of
-    ``steps`` int16; factors, offsets: for 4 floats a row; targets: int64 (n_active,); scratch: see ``_fold_rows``.
+    codes: pairs of uint16 [lanes/16][steps/2][16]. scales: float32, then the minima, as layout.py describes. side: the
+    numbers of the Side. fresh: the target is written, not added to. ahead, last: cache lines to ask for meanwhile. words:
+    room for ``n_active`` rows of ``steps`` int16 and one vector; factors, offsets: for as many floats as rows, rounded up
+    to 16; targets: int64 (n_active,); scratch: see ``_fold_rows``.
     """
     simd.never_inline()
-    minima = scales + 4 * (lanes * steps // group)
+    group, parts, per_lane = side[GROUP], side[PARTS], side[PER_LANE]
+    minima = scales + 4 * parts * (lanes if per_lane else steps)
     length, span = (group, lanes) if per_lane else (steps, group)  # of a sum, and the lanes that share it, in each part
     for i in range(n_active):
         targets[i] = target + active[i] * target_stride
-    for part in range(steps // length * (lanes // span)):
+    for part in range(parts):
         first_step, first_lane = (part * length, 0) if per_lane else (0, part * span)
         own_scales, own_minima = (0, 0) if per_lane else (scales + 4 * part * steps, minima + 4 * part * steps)
         for i in range(0, n_active, FOLDED):
             _fold_rows(
                 x + 4 * first_step, x_stride, active[i:], min(FOLDED, n_active - i), own_scales, own_minima, length,
-                words + 2 * i * length, factors + 16 * i, offsets + 16 * i, scratch,
+                words + 2 * i * length, factors + 4 * i, offsets + 4 * i, scratch,
             )  # fmt: skip
         for lane in range(first_lane, first_lane + span, VECTORS * LANES):
             blocks = min(VECTORS, (first_lane + span - lane) // LANES)
@@ -86,8 +100,8 @@ def multiply_codes(  # type: ignore[no-untyped-def]
             for i in range(0, n_active, ROWS):
                 simd.multiply_pairs(
                     words + 2 * i * length, 2 * length, column, steps // 2 * VECTOR, length // 2, min(ROWS, n_active - i),
-                    blocks, targets.ctypes.data + 8 * i, 4 * lane, fresh and first_step == 0, factors + 16 * i,
-                    offsets + 16 * i, lane_scales, lane_minima, ahead, last,
+                    blocks, targets.ctypes.data + 8 * i, 4 * lane, fresh and first_step == 0, factors + _place(i),
+                    offsets + _place(i), lane_scales, lane_minima, ahead, last,
                 )  # fmt: skip
                 ahead += length // 2 * VECTOR
 

@@ -161,10 +161,13 @@ def _pack(values, lanes, steps, group, per_lane, divisors, minima, bits, target)
     pairs = lanes * steps // 32
     tops = target + pairs // a_word * VECTOR
     words, top_words = simd.zero_words(), simd.zero_words()
+    half = (group if per_lane else steps) // 2
     for pair in range(pairs):
+        block, i = pair // (steps // 2), pair % (steps // 2)
+        vector = block * steps + i // half * 2 * half + i % half
         codes = simd.pair_codes(
-            _code(values, 2 * pair, lanes, steps, group, per_lane, divisors, minima, largest),
-            _code(values, 2 * pair + 1, lanes, steps, group, per_lane, divisors, minima, largest),
+            _code(values, vector, lanes, steps, group, per_lane, divisors, minima, largest),
+            _code(values, vector + half, lanes, steps, group, per_lane, divisors, minima, largest),
         )
         words = simd.insert_codes(words, codes, 0, plane_bits, pair % a_word * plane_bits)
         if pair % a_word == a_word - 1:

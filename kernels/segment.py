@@ -41,7 +41,7 @@ class Segment:
 
 def make_geometry(tile: int, first_tile: int, width: int, n_kv_heads: int, k: Side, v: Side) -> Int64:
     """The integers that describe a segment, in the order of the index names in attention.py."""
-    return np.concatenate([np.array([tile, first_tile, width, n_kv_heads]), side_numbers(k), side_numbers(v)])
+    return np.concatenate([np.array([tile, tile.bit_length() - 1, first_tile, width, n_kv_heads]), side_numbers(k), side_numbers(v)])
 
 
 def segment_of_arrays(k: object, v: object) -> Segment:
@@ -62,7 +62,7 @@ def segment_of_arrays(k: object, v: object) -> Segment:
     n, heads, head_dim = k.shape
     k, v = _rows(k), _rows(v)
     width = k.shape[2]
-    sides = [Side(_KIND_OF_DTYPE[x.dtype], x.strides[1], x.strides[0], 0, ARRAY_TILE, False, 0) for x in (k, v)]
+    sides = [Side(_KIND_OF_DTYPE[x.dtype], x.strides[1], x.strides[0], 0, ARRAY_TILE, 1, False, 0) for x in (k, v)]
     tiles = np.arange(-(-n // ARRAY_TILE), dtype=np.int64) * ARRAY_TILE
     tables = [x.ctypes.data + tiles * x.strides[0] for x in (k, v)]
     geometry = make_geometry(ARRAY_TILE, 0, width, heads, *sides)

@@ -47,9 +47,12 @@ class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
 f32x16, i32x16 = _Vector("f32x16", _V_F32), _Vector("i32x16", _V_I32)
 
 
+_IS_X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
+
+
 def cpu_has(context: Any, feature: str) -> bool:
     """Whether the CPU being compiled for has an x86 feature; other architectures count as having it."""
-    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
+    if not _IS_X86:
         return True
     return f"+{feature}" in context.codegen()._tm_features.split(",")
 
@@ -233,10 +236,23 @@ def smaller(context: Any, builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
 
-@_operation(f32x16, f32x16)
-def absolute(context: Any, builder: Any, a: Any) -> Any:
-    """Lane by lane |a|."""
-    return builder.bitcast(builder.and_(builder.bitcast(a, _V_I32), _const(_V_I32, 0x7FFFFFFF)), _V_F32)
+@_operation(f32x16, f32x16, f32x16)
+def larger_magnitude(context: Any, builder: Any, a: Any, b: Any) -> Any:
+    """Lane by lane the larger of |a| and |b|; where one is NaN, either or NaN."""
+    if _IS_X86 and cpu_has(context, "avx512dq"):
+        mask, maximum_of_magnitudes = ir.IntType(16)(0xFFFF), _I32(0b1011)
+        args = [a, b, maximum_of_magnitudes, a, mask, _I32(4)]
+        return _call(builder, "llvm.x86.avx512.mask.range.ps.512", _V_F32, args)
+    a, b = (builder.bitcast(builder.and_(builder.bitcast(x, _V_I32), _const(_V_I32, 0x7FFFFFFF)), _V_F32) for x in (a, b))
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+@_operation(f32x16, f32x16, f32x16, types.intp)
+def replace_fourth(context: Any, builder: Any, a: Any, b: Any, place: Any) -> Any:
+    """A, but b in every fourth lane from lane ``place`` on."""
+    lanes = ir.Constant(_V_I32, [i % 4 for i in range(LANES)])
+    chosen = builder.icmp_signed("==", lanes, _broadcast(builder, builder.trunc(place, _I32), _V_I32))
+    return builder.select(chosen, b, a)
 
 
 @_operation(f32x16, types.intp)
@@ -245,21 +261,25 @@ def load_int32(context: Any, builder: Any, address: Any) -> Any:
     return builder.sitofp(_load(builder, address, _V_I32), _V_F32)
 
 
-@_operation(types.void, types.intp, f32x16, f32x16)
-def store_int16(context: Any, builder: Any, address: Any, value: Any, factor: Any) -> None:
-    """Write 16 products |value * factor| <= 32767 as int16, rounded to the nearest. What is not a number becomes any."""
-    shifted = builder.bitcast(_fma(context, builder, value, factor, _const(_V_F32, _ROUND)), _V_I32)
-    builder.store(builder.trunc(shifted, _V_I16), _pointer(builder, address, _V_I16)).align = 2
+@_operation(types.void, types.intp, f32x16, f32x16, f32x16)
+def store_pairs(context: Any, builder: Any, address: Any, low: Any, high: Any, factor: Any) -> None:
+    """Write 16 pairs of int16, (low * factor, high * factor), products of at most 32767, rounded to the nearest.
+
+    What is not a number becomes any.
+    """
+    halves = [builder.bitcast(_fma(context, builder, x, factor, _const(_V_F32, _ROUND)), _V_I32) for x in (low, high)]
+    words = builder.or_(builder.and_(halves[0], _const(_V_I32, 0xFFFF)), builder.shl(halves[1], _const(_V_I32, 16)))
+    builder.store(words, _pointer(builder, address, _V_I32)).align = 4
 
 
 @_operation(f32x16, types.intp)
-def load_even(context: Any, builder: Any, address: Any) -> Any:
+def load_low(context: Any, builder: Any, address: Any) -> Any:
     """The first of each of 16 pairs of uint16 at ``address``, as float32."""
     return builder.uitofp(builder.and_(_load(builder, address, _V_I32), _const(_V_I32, 0xFFFF)), _V_F32)
 
 
 @_operation(f32x16, types.intp)
-def load_odd(context: Any, builder: Any, address: Any) -> Any:
+def load_high(context: Any, builder: Any, address: Any) -> Any:
     """The second of each of 16 pairs of uint16 at ``address``, as float32."""
     return builder.uitofp(builder.lshr(_load(builder, address, _V_I32), _const(_V_I32, 16)), _V_F32)
 
@@ -325,9 +345,9 @@ def zero_words(context: Any, builder: Any) -> Any:
 
 
 @_operation(i32x16, f32x16, f32x16)
-def pair_codes(context: Any, builder: Any, even: Any, odd: Any) -> Any:
+def pair_codes(context: Any, builder: Any, low: Any, high: Any) -> Any:
     """Two codes 0 <= x < 2^16 of every lane, rounded to the nearest (half to even), as a pair of uint16."""
-    low, high = (builder.bitcast(builder.fadd(x, _const(_V_F32, _ROUND)), _V_I32) for x in (even, odd))
+    low, high = (builder.bitcast(builder.fadd(x, _const(_V_F32, _ROUND)), _V_I32) for x in (low, high))
     return builder.or_(builder.and_(low, _const(_V_I32, 0xFFFF)), builder.shl(high, _const(_V_I32, 16)))
 
 
@@ -455,6 +475,10 @@ def exp(context: Any, builder: Any, x: Any) -> Any:
     value = _const(_V_F32, _EXP2_COEFFICIENTS[0])
     for coefficient in _EXP2_COEFFICIENTS[1:]:
         value = _fma(context, builder, value, rest, _const(_V_F32, coefficient))
+    if cpu_has(context, "avx512f") and _IS_X86:
+        kept = builder.bitcast(builder.not_(low), ir.IntType(16))
+        zeros = _const(_V_F32, 0.0)
+        return _call(builder, "llvm.x86.avx512.mask.scalef.ps.512", _V_F32, [value, whole, zeros, kept, _I32(4)])
     exponent = builder.shl(builder.bitcast(shifted, _V_I32), _const(_V_I32, 23))
     power = builder.bitcast(builder.add(exponent, _const(_V_I32, 127 << 23)), _V_F32)
     return builder.select(low, _const(_V_F32, 0.0), builder.fmul(value, power))
@@ -513,7 +537,7 @@ def _join(builder: Any, parts: list[Any]) -> Any:
 
 def _dot_pairs(context: Any, builder: Any, acc: Any, a: Any, b: Any) -> Any:
     """Add to 16 int32 the dot products of 16 pairs of int16 (words ``a`` and ``b``): exact, as long as 32 bits hold it."""
-    if platform.machine().lower() in ("x86_64", "amd64"):
+    if _IS_X86:
         if cpu_has(context, "avx512vnni"):
             # As assembly: LLVM splits its own intrinsic into a multiplication and an addition in unrolled loops.
             signature = ir.FunctionType(_V_I32, [_V_I32] * 3)
@@ -623,8 +647,8 @@ def multiply_pairs(context: Any, builder: Any, *args: Any) -> None:
 
     a and b are pairs of int16 and their sums exact, in int32; the rest is float32. Arguments: a, its row stride, b, its
     vector stride, count (a multiple of 4), rows, vectors, the addresses of the rows' targets (int64, one a row), the
-    targets' offset, whether they are fresh (then they are written, not added to), factors, offsets (float32, every fourth
-    one counts), scales, minima (vectors; address 0 for ones), ``ahead``, ``last``.
+    targets' offset, whether they are fresh (then they are written, not added to), factors, offsets (float32, of row r at
+    4 r), scales, minima (vectors; address 0 for ones), ``ahead``, ``last``.
     """
     a, a_stride, b, b_stride, count, rows, vectors, targets, column, fresh = args[:10]
     factors, offsets, scales, minima, ahead, last = args[10:]

@@ -60,26 +60,28 @@ def unpack_scales(source, count, target):  # type: ignore[no-untyped-def]
 
 
 @inner
-def codes_to_floats(codes, scales, lanes, steps, group, per_lane, target):  # type: ignore[no-untyped-def]
+def codes_to_floats(codes, scales, lanes, steps, group, parts, per_lane, target):  # type: ignore[no-untyped-def]
     """code * scale + minimum of pairs [lanes/16][steps/2][16] into float32 [lanes/16][steps][16]."""
     simd.never_inline()
-    minima = scales + 4 * (lanes * steps // group)
+    minima = scales + 4 * parts * (lanes if per_lane else steps)
+    half = (group if per_lane else steps) // 2
     for block in range(lanes // LANES):
-        for i in range(0, steps, 2):
-            pair = codes + (block * steps + i) // 2 * VECTOR
-            at = target + (block * steps + i) * VECTOR
+        for i in range(steps // 2):
+            step = i // half * 2 * half + i % half
+            pair = codes + (block * steps // 2 + i) * VECTOR
+            at = target + (block * steps + step) * VECTOR
             if per_lane:
-                place = 4 * (i // group * lanes + block * LANES)
+                place = 4 * (step // group * lanes + block * LANES)
                 scale, minimum = simd.load_f32(scales + place), simd.load_f32(minima + place)
-                simd.store_f32(at, simd.fma(simd.load_even(pair), scale, minimum))
-                simd.store_f32(at + VECTOR, simd.fma(simd.load_odd(pair), scale, minimum))
+                simd.store_f32(at, simd.fma(simd.load_low(pair), scale, minimum))
+                simd.store_f32(at + half * VECTOR, simd.fma(simd.load_high(pair), scale, minimum))
             else:
-                place = 4 * (block * LANES // group * steps + i)
-                even = simd.fma(simd.load_even(pair), simd.splat_at(scales + place), simd.splat_at(minima + place))
-                place += 4
-                odd = simd.fma(simd.load_odd(pair), simd.splat_at(scales + place), simd.splat_at(minima + place))
-                simd.store_f32(at, even)
-                simd.store_f32(at + VECTOR, odd)
+                place = 4 * (block * LANES // group * steps + step)
+                low = simd.fma(simd.load_low(pair), simd.splat_at(scales + place), simd.splat_at(minima + place))
+                place += 4 * half
+                high = simd.fma(simd.load_high(pair), simd.splat_at(scales + place), simd.splat_at(minima + place))
+                simd.store_f32(at, low)
+                simd.store_f32(at + half * VECTOR, high)
 
 
 @inner
