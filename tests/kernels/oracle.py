@@ -2,35 +2,37 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from mixkv.kernels import Segment, empty_state, flash_attention, quantize
-from mixkv.kernels.layout import BF16, F16, F32, Q4, Q8, TileLayout
+from mixkv.kernels.layout import BF16, F16, F32, KIND_OF_BITS, TileLayout
 from mixkv.kernels.quantize import quantize_tile, store_rows
 from mixkv.kernels.reference import reference_attention
 from mixkv.kernels.segment import TileStore
 
 # Largest difference from float64 for standard-normal q and k and scale 1/sqrt(D), by operation and type of the keys. The
 # reference gets the very numbers that are stored, so what storing costs is no part of it. Outputs are relative to the
-# largest |v| of the call, S to itself; M is absolute.
+# largest |v| of the call, S to itself; M is absolute. "codes" is the integer route, whose factors have 16 bits; with
+# precision="f32" codes are held to the bounds of "f32".
 TOLERANCE = {
     ("out", "f32"): 1e-6,
     ("out", "f16"): 1e-6,
     ("out", "bf16"): 1e-6,
-    ("out", "q8"): 1e-6,
-    ("out", "q4"): 1e-6,
+    ("out", "codes"): 3e-4,
     ("M", "any"): 5e-6,
     ("S", "any"): 5e-6,
+    ("M", "codes"): 3e-4,
+    ("S", "codes"): 3e-4,
 }
 MERGE = 1e-6  # absolute, for |v| <= 1: attention in pieces against attention in one
 # Any logit is rounded to float32, so where |M| is large this much of it is added; and this much of a soft-cap, whose tanh
 # is computed as 1 minus something.
 ROUNDING = 2.0**-23
 
-KINDS = {"f32": F32, "f16": F16, "bf16": BF16, "q8": Q8, "q4": Q4}
 DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -82,14 +84,15 @@ def rounding_of_logits(M: np.ndarray, softcap: float = 0.0) -> float:
 def assert_attention(
     out: np.ndarray, state: np.ndarray, want: tuple[np.ndarray, ...], v: np.ndarray, kind: str, softcap: float = 0.0
 ) -> None:
-    """Compare what the kernel found with (o, M, S) of the reference."""
+    """Compare what the kernel found with (o, M, S) of the reference; ``kind`` is a type of keys or "codes"."""
     o, M, S = want
     more = rounding_of_logits(M, softcap)
     largest = np.abs(v).max(initial=0)
+    of_state = "codes" if kind == "codes" else "any"
     assert out.dtype == state.dtype == np.float32
     np.testing.assert_allclose(out, o, rtol=0, atol=float(largest) * (TOLERANCE["out", kind] + more))
-    np.testing.assert_allclose(state[..., 0], M, rtol=0, atol=TOLERANCE["M", "any"] + more)
-    np.testing.assert_allclose(state[..., 1], S, rtol=TOLERANCE["S", "any"] + 2 * more, atol=0)
+    np.testing.assert_allclose(state[..., 0], M, rtol=0, atol=TOLERANCE["M", of_state] + more)
+    np.testing.assert_allclose(state[..., 1], S, rtol=TOLERANCE["S", of_state] + 2 * more, atol=0)
 
 
 # --- The layout of a tile, read back from the description in kernels/layout.py -----------------------------------------
@@ -102,86 +105,112 @@ def padded_width(head_dim: int) -> int:
     return width
 
 
-def v_group(width: int) -> int:
-    """Channels that share a scale in V: 64 at most, a multiple of 16 that divides; under 32, the whole width."""
-    for group in (64, 48, 32):
-        if width % group == 0:
-            return group
-    return width
+@dataclass(frozen=True)
+class Format:
+    """A format by its name: "f16"; "q4" as K is by channel and V by token; "q3c" by channel, "q3t" and "q3t16" by token."""
 
+    kind: str
+    side: str  # "k" or "v"
 
-def part_bytes(kind: str, side: str, tile: int, width: int) -> int:
-    """Bytes of K or V of one head in one tile."""
-    values = tile * width
-    if kind in DTYPES:
-        return values * DTYPES[kind].itemsize
-    pairs = width if side == "k" else tile * width // v_group(width)
-    return (values if kind == "q8" else values // 2) + 2 * 2 * pairs
+    @property
+    def bits(self) -> int:
+        return int(self.kind[1])
 
+    @property
+    def axis(self) -> str:
+        letter = self.kind[2:3] or {"k": "c", "v": "t"}[self.side]
+        return {"c": "channel", "t": "token"}[letter]
 
-def read_k(raw: np.ndarray, kind: str, tile: int, width: int) -> np.ndarray:
-    """K of one head, float64 (tile, width)."""
-    if kind in DTYPES:
+    @property
+    def given_group(self) -> int:
+        return int(self.kind[3:] or 0)
+
+    def group(self, width: int) -> int:
+        """Channels that share a scale by token: 64 at most, a multiple of 16 that divides; under 32, the whole width."""
+        if self.given_group:
+            return self.given_group
+        return next((group for group in (64, 48, 32) if width % group == 0), width)
+
+    def number(self) -> int:
+        """What kernels/layout.py calls it."""
+        return {"f32": F32, "f16": F16, "bf16": BF16}[self.kind] if self.kind in DTYPES else KIND_OF_BITS[self.bits]
+
+    def pairs(self, tile: int, width: int) -> int:
+        """Pairs (scale, minimum) of one head in one tile."""
+        return width if self.axis == "channel" else tile * width // self.group(width)
+
+    def nbytes(self, tile: int, width: int) -> int:
+        """Bytes of one head in one tile."""
+        values = tile * width
+        if self.kind in DTYPES:
+            return values * DTYPES[self.kind].itemsize
+        return values * self.bits // 8 + 2 * 2 * self.pairs(tile, width)
+
+    def coded(self, raw: np.ndarray, tile: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Codes of one head, and the scale and minimum of each code; all float64 (tile, width)."""
+        pairs = self.pairs(tile, width)
+        codes, params = raw[: len(raw) - 4 * pairs], raw[len(raw) - 4 * pairs :].view(np.float16).astype(np.float64)
+        lanes, steps = (tile, width) if self.side == "k" else (width, tile)
+        scales_along_lanes = (self.side == "k") == (self.axis == "token")
+        length = (self.group(width) if self.side == "k" else tile) if scales_along_lanes else steps
+        halves = self.halves(codes, lanes * steps // 32).reshape(2, lanes // 16, steps // length, length // 2, 16)
+        values = np.zeros((lanes, steps))
+        for block in range(lanes // 16):
+            for first in range(0, steps, length):
+                for half in range(2):
+                    for i in range(length // 2):
+                        step = first + half * length // 2 + i
+                        values[16 * block : 16 * block + 16, step] = halves[half, block, first // length, i]
+        values = values if self.side == "k" else values.T
+        if self.axis == "channel":
+            return values, *(np.repeat(x[None], tile, axis=0) for x in params.reshape(2, width))
+        group = self.group(width)
+        return values, *(np.repeat(x.T, group, axis=1) for x in params.reshape(2, width // group, tile))
+
+    def halves(self, codes: np.ndarray, count: int) -> np.ndarray:
+        """The codes of the lower and of the upper halves of the words: (2, count, 16 lanes)."""
+
+        def plane(part: np.ndarray, bits: int) -> np.ndarray:
+            words = part.view("<u2").reshape(-1, 16, 2).astype(np.int64)
+            places = [(words >> (bits * i)) % 2**bits for i in range(16 // bits)]
+            return np.stack(places, axis=1).reshape(count, 16, 2).transpose(2, 0, 1)
+
+        if self.bits != 3:
+            return plane(codes, self.bits)
+        two_thirds = len(codes) // 3 * 2
+        return plane(codes[:two_thirds], 2) + 4 * plane(codes[two_thirds:], 1)
+
+    def read(self, raw: np.ndarray, tile: int, width: int) -> np.ndarray:
+        """K or V of one head, float64 (tile, width)."""
+        if self.kind not in DTYPES:
+            codes, scales, minima = self.coded(raw, tile, width)
+            return codes * scales + minima
+        if self.side == "v":
+            return raw.view(DTYPES[self.kind]).reshape(tile, width).astype(np.float64)
         values = np.zeros((tile, width))
-        blocks = raw.view(DTYPES[kind]).reshape(tile // 16, width, 16)
+        blocks = raw.view(DTYPES[self.kind]).reshape(tile // 16, width, 16)
         for block in range(tile // 16):
             for channel in range(width):
                 values[16 * block : 16 * block + 16, channel] = blocks[block, channel]
         return values
-    codes, scales, minima = k_codes(raw, kind, tile, width)
-    return codes * scales + minima
 
 
-def k_codes(raw: np.ndarray, kind: str, tile: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes of K of one head (tile, width), and its scales and minima (width,); all float64."""
-    values = np.zeros((tile, width))
-    per_word = 4 if kind == "q8" else 8
-    codes = raw[: len(raw) - 4 * width].reshape(tile // 16, width // per_word, 16, 4)
-    for block in range(tile // 16):
-        tokens = slice(16 * block, 16 * block + 16)
-        for i in range(width // per_word):
-            for b in range(4):
-                if kind == "q8":
-                    values[tokens, 4 * i + b] = codes[block, i, :, b]
-                else:
-                    values[tokens, 8 * i + b] = codes[block, i, :, b] % 16
-                    values[tokens, 8 * i + 4 + b] = codes[block, i, :, b] // 16
-    scales, minima = raw[len(raw) - 4 * width :].view(np.float16).astype(np.float64).reshape(2, width)
-    return values, scales, minima
+def formats(kinds: tuple[str, str]) -> tuple[Format, Format]:
+    return Format(kinds[0], "k"), Format(kinds[1], "v")
 
 
-def read_v(raw: np.ndarray, kind: str, tile: int, width: int) -> np.ndarray:
-    """V of one head, float64 (tile, width)."""
-    if kind in DTYPES:
-        return raw.view(DTYPES[kind]).reshape(tile, width).astype(np.float64)
-    codes, scales, minima = v_codes(raw, kind, tile, width)
-    return codes * scales + minima
-
-
-def v_codes(raw: np.ndarray, kind: str, tile: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes of V of one head, and the scale and minimum of each code; all float64 (tile, width)."""
-    values = np.zeros((tile, width))
-    group = v_group(width)
-    pairs = 2 * 2 * tile * (width // group)
-    per_word = 4 if kind == "q8" else 8
-    codes = raw[: len(raw) - pairs].reshape(tile // per_word, width // 16, 16, 4)
-    for i in range(tile // per_word):
-        for c in range(width // 16):
-            channels = slice(16 * c, 16 * c + 16)
-            for b in range(4):
-                if kind == "q8":
-                    values[4 * i + b, channels] = codes[i, c, :, b]
-                else:
-                    values[8 * i + b, channels] = codes[i, c, :, b] % 16
-                    values[8 * i + 4 + b, channels] = codes[i, c, :, b] // 16
-    scales, minima = raw[len(raw) - pairs :].view(np.float16).astype(np.float64).reshape(2, width // group, tile)
-    return values, *(np.repeat(pairs.T, group, axis=1) for pairs in (scales, minima))
+def layout_of(kinds: tuple[str, str], tile: int, heads: int, head_dim: int) -> TileLayout:
+    """The layout that the package makes of two names."""
+    k, v = formats(kinds)
+    axes = [x.axis if x.kind not in DTYPES else "token" for x in (k, v)]
+    groups = [x.given_group if x.kind not in DTYPES else 0 for x in (k, v)]
+    return TileLayout(heads, head_dim, tile, k.number(), v.number(), *axes, *groups)
 
 
 def head_parts(raw: np.ndarray, kinds: tuple[str, str], tile: int, heads: int, head_dim: int) -> tuple[list, list]:
     """The bytes of K, and those of V, of every head in one tile."""
     width = padded_width(head_dim)
-    k_size, v_size = part_bytes(kinds[0], "k", tile, width), part_bytes(kinds[1], "v", tile, width)
+    k_size, v_size = (x.nbytes(tile, width) for x in formats(kinds))
     v_offset = math.ceil(k_size * heads / 64) * 64
     assert len(raw) == v_offset + v_size * heads and raw.ctypes.data % 64 == 0
     assert not raw[k_size * heads : v_offset].any()
@@ -193,10 +222,12 @@ def read_tile(raw: np.ndarray, kinds: tuple[str, str], tile: int, heads: int, he
     """K and V of one tile, float64 (tile, Hkv, D): first K of every head, then V, from a 64-byte boundary on."""
     width = padded_width(head_dim)
     k_parts, v_parts = head_parts(raw, kinds, tile, heads, head_dim)
-    k = [read_k(part, kinds[0], tile, width) for part in k_parts]
-    v = [read_v(part, kinds[1], tile, width) for part in v_parts]
-    for values in (*k, *(v if kinds[1] in DTYPES else ())):
-        np.testing.assert_array_equal(values[:, head_dim:], 0)
+    k_format, v_format = formats(kinds)
+    k = [k_format.read(part, tile, width) for part in k_parts]
+    v = [v_format.read(part, tile, width) for part in v_parts]
+    for values, kind in [*((x, kinds[0]) for x in k), *((x, kinds[1]) for x in v)]:
+        if kind in DTYPES:
+            np.testing.assert_array_equal(values[:, head_dim:], 0)
     return np.stack(k, axis=1)[..., :head_dim], np.stack(v, axis=1)[..., :head_dim]
 
 
@@ -214,7 +245,7 @@ def make_store(k: np.ndarray, v: np.ndarray, kinds: tuple[str, str], tile: int =
     """k, v (N, Hkv, D), N a multiple of the tile, stored in the formats ``kinds``."""
     n, heads, head_dim = k.shape
     dense = TileLayout(heads, head_dim, tile, F32, F32)
-    target = TileLayout(heads, head_dim, tile, KINDS[kinds[0]], KINDS[kinds[1]])
+    target = layout_of(kinds, tile, heads, head_dim)
     store = TileStore(target)
     for first in range(0, n, tile):
         source = dense.empty_tile()
@@ -223,9 +254,8 @@ def make_store(k: np.ndarray, v: np.ndarray, kinds: tuple[str, str], tile: int =
     return store
 
 
-def read_segment(segment: Segment, bits: tuple[int, int], tile: int) -> tuple[Any, Any]:
+def read_segment(segment: Segment, kinds: tuple[str, str], tile: int) -> tuple[Any, Any]:
     """K and V of a segment made by ``quantize``, float64 (N, Hkv, D)."""
-    kinds = (f"q{bits[0]}", f"q{bits[1]}")
     k, v = read_tiles(segment.owner, kinds, tile, segment.n_kv_heads, segment.head_dim)
     return k[: segment.stop], v[: segment.stop]
 
@@ -234,15 +264,30 @@ def read_segment(segment: Segment, bits: tuple[int, int], tile: int) -> tuple[An
 
 
 def check(q: np.ndarray, keys: tuple, stored: tuple, kind: str, **options: object) -> None:
-    """``flash_attention`` over ``keys`` against the reference over the numbers that are ``stored``."""
-    state, out = empty_state(q.shape[1], q.shape[0]), np.full_like(q, np.nan)
-    flash_attention(q, *keys, state=state, out=out, **options)
+    """``flash_attention`` over ``keys`` against the reference over the numbers that are ``stored``.
+
+    Coded keys are held to the bounds of the integer route, and once more, in float32, to those of float32.
+    """
+    want = expected(q, *stored, **options)
     softcap = float(options.get("softcap", 0.0))
-    assert_attention(out, state, expected(q, *stored, **options), stored[1], kind, softcap)
+    for precision in ("default", "f32") if kind not in DTYPES else ("default",):
+        state, out = empty_state(q.shape[1], q.shape[0]), np.full_like(q, np.nan)
+        flash_attention(q, *keys, state=state, out=out, precision=precision, **options)
+        bounds = kind if kind in DTYPES else "codes" if precision == "default" else "f32"
+        assert_attention(out, state, want, stored[1], bounds, softcap)
 
 
 def dense(rng: np.random.Generator, n: int, heads: int, d: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
     return normal(rng, n, heads, d).astype(DTYPES[kind]), normal(rng, n, heads, d).astype(DTYPES[kind])
+
+
+def quantize_as(kinds: tuple[str, str], k: np.ndarray, v: np.ndarray, tile: int = 64) -> Segment:
+    """``quantize`` with the arguments that two names stand for."""
+    k_format, v_format = formats(kinds)
+    return quantize(
+        k, v, tile=tile, k_bits=k_format.bits, v_bits=v_format.bits, k_axis=k_format.axis, v_axis=v_format.axis,
+        k_group=k_format.given_group, v_group=v_format.given_group,
+    )  # fmt: skip
 
 
 def make_keys(rng: np.random.Generator, n: int, heads: int, d: int, kind: str, tile: int = 64) -> tuple[tuple, tuple]:
@@ -250,6 +295,5 @@ def make_keys(rng: np.random.Generator, n: int, heads: int, d: int, kind: str, t
     if kind in DTYPES:
         pair = dense(rng, n, heads, d, kind)
         return pair, tuple(x.astype(np.float64) for x in pair)
-    bits = int(kind[1:])
-    segment = quantize(normal(rng, n, heads, d), normal(rng, n, heads, d), k_bits=bits, v_bits=bits, tile=tile)
-    return (segment,), read_segment(segment, (bits, bits), tile)
+    segment = quantize_as((kind, kind), normal(rng, n, heads, d), normal(rng, n, heads, d), tile)
+    return (segment,), read_segment(segment, (kind, kind), tile)
