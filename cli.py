@@ -40,8 +40,8 @@ ModelOption = Annotated[
 ]
 Window = Annotated[int, typer.Option(help="Recent tokens that every query sees at high precision.")]
 Sinks = Annotated[int, typer.Option(help="First tokens that stay at high precision.")]
-KBits = Annotated[int, typer.Option(help="Bits of old keys: 4, 8, 16 or 32.")]
-VBits = Annotated[int, typer.Option(help="Bits of old values: 4, 8, 16 or 32.")]
+KBits = Annotated[int, typer.Option(help="Bits of old keys: 2, 3, 4, 8, 16 or 32.")]
+VBits = Annotated[int, typer.Option(help="Bits of old values: 2, 3, 4, 8, 16 or 32.")]
 Tile = Annotated[int, typer.Option(help="Tokens quantized together: 32, 64 or 128.")]
 Dense = Annotated[str, typer.Option(help="Type of sinks and recent tokens: f16, bf16 or f32.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -236,7 +236,8 @@ def generate(
     run.stream(
         loop.generate(session, ids, max_tokens=max_tokens, sampling=sampling, stop=stop or (), progress=run.read)
     )
-    stats = {**run.statistics(), "model": loaded.name, "policy": str(policy), "threads": used_threads}
+    about = {"model": loaded.name, "policy": str(policy), "routes": policy.routes(), "threads": used_threads}
+    stats = {**run.statistics(), **about}
     if as_json:
         result = {"text": run.text, "prompt_ids": ids, "token_ids": run.token_ids, "finish_reason": run.finish_reason}
         print(json.dumps({**result, "stats": stats}, ensure_ascii=False))
@@ -369,28 +370,53 @@ def models(as_json: AsJson = False) -> None:
 @app.command()
 @_reported
 def info(
-    model: Annotated[str, typer.Argument(help="Registry name, a model folder, or a .gguf file.")] = "smollm2",
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Registry name, a model folder, or a .gguf file; smollm2, or none for --routes."),
+    ] = None,
     window: Window = 128,
     sinks: Sinks = 4,
     k_bits: KBits = 4,
     v_bits: VBits = 4,
     tile: Tile = 64,
     dense: Dense = "f16",
+    routes: Annotated[
+        bool, typer.Option("--routes", help="How the kernels compute each format on this CPU, and what options cost.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Describe a model, and what its cache takes under a policy."""
     from .engine.policy import CachePolicy
-    from .models.load import open_model
 
     policy = CachePolicy(window, sinks, k_bits, v_bits, tile, dense)
-    with Bars(quiet=as_json) as bars:
-        opened = open_model(model, progress=bars.bar("downloading"))
-    described = _described(opened, policy)
+    described: dict[str, Any] = {}
+    if model is not None or not routes:
+        from .models.load import open_model
+
+        with Bars(quiet=as_json) as bars:
+            opened = open_model(model or "smollm2", progress=bars.bar("downloading"))
+        described |= _described(opened, policy)
+    if routes:
+        from .kernels.routes import routes as all_routes
+
+        described |= {"policy": str(policy), "routes": {"segments": policy.routes(), **all_routes()}}
     if as_json:
         print(json.dumps(described))
         return
+    _print_table(described)
+
+
+def _print_table(described: dict[str, Any], indent: str = "") -> None:
+    """Names and values in two columns; a dictionary below its name."""
+    width = max(28 - len(indent), *(len(name) for name in described))
     for name, value in described.items():
-        print(f"{name:28} {value}")
+        if isinstance(value, dict) and len(value) > 2:
+            print(f"{indent}{name}")
+            _print_table(value, indent + "  ")
+        elif isinstance(value, dict):
+            print(f"{indent}{name:{width}} " + ", ".join(f"{key}: {x}" for key, x in value.items()))
+        else:
+            print(f"{indent}{name:{width}} {value}")
 
 
 def _described(opened: "Opened", policy: "CachePolicy") -> dict[str, Any]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..kernels.layout import BF16, F16, F32, KIND_OF_BITS, TILES, TileLayout
+from ..kernels.routes import route
+from ..kernels.simd import LANES
 from ..models.errors import UsageError
 
 DENSE = {"f16": F16, "bf16": BF16, "f32": F32}
@@ -21,7 +23,7 @@ class CachePolicy:
         window: tokens of the recent past that every query is guaranteed to see at high precision, itself included (with a
             window of 0, a query that ends a tile sees all of it, itself too, as old).
         sinks: first tokens of the text that stay at high precision for ever.
-        k_bits, v_bits: bits of a code of the old segment; 16 and 32 are float16 and float32.
+        k_bits, v_bits: bits of a code of the old segment, 2, 3, 4 or 8; 16 and 32 are float16 and float32.
         tile: tokens that are quantized together: 32, 64 or 128.
         dense: dtype of the sinks and the recent segment: "f16", "bf16" or "f32".
 
@@ -79,6 +81,14 @@ class CachePolicy:
         """Bytes of one token of one layer: (old, dense), scales and padding included."""
         old, dense = self.old_layout(n_kv_heads, head_dim), self.dense_layout(n_kv_heads, head_dim)
         return old.nbytes / self.tile, dense.nbytes / self.tile
+
+    def routes(self) -> dict[str, dict[str, str]]:
+        """How each segment is computed: {"sink": {"k": ..., "v": ...}, "old": ..., "recent": ...} (see kernels/routes.py)."""
+        old, dense = self.old_layout(1, LANES), self.dense_layout(1, LANES)
+        return {
+            name: {"k": route(layout.k_kind), "v": route(layout.v_kind)}
+            for name, layout in (("sink", dense), ("old", old), ("recent", dense))
+        }
 
     def __str__(self) -> str:
         return (

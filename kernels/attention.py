@@ -122,7 +122,11 @@ def _exponentials(table, numbers, count, low, high, logits, sums):  # type: igno
     simd.never_inline()
     for i in range(count):
         row = table[ACTIVE, i]
-        at, total, top = logits + row * LOGITS_ROW, simd.load_f32(sums + row * VECTOR), simd.splat(numbers[SPLIT_M, row])
+        at, total, top = (
+            logits + row * LOGITS_ROW,
+            simd.load_f32(sums + row * VECTOR),
+            simd.splat(numbers[SPLIT_M, row]),
+        )
         for place in range(low, high, LANES):
             p = simd.exp(simd.sub(simd.load_f32(at + 4 * place), top))
             simd.store_f32(at + 4 * place, p)

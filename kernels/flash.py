@@ -26,6 +26,7 @@ def flash_attention(
     *,
     scale: float | None = None,
     causal: bool = False,
+    sliding_window: int | None = None,
     start: ArrayLike | None = None,
     stop: ArrayLike | None = None,
     mask: Float32 | None = None,
@@ -49,6 +50,7 @@ def flash_attention(
         v: like k.
         scale: softmax scale; 1 / sqrt(D) unless given.
         causal: a query sees no key after its own position.
+        sliding_window: a query sees no key that is so many positions, or more, before its own; at least 1.
         start, stop: (T,) or scalars: each query sees the keys start <= index < stop, indices into k (for a segment of
             a cache: absolute positions). A range outside of the keys is an empty one.
         mask: float32 (T, N) or (H, T, N), added to the logit, unscaled; -inf hides a key. For a segment of tiles, N is its
@@ -56,13 +58,13 @@ def flash_attention(
         softcap: 0 for none.
         max_bias: ALiBi's largest slope exponent (8 in the paper, https://arxiv.org/abs/2108.12409); 0 for none.
         sink_logits: float32 (H,): a logit a head that takes part in the sum but has no value. Counted in this call.
-        precision: "f32" keeps everything float32. "default" may compute in integers of 15 bits or better; today it is
-            the same route.
+        precision: "f32" keeps everything float32. "default" multiplies codes as integers, with queries and weights rounded
+            to 16 bits; dense keys are float32 in both (see kernels/routes.py).
         state: float32 (H, T, 2) with [..., 0] = M, [..., 1] = S, natural logarithm; read, and updated in place.
         out: float32 (T, H, D), the normalised output that belongs to the state; updated in place and returned.
             Required where any S > 0; rows with S = 0 are not read.
         positions: (T,) absolute positions of the queries; unless given, they are the last T positions of the keys.
-        k_position: absolute position of key 0, for ``causal`` and ``max_bias`` when keys are cut into segments.
+        k_position: absolute position of key 0, for ``causal``, ``sliding_window`` and ``max_bias`` when keys are cut into segments.
 
     Returns:
         float32 (T, H, D). A query that sees no key (and no sink logit) gets 0.
@@ -102,6 +104,8 @@ def flash_attention(
     starts, stops = _ranges(start, stop, t, segment)
     if causal:
         stops = np.minimum(stops, where - k_position + 1)
+    if sliding_window is not None:
+        starts = np.maximum(starts, where - k_position + 1 - _window(sliding_window))
     tall_mask = _mask(mask, h, t, segment)
     sinks = _sink_logits(sink_logits, h)
 
@@ -185,6 +189,12 @@ def _number(name: str, value: object, low: float = -math.inf) -> float:
         at_least = "" if math.isinf(low) else f", {low:g} or more"
         raise ValueError(f"{name} must be a finite number (float32){at_least}, found {value}")
     return float(value)
+
+
+def _window(size: object) -> int:
+    if not isinstance(size, int | np.integer) or isinstance(size, bool) or not 1 <= size <= _FARTHEST:
+        raise ValueError(f"sliding_window must be a whole number from 1 to 2^62, or None, found {size!r}")
+    return int(size)
 
 
 def _positions(positions: ArrayLike | None, t: int, k_position: int, segment: Segment) -> Int64:

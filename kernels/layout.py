@@ -153,7 +153,9 @@ class TileLayout:
             group = group or default_group(self.width)
             if group not in legal_groups(self.width):
                 legal = ", ".join(map(str, legal_groups(self.width)))
-                raise ValueError(f"{name}_group by token must be one of {legal} at head_dim {self.head_dim}, found {group}")
+                raise ValueError(
+                    f"{name}_group by token must be one of {legal} at head_dim {self.head_dim}, found {group}"
+                )
         nbytes = codes + 4 * (self.tile * self.width // group)
         parts = 1 if axis == "channel" else self.width // group
         return Side(kind, nbytes, 0, codes, group, parts, (name == "k") == (axis == "token"), nbytes)

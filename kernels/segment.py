@@ -41,7 +41,9 @@ class Segment:
 
 def make_geometry(tile: int, first_tile: int, width: int, n_kv_heads: int, k: Side, v: Side) -> Int64:
     """The integers that describe a segment, in the order of the index names in attention.py."""
-    return np.concatenate([np.array([tile, tile.bit_length() - 1, first_tile, width, n_kv_heads]), side_numbers(k), side_numbers(v)])
+    return np.concatenate(
+        [np.array([tile, tile.bit_length() - 1, first_tile, width, n_kv_heads]), side_numbers(k), side_numbers(v)]
+    )
 
 
 def segment_of_arrays(k: object, v: object) -> Segment:

@@ -50,6 +50,11 @@ f32x16, i32x16 = _Vector("f32x16", _V_F32), _Vector("i32x16", _V_I32)
 _IS_X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 
 
+def is_x86() -> bool:
+    """Whether this is an x86 CPU, whatever its features."""
+    return _IS_X86
+
+
 def cpu_has(context: Any, feature: str) -> bool:
     """Whether the CPU being compiled for has an x86 feature; other architectures count as having it."""
     if not _IS_X86:
@@ -243,7 +248,9 @@ def larger_magnitude(context: Any, builder: Any, a: Any, b: Any) -> Any:
         mask, maximum_of_magnitudes = ir.IntType(16)(0xFFFF), _I32(0b1011)
         args = [a, b, maximum_of_magnitudes, a, mask, _I32(4)]
         return _call(builder, "llvm.x86.avx512.mask.range.ps.512", _V_F32, args)
-    a, b = (builder.bitcast(builder.and_(builder.bitcast(x, _V_I32), _const(_V_I32, 0x7FFFFFFF)), _V_F32) for x in (a, b))
+    a, b = (
+        builder.bitcast(builder.and_(builder.bitcast(x, _V_I32), _const(_V_I32, 0x7FFFFFFF)), _V_F32) for x in (a, b)
+    )
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
@@ -377,8 +384,12 @@ def _float_to_half_bits(builder: Any, x: Any) -> Any:
     tiny = builder.bitcast(builder.fadd(builder.bitcast(magnitude, _V_F32), _const(_V_F32, 0.5)), _V_I32)
     subnormal = builder.sub(tiny, _const(_V_I32, 126 << 23))
     half = builder.select(builder.icmp_unsigned("<", magnitude, _const(_V_I32, 113 << 23)), subnormal, normal)
-    half = builder.select(builder.icmp_unsigned(">=", magnitude, _const(_V_I32, 0x477FF000)), _const(_V_I32, 0x7C00), half)
-    half = builder.select(builder.icmp_unsigned(">", magnitude, _const(_V_I32, 0x7F800000)), _const(_V_I32, 0x7E00), half)
+    half = builder.select(
+        builder.icmp_unsigned(">=", magnitude, _const(_V_I32, 0x477FF000)), _const(_V_I32, 0x7C00), half
+    )
+    half = builder.select(
+        builder.icmp_unsigned(">", magnitude, _const(_V_I32, 0x7F800000)), _const(_V_I32, 0x7E00), half
+    )
     return builder.or_(sign, half)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from .flash import flash_attention
 from .matmul import matvec
+from .segment import quantize
 
 
 def _attention(n_queries: int, n_keys: int) -> None:
@@ -14,8 +15,9 @@ def _attention(n_queries: int, n_keys: int) -> None:
 
 
 STEPS: dict[str, Callable[[], object]] = {
-    "prefill attention": lambda: _attention(1, 1),
-    "decode attention": lambda: _attention(1, 513),
+    "attention": lambda: _attention(1, 1),
+    "merging": lambda: _attention(1, 513),
+    "quantizing": lambda: quantize(np.ones((1, 1, 16), np.float32), np.ones((1, 1, 16), np.float32)),
     "matrix-vector product": lambda: matvec(np.ones((4, 16), np.float32), np.ones(16, np.float32)),
 }
 """What each step compiles, or loads from the cache, by its name."""
