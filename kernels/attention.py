@@ -47,7 +47,7 @@ SPLIT_M, SPLIT_S, M, S, SLOPE = range(5)
 
 @inner
 def _map_logits(logits, first, stop, cap, slope, distance, mask):  # type: ignore[no-untyped-def]
-    """Soft-cap, ALiBi's bias and the mask, in this order, in place. ``distance``: of the split's first key from the query."""
+    """Soft-cap, ALiBi's bias and mask, in this order, in place. ``distance``: of the split's first key from the query."""
     for at in range(first, stop, LANES):
         x = simd.load_f32(logits + 4 * at)
         if cap > 0:
@@ -64,7 +64,7 @@ def _map_logits(logits, first, stop, cap, slope, distance, mask):  # type: ignor
 
 @inner
 def _finish_logits(table, numbers, count, low, high, origin, cap, logits, sums):  # type: ignore[no-untyped-def]
-    """What follows q . K in the tile low .. high (in the split): the options, -inf outside of a row's range, the maximum."""
+    """What follows q . K in the tile low .. high of the split: the options, -inf outside of a row's range, the maximum."""
     simd.never_inline()
     for i in range(count):
         row = table[ACTIVE, i]
@@ -250,7 +250,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
             )  # fmt: skip
         else:
             multiply_codes(
-                room[QUERIES], width * 4, active, count, tile, width, room[CODES], room[SCALES], k_side, 1,
+                room[QUERIES], width * 4, active, count, tile, width, room[CODES], room[SCALES], k_side, np.int64(1),
                 logits + 4 * low, LOGITS_ROW, ahead + (last - ahead) // 3, last, room[WORDS], room[FACTORS],
                 room[OFFSETS], table[TARGETS], room[SCRATCH],
             )  # fmt: skip
@@ -273,8 +273,8 @@ def split_kernel(  # type: ignore[no-untyped-def]
             )  # fmt: skip
         else:
             multiply_codes(
-                logits + 4 * low, LOGITS_ROW, active, count, width, tile, room[CODES], room[SCALES], v_side, 0, out,
-                width * 4, ahead + (last - ahead) // 3, last, room[WORDS], room[FACTORS], room[OFFSETS],
+                logits + 4 * low, LOGITS_ROW, active, count, width, tile, room[CODES], room[SCALES], v_side, np.int64(0),
+                out, width * 4, ahead + (last - ahead) // 3, last, room[WORDS], room[FACTORS], room[OFFSETS],
                 table[TARGETS], room[SCRATCH],
             )  # fmt: skip
     _divide_by_sums(numbers, rows, width, sums, out)

@@ -64,7 +64,8 @@ def flash_attention(
         out: float32 (T, H, D), the normalised output that belongs to the state; updated in place and returned.
             Required where any S > 0; rows with S = 0 are not read.
         positions: (T,) absolute positions of the queries; unless given, they are the last T positions of the keys.
-        k_position: absolute position of key 0, for ``causal``, ``sliding_window`` and ``max_bias`` when keys are cut into segments.
+        k_position: absolute position of key 0, for ``causal``, ``sliding_window`` and ``max_bias`` when
+            keys are cut into segments.
 
     Returns:
         float32 (T, H, D). A query that sees no key (and no sink logit) gets 0.
@@ -167,8 +168,8 @@ def attend(
     strides = _NO_MASK if mask is None else np.array(mask.strides[:2], np.int64)
     workers = numba.get_num_threads()
     common = (
-        split_kernel.address(), q, starts, stops, first_split, stop_split, segment.k_table, segment.v_table, segment.geometry, options, slopes,
-        distances, address, strides,
+        split_kernel.address(), q, starts, stops, first_split, stop_split, segment.k_table, segment.v_table,
+        segment.geometry, options, slopes, distances, address, strides,
     )  # fmt: skip
     n_splits = stop_split - first_split
     n_rep = n_heads // segment.n_kv_heads

@@ -17,13 +17,13 @@ no range.
 
 A word holds codes of one lane. Its lower half has those of the first half of the sum axis and its upper half those of the
 second: the codes at the same place of both are the pair (i, i + length/2) that one 16-bit dot product takes, where length
-is that of the sum axis, or of a group where scales lie along the lanes. So a word holds 2 pairs of 8 bits, 4 of 4 or 8 of 2. Codes of 3 bits are two planes: the lower two bits of all of them as 2-bit codes, then the third bits, 16 to
-a half word.
+is that of the sum axis, or of a group where scales lie along the lanes. So a word holds 2 pairs of 8 bits, 4 of 4 or 8 of
+2. Codes of 3 bits are two planes: the lower two bits of all of them as 2-bit codes, then the third bits, 16 to a half word.
 
 A value is code * scale + minimum. *By channel*, a channel has one pair (scale, minimum) a tile; *by token*, a token has one
 for every ``group`` channels. For K and V alike the question is whether scales lie along the lane axis (K by token, V by
-channel), where they multiply the finished sum, or along the sum axis (K by channel, V by token), where they multiply what is
-multiplied with the codes. ``group`` counts the places along the other axis that share a scale.
+channel), where they multiply the finished sum, or along the sum axis (K by channel, V by token), where they multiply what
+is multiplied with the codes. ``group`` counts the places along the other axis that share a scale.
 
     scales along the lane axis    [sum axis / group][lanes]
     scales along the sum axis     [lanes / group][sum axis]

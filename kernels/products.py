@@ -1,4 +1,6 @@
-"""The two products of attention, q . K and p . V, over one unpacked tile. Both are the same product here:
+"""The two products of attention, q . K and p . V, over one unpacked tile.
+
+Both are the same product here:
 
     target[row][lane] += sum over the sum axis of x[row][step] * value[lane][step]
 
@@ -151,6 +153,7 @@ def weigh_floats(  # type: ignore[no-untyped-def]
     """
     simd.never_inline()
     lows, highs = np.empty(ROWS, np.int64), np.empty(ROWS, np.int64)
+    one = np.int64(1)
     for row in range(first, stop, ROWS):
         count = min(ROWS, stop - row)
         low, high = 0, tile
@@ -163,9 +166,9 @@ def weigh_floats(  # type: ignore[no-untyped-def]
         for i in range(count):
             end = low if shared else highs[i]
             own, own_target = weights + i * p_stride, target + i * width * 4
-            ahead = _add_values(own, 0, 1, values, lows[i], end, tile, width, own_target, ahead, last)
+            ahead = _add_values(own, p_stride, one, values, lows[i], end, tile, width, own_target, ahead, last)
         if shared:
             ahead = _add_values(weights, p_stride, count, values, low, high, tile, width, target, ahead, last)
             for i in range(count):
                 own, own_target = weights + i * p_stride, target + i * width * 4
-                ahead = _add_values(own, 0, 1, values, high, highs[i], tile, width, own_target, ahead, last)
+                ahead = _add_values(own, p_stride, one, values, high, highs[i], tile, width, own_target, ahead, last)

@@ -477,7 +477,8 @@ _EXP2_COEFFICIENTS = (1.326472727e-3, 9.671512860e-3, 5.550733745e-2, 2.40222420
 def exp(context: Any, builder: Any, x: Any) -> Any:
     """e^x of x <= 88, within 2 + |x|/4 units in the last place; below -87.3 it is 0, and NaN stays NaN.
 
-    x is a logit minus the largest one: the further below 0, the less it weighs, and its error with it. Written as selects and integer bit moves: a float-to-integer conversion would be undefined for NaN.
+    x is a logit minus the largest one: the further below 0, the less it weighs, and its error with it. Written
+    as selects and integer bit moves: a float-to-integer conversion would be undefined for NaN.
     """
     low = builder.fcmp_ordered("<", x, _const(_V_F32, -87.3))
     shifted = _fma(context, builder, x, _const(_V_F32, _LOG2_E), _const(_V_F32, _ROUND))
@@ -666,7 +667,8 @@ def multiply_pairs(context: Any, builder: Any, *args: Any) -> None:
     word = a.type
     is_fresh, per_lane = (builder.icmp_unsigned("!=", x, ir.Constant(word, 0)) for x in (fresh, scales))
 
-    def finish(sums: list[Any], r0: int, v0: int, n_rows: int, n_vectors: int, writes: bool, has_scales: bool) -> None:
+    def finish(sums: list[Any], part: tuple[int, int, int, int], writes: bool, has_scales: bool) -> None:
+        r0, v0, n_rows, n_vectors = part
         for r in range(n_rows):
             place = ir.Constant(word, r0 + r)
             row = builder.add(_load(builder, _at(builder, targets, (r0 + r, ir.Constant(word, 8))), word), column)
@@ -698,7 +700,7 @@ def multiply_pairs(context: Any, builder: Any, *args: Any) -> None:
                 with branch, builder.if_else(per_lane) as inner_branches:
                     for has_scales, inner_branch in zip((True, False), inner_branches, strict=True):
                         with inner_branch:
-                            finish(sums, *part, writes, has_scales)
+                            finish(sums, part, writes, has_scales)
 
 
 def _reduce_four(builder: Any, source: Any, combine: Callable[[Any, Any], Any]) -> Any:
@@ -710,12 +712,12 @@ def _reduce_four(builder: Any, source: Any, combine: Callable[[Any, Any], Any]) 
     word = source.type
     a, b, c, d = (_load(builder, builder.add(source, ir.Constant(word, 64 * i)), _V_F32) for i in range(4))
     low, high = list(range(8)), list(range(8, 16))
-    halves = [
+    ab, cd = (
         combine(shuffle(x, y, low + [16 + i for i in low]), shuffle(x, y, high + [16 + i for i in high]))
         for x, y in ((a, b), (c, d))
-    ]
+    )
     even, odd = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
-    quarters = combine(*(shuffle(*halves, half + [16 + i for i in half]) for half in (even, odd)))
+    quarters = combine(*(shuffle(ab, cd, half + [16 + i for i in half]) for half in (even, odd)))
     for distance in (2, 1):
         quarters = combine(quarters, shuffle(quarters, quarters, [i ^ distance for i in range(LANES)]))
     return quarters

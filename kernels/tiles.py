@@ -61,7 +61,7 @@ def unpack_scales(source, count, target):  # type: ignore[no-untyped-def]
 
 @inner
 def codes_to_floats(codes, scales, lanes, steps, group, parts, per_lane, target):  # type: ignore[no-untyped-def]
-    """code * scale + minimum of pairs [lanes/16][steps/2][16] into float32 [lanes/16][steps][16]."""
+    """Values, code * scale + minimum, of pairs [lanes/16][steps/2][16] into float32 [lanes/16][steps][16]."""
     simd.never_inline()
     minima = scales + 4 * parts * (lanes if per_lane else steps)
     half = (group if per_lane else steps) // 2
