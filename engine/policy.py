@@ -83,7 +83,7 @@ class CachePolicy:
         return old.nbytes / self.tile, dense.nbytes / self.tile
 
     def routes(self) -> dict[str, dict[str, str]]:
-        """How each segment is computed, {"sink": {"k": ..., "v": ...}, "old": ..., "recent": ...}; see kernels/routes.py."""
+        """How a segment is computed, {"sink": {"k": ..., "v": ...}, "old": ..., "recent": ...}; see kernels/routes.py."""
         old, dense = self.old_layout(1, LANES), self.dense_layout(1, LANES)
         return {
             name: {"k": route(layout.k_kind), "v": route(layout.v_kind)}

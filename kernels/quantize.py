@@ -139,45 +139,54 @@ def _store_params(lows, highs, count, largest, params, divisors, minima):  # typ
 
 
 @inner
-def _code(values, vector, lanes, steps, group, per_lane, divisors, minima, largest):  # type: ignore[no-untyped-def]
-    """The codes, not yet rounded, of one vector of 16 lanes."""
-    block, step = vector // steps, vector % steps
-    x = simd.load_f32(values + vector * VECTOR)
+def _code(x, divisor, minimum, largest):  # type: ignore[no-untyped-def]
+    """The codes, not yet rounded, of the 16 values at address ``x``."""
+    code = simd.div(simd.sub(simd.load_f32(x), minimum), divisor)
+    return simd.smaller(simd.larger(code, simd.splat(np.float32(0))), simd.splat(np.float32(largest)))
+
+
+@inner
+def _pair(values, block, step, half, lanes, steps, group, per_lane, divisors, minima, largest):  # type: ignore[no-untyped-def]
+    """The codes at ``step`` and ``step + half`` of 16 lanes, as pairs."""
+    x = values + (block * steps + step) * VECTOR
     if per_lane:
         place = 4 * (step // group * lanes + block * LANES)
-        x = simd.div(simd.sub(x, simd.load_f32(minima + place)), simd.load_f32(divisors + place))
-    else:
-        place = 4 * (block * LANES // group * steps + step)
-        x = simd.div(simd.sub(x, simd.splat_at(minima + place)), simd.splat_at(divisors + place))
-    return simd.smaller(simd.larger(x, simd.splat(np.float32(0))), simd.splat(np.float32(largest)))
+        divisor, minimum = simd.load_f32(divisors + place), simd.load_f32(minima + place)
+        return simd.pair_codes(
+            _code(x, divisor, minimum, largest), _code(x + half * VECTOR, divisor, minimum, largest)
+        )  # fmt: skip
+    place = 4 * (block * LANES // group * steps + step)
+    low = _code(x, simd.splat_at(divisors + place), simd.splat_at(minima + place), largest)
+    place += 4 * half
+    return simd.pair_codes(
+        low, _code(x + half * VECTOR, simd.splat_at(divisors + place), simd.splat_at(minima + place), largest)
+    )  # fmt: skip
 
 
 @inner
 def _pack(values, lanes, steps, group, per_lane, divisors, minima, bits, target):  # type: ignore[no-untyped-def]
     """Codes of [lanes/16][steps][16] values in the order that layout.py describes."""
-    largest = (1 << bits) - 1
-    plane_bits = 2 if bits == 3 else bits
+    length = group if per_lane else steps
+    half, largest, plane_bits = length // 2, (1 << bits) - 1, 2 if bits == 3 else bits
     a_word = 16 // plane_bits
-    pairs = lanes * steps // 32
-    tops = target + pairs // a_word * VECTOR
+    tops = target + lanes * steps // 32 // a_word * VECTOR
     words, top_words = simd.zero_words(), simd.zero_words()
-    half = (group if per_lane else steps) // 2
-    for pair in range(pairs):
-        block, i = pair // (steps // 2), pair % (steps // 2)
-        vector = block * steps + i // half * 2 * half + i % half
-        codes = simd.pair_codes(
-            _code(values, vector, lanes, steps, group, per_lane, divisors, minima, largest),
-            _code(values, vector + half, lanes, steps, group, per_lane, divisors, minima, largest),
-        )
-        words = simd.insert_codes(words, codes, 0, plane_bits, pair % a_word * plane_bits)
-        if pair % a_word == a_word - 1:
-            simd.store_words(target + pair // a_word * VECTOR, words)
-            words = simd.zero_words()
-        if bits == 3:
-            top_words = simd.insert_codes(top_words, codes, 2, 1, pair % 16)
-            if pair % 16 == 15:
-                simd.store_words(tops + pair // 16 * VECTOR, top_words)
-                top_words = simd.zero_words()
+    place, top_place = 0, 0
+    for block in range(lanes // LANES):
+        for first in range(0, steps, length):
+            for step in range(first, first + half):
+                codes = _pair(values, block, step, half, lanes, steps, group, per_lane, divisors, minima, largest)
+                words = simd.insert_codes(words, codes, 0, plane_bits, place)
+                place += plane_bits
+                if place == 16:
+                    simd.store_words(target, words)
+                    words, place, target = simd.zero_words(), 0, target + VECTOR
+                if bits == 3:
+                    top_words = simd.insert_codes(top_words, codes, 2, 1, top_place)
+                    top_place += 1
+                    if top_place == 16:
+                        simd.store_words(tops, top_words)
+                        top_words, top_place, tops = simd.zero_words(), 0, tops + VECTOR
 
 
 @kernel
