@@ -13,7 +13,7 @@ from numba import prange, types
 from . import simd
 from .jit import inner, parallel_kernel, standalone
 from .layout import BYTES, GROUP, HEAD, KIND, PARAMS, PARTS, PER_LANE, ROW
-from .products import FOLDED, multiply_codes, score_floats, weigh_floats
+from .products import FOLDED, fold, multiply_codes, score_floats, weigh_floats
 from .simd import LANES
 from .state import merge_rows
 from .tiles import VECTOR, codes_to_floats, is_dense, unpack_codes, unpack_dense_k, unpack_dense_v, unpack_scales
@@ -177,10 +177,11 @@ def _see_tile(table, rows, low, high):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _unpack(  # type: ignore[no-untyped-def]
-    is_k, side, address, width, tile, low, high, exact, room, ahead
+def _unpack_values(  # type: ignore[no-untyped-def]
+    is_k, side, address, width, tile, low, high, room, ahead
 ):
-    """One head and tile: pairs of codes in room[CODES] and scales in room[SCALES], or float32 in room[VALUES]."""
+    """One head and tile as float32 in room[VALUES]; of dense formats the tokens low .. high only."""
+    simd.never_inline()
     if is_dense(side[KIND]):
         if is_k:
             unpack_dense_k(address, side[KIND], side[ROW], width, low, high, room[VALUES], room[SCALES])
@@ -188,12 +189,36 @@ def _unpack(  # type: ignore[no-untyped-def]
             unpack_dense_v(address, side[KIND], side[ROW], width, tile, low, high, room[VALUES])
         return
     lanes, steps = (tile, width) if is_k else (width, tile)
+    _unpack_scales(side, address, lanes, steps, room)
     unpack_codes(address, side[KIND], lanes * steps // 32, room[CODES], ahead)
+    codes_to_floats(room[CODES], room[SCALES], lanes, steps, side[GROUP], side[PARTS], side[PER_LANE], room[VALUES])
+
+
+@inner
+def _unpack_scales(side, address, lanes, steps, room):  # type: ignore[no-untyped-def]
+    """The scales and minima of one head and tile as float32 in room[SCALES]."""
     unpack_scales(address + side[PARAMS], side[PARTS] * (lanes if side[PER_LANE] else steps), room[SCALES])
-    if exact:
-        codes_to_floats(
-            room[CODES], room[SCALES], lanes, steps, side[GROUP], side[PARTS], side[PER_LANE], room[VALUES]
-        )  # fmt: skip
+
+
+@inner
+def _multiply(  # type: ignore[no-untyped-def]
+    side, address, x, x_stride, active, count, lanes, steps, fresh, target, target_stride, ahead, last, room, targets
+):
+    """The integer route over one head and tile.
+
+    Rows are folded before codes are unpacked: what waits for a row's maximum then has something else to do.
+    """
+    simd.never_inline()
+    _unpack_scales(side, address, lanes, steps, room)
+    fold(
+        x, x_stride, active, count, lanes, steps, room[SCALES], side, room[WORDS], room[FACTORS], room[OFFSETS],
+        room[SCRATCH],
+    )  # fmt: skip
+    unpack_codes(address, side[KIND], lanes * steps // 32, room[CODES], ahead)
+    multiply_codes(
+        room[WORDS], room[FACTORS], room[OFFSETS], active, count, lanes, steps, room[CODES], room[SCALES], side, fresh, target,
+        target_stride, ahead + (last - ahead) // 3, last, targets,
+    )  # fmt: skip
 
 
 @inner
@@ -242,17 +267,16 @@ def split_kernel(  # type: ignore[no-untyped-def]
         ahead = k_table[base + t + 1] + head * k_side[HEAD] if t < last_tile else first_v
         last = ahead + (k_side[BYTES] if t < last_tile else v_side[BYTES])
         at, seen_from, seen_to = k_table[base + t] + head * k_side[HEAD], max(first - low, 0), min(stop - low, tile)
-        _unpack(True, k_side, at, width, tile, seen_from, seen_to, exact, room, ahead)
         if k_floats:
+            _unpack_values(True, k_side, at, width, tile, seen_from, seen_to, room, ahead)
             score_floats(
                 room[QUERIES], width * 4, active[0], active[count - 1] + 1, tile, width, room[VALUES], logits + 4 * low,
                 LOGITS_ROW, ahead, last,
             )  # fmt: skip
         else:
-            multiply_codes(
-                room[QUERIES], width * 4, active, count, tile, width, room[CODES], room[SCALES], k_side, np.int64(1),
-                logits + 4 * low, LOGITS_ROW, ahead + (last - ahead) // 3, last, room[WORDS], room[FACTORS],
-                room[OFFSETS], table[TARGETS], room[SCRATCH],
+            _multiply(
+                k_side, at, room[QUERIES], width * 4, active, count, tile, width, np.int64(1), logits + 4 * low, LOGITS_ROW,
+                ahead, last, room, table[TARGETS],
             )  # fmt: skip
         _finish_logits(table, numbers, count, low, high, origin, options[SOFTCAP], logits, sums)
     _find_maxima(table, numbers, rows, logits, sums)
@@ -264,18 +288,17 @@ def split_kernel(  # type: ignore[no-untyped-def]
         ahead = v_table[base + t + 1] + head * v_side[HEAD] if t < last_tile else following
         last = ahead + (v_side[BYTES] if t < last_tile else k_side[BYTES])
         at, seen_from, seen_to = v_table[base + t] + head * v_side[HEAD], max(first - low, 0), min(stop - low, tile)
-        _unpack(False, v_side, at, width, tile, seen_from, seen_to, exact, room, ahead)
         _exponentials(table, numbers, count, low, high, logits, sums)
         if v_floats:
+            _unpack_values(False, v_side, at, width, tile, seen_from, seen_to, room, ahead)
             weigh_floats(
                 logits, LOGITS_ROW, active[0], active[count - 1] + 1, table[LOW], table[HIGH], low, tile, width,
                 room[VALUES], out, ahead, last,
             )  # fmt: skip
         else:
-            multiply_codes(
-                logits + 4 * low, LOGITS_ROW, active, count, width, tile, room[CODES], room[SCALES], v_side, np.int64(0),
-                out, width * 4, ahead + (last - ahead) // 3, last, room[WORDS], room[FACTORS], room[OFFSETS],
-                table[TARGETS], room[SCRATCH],
+            _multiply(
+                v_side, at, logits + 4 * low, LOGITS_ROW, active, count, width, tile, np.int64(0), out, width * 4, ahead,
+                last, room, table[TARGETS],
             )  # fmt: skip
     _divide_by_sums(numbers, rows, width, sums, out)
 
@@ -284,8 +307,11 @@ _attend_split = split_kernel.call
 
 
 @inner
-def _room(start, rows, tile, width):  # type: ignore[no-untyped-def]
-    """Where each part of a worker's room begins, from address ``start`` on, and where the last one ends."""
+def _room(start, rows, tile, width, parts):  # type: ignore[no-untyped-def]
+    """Where each part of a worker's room begins, from address ``start`` on, and where the last one ends.
+
+    ``parts``: the most that a side has.
+    """
     most, vectors = max(tile, width), (rows + LANES - 1) // LANES * LANES
     queries = start
     out = queries + rows * width * 4
@@ -295,9 +321,9 @@ def _room(start, rows, tile, width):  # type: ignore[no-untyped-def]
     values = codes + tile * width * 2
     scales = values + tile * width * 4
     words = scales + max(2 * tile * width // LANES, LANES * LANES) * 4
-    factors = words + vectors * most * 2 + VECTOR
-    offsets = factors + vectors * 4
-    scratch = offsets + vectors * 4
+    factors = words + parts * vectors * most * 2 + VECTOR
+    offsets = factors + parts * vectors * 4
+    scratch = offsets + parts * vectors * 4
     end = scratch + FOLDED * (2 * VECTOR + 4 * most) + VECTOR
     return queries, out, logits, sums, codes, values, scales, words, factors, offsets, scratch, end
 
@@ -350,8 +376,9 @@ def _work(  # type: ignore[no-untyped-def]
     block = max(1, BLOCK_ROWS // n_rep)
     blocks = (n_queries + block - 1) // block
     rows = min(block, n_queries) * n_rep
-    memory = np.empty(_room(0, rows, tile, width)[-1] + 64, np.uint8)
-    room = np.array(_room((memory.ctypes.data + 63) // 64 * 64, rows, tile, width))
+    most_parts = max(geometry[K_SIDE + PARTS], geometry[V_SIDE + PARTS])
+    memory = np.empty(_room(0, rows, tile, width, most_parts)[-1] + 64, np.uint8)
+    room = np.array(_room((memory.ctypes.data + 63) // 64 * 64, rows, tile, width, most_parts))
     table = np.empty((10, rows + 1), np.int64)
     numbers = np.zeros((5, (rows + LANES - 1) // LANES * LANES), np.float32)
     units = parts * blocks * kv_heads

@@ -69,16 +69,44 @@ def _place(row):  # type: ignore[no-untyped-def]
 
 
 @inner
-def multiply_codes(  # type: ignore[no-untyped-def]
-    x, x_stride, active, n_active, lanes, steps, codes, scales, side, fresh, target, target_stride, ahead, last, words,
-    factors, offsets, targets, scratch,
-):  # fmt: skip
-    """The integer route. ``active`` names the rows that see anything of this tile, the only ones touched.
+def fold(x, x_stride, active, n_active, lanes, steps, scales, side, words, factors, offsets, scratch):  # type: ignore[no-untyped-def]
+    """The integer route, first step: round what will be multiplied with the codes of one tile.
 
-    codes: pairs of uint16 [lanes/16][steps/2][16]. scales: float32, then the minima, as layout.py describes. side: the
-    numbers of the Side. fresh: the target is written, not added to. ahead, last: cache lines to ask for meanwhile. words:
-    room for ``n_active`` rows of ``steps`` int16 and one vector; factors, offsets: for as many floats as rows, rounded up
-    to 16; targets: int64 (n_active,); scratch: see ``_fold_rows``.
+    ``active`` names the rows that see anything of this tile. scales: float32, then the minima, as layout.py describes. side:
+    the numbers of the Side. words: room for PARTS times ``n_active`` rows of int16, as long as a sum, and one vector;
+    factors, offsets: for PARTS times as many floats as rows, rounded up to 16; scratch: see ``_fold_rows``.
+    """
+    simd.never_inline()
+    group, parts, per_lane = side[GROUP], side[PARTS], side[PER_LANE]
+    minima = scales + 4 * parts * (lanes if per_lane else steps)
+    length = group if per_lane else steps
+    for part in range(parts):
+        first_step = part * length if per_lane else 0
+        own_scales, own_minima = (0, 0) if per_lane else (scales + 4 * part * steps, minima + 4 * part * steps)
+        for i in range(0, n_active, FOLDED):
+            _fold_rows(
+                x + 4 * first_step, x_stride, active[i:], min(FOLDED, n_active - i), own_scales, own_minima, length,
+                words + 2 * i * length, factors + 4 * i, offsets + 4 * i, scratch,
+            )  # fmt: skip
+        words, factors, offsets = _next_part(words, factors, offsets, n_active, length)
+
+
+@inner
+def _next_part(words, factors, offsets, rows, length):  # type: ignore[no-untyped-def]
+    """Where the folded rows of the next part are."""
+    vectors = (rows + FOLDED - 1) // FOLDED * VECTOR
+    return words + 2 * rows * length, factors + vectors, offsets + vectors
+
+
+@inner
+def multiply_codes(  # type: ignore[no-untyped-def]
+    words, factors, offsets, active, n_active, lanes, steps, codes, scales, side, fresh, target, target_stride, ahead, last,
+    targets,
+):  # fmt: skip
+    """The integer route, second step: the products of folded rows and codes.
+
+    The first arguments are those of ``fold``. codes: pairs of uint16 [lanes/16][steps/2][16]. fresh: the target is written,
+    not added to. ahead, last: cache lines to ask for meanwhile. targets: room for int64 (n_active,).
     """
     simd.never_inline()
     group, parts, per_lane = side[GROUP], side[PARTS], side[PER_LANE]
@@ -88,12 +116,6 @@ def multiply_codes(  # type: ignore[no-untyped-def]
         targets[i] = target + active[i] * target_stride
     for part in range(parts):
         first_step, first_lane = (part * length, 0) if per_lane else (0, part * span)
-        own_scales, own_minima = (0, 0) if per_lane else (scales + 4 * part * steps, minima + 4 * part * steps)
-        for i in range(0, n_active, FOLDED):
-            _fold_rows(
-                x + 4 * first_step, x_stride, active[i:], min(FOLDED, n_active - i), own_scales, own_minima, length,
-                words + 2 * i * length, factors + 4 * i, offsets + 4 * i, scratch,
-            )  # fmt: skip
         for lane in range(first_lane, first_lane + span, VECTORS * LANES):
             blocks = min(VECTORS, (first_lane + span - lane) // LANES)
             column = codes + (lane * steps // 32 + first_step // 2) * VECTOR
@@ -106,6 +128,7 @@ def multiply_codes(  # type: ignore[no-untyped-def]
                     offsets + _place(i), lane_scales, lane_minima, ahead, last,
                 )  # fmt: skip
                 ahead += length // 2 * VECTOR
+        words, factors, offsets = _next_part(words, factors, offsets, n_active, length)
 
 
 @inner
