@@ -24,7 +24,7 @@ from numba.extending import intrinsic, models, register_model
 
 LANES = 16
 
-binding.initialize_native_asmparser()  # for the one instruction that is written as assembly
+binding.initialize_native_asmparser()  # for the few instructions that are written as assembly
 
 _F32, _I32, _I16, _I8 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 _V_F32, _V_I32, _V_I16, _V_I8, _V_F16 = (ir.VectorType(t, LANES) for t in (_F32, _I32, _I16, _I8, ir.HalfType()))
@@ -275,7 +275,13 @@ def store_pairs(context: Any, builder: Any, address: Any, low: Any, high: Any, f
     What is not a number becomes any.
     """
     halves = [builder.bitcast(_fma(context, builder, x, factor, _const(_V_F32, _ROUND)), _V_I32) for x in (low, high)]
-    words = builder.or_(builder.and_(halves[0], _const(_V_I32, 0xFFFF)), builder.shl(halves[1], _const(_V_I32, 16)))
+    if _IS_X86 and cpu_has(context, "avx512f"):
+        # As assembly: LLVM makes a slower permutation of the whole of a shift that it can see.
+        shift = ir.FunctionType(_V_I32, [_V_I32])
+        upper = builder.asm(shift, "vpslld $$16, $1, $0", "=v,v", [halves[1]], False)
+    else:
+        upper = builder.shl(halves[1], _const(_V_I32, 16))
+    words = builder.or_(builder.and_(halves[0], _const(_V_I32, 0xFFFF)), upper)
     builder.store(words, _pointer(builder, address, _V_I32)).align = 4
 
 
