@@ -40,7 +40,7 @@ QUERIES, OUT, LOGITS, SUMS, CODES, VALUES, SCALES, WORDS, FACTORS, OFFSETS, SCRA
 
 # A worker's rows. int64 [fields][rows]: the positions that a row sees, absolute and in the current split; the distance of
 # position 0 from the query's; addresses of its mask (or 0), its output and its partial output; lists made for each tile
-START, STOP, LOW, HIGH, DISTANCE, MASK, TARGET, PARTIAL, ACTIVE, TARGETS = range(10)
+START, STOP, LOW, HIGH, DISTANCE, MASK, TARGET, PARTIAL, ACTIVE, TARGETS = range(10)  # TARGETS: two of them
 # float32 [fields][rows rounded up to 16]: M and S of the current split, of everything so far, and the slope of ALiBi
 SPLIT_M, SPLIT_S, M, S, SLOPE = range(5)
 
@@ -167,13 +167,23 @@ def _see_split(table, rows, origin):  # type: ignore[no-untyped-def]
 
 @inner
 def _see_tile(table, rows, low, high):  # type: ignore[no-untyped-def]
-    """List the rows whose range meets the positions low .. high; returns how many."""
-    count = 0
+    """List the rows whose range meets the positions low .. high; returns how many, and whether they see all of it."""
+    count, whole = 0, True
     for row in range(rows):
         table[ACTIVE, count] = row
         if max(table[LOW, row], low) < min(table[HIGH, row], high):
             count += 1
-    return count
+            whole &= table[LOW, row] <= low and table[HIGH, row] >= high
+    return count, whole
+
+
+@inner
+def _no_options(table, numbers, rows, cap):  # type: ignore[no-untyped-def]
+    """Whether a product is a logit: no soft-cap, bias or mask changes it."""
+    for row in range(rows):
+        if numbers[SLOPE, row] != 0 or table[MASK, row] != 0:
+            return False
+    return cap == 0
 
 
 @inner
@@ -202,7 +212,22 @@ def _unpack_scales(side, address, lanes, steps, room):  # type: ignore[no-untype
 
 @inner
 def _multiply(  # type: ignore[no-untyped-def]
-    side, address, x, x_stride, active, count, lanes, steps, fresh, target, target_stride, ahead, last, room, targets
+    side,
+    address,
+    x,
+    x_stride,
+    active,
+    count,
+    lanes,
+    steps,
+    fresh,
+    target,
+    target_stride,
+    tops,
+    ahead,
+    last,
+    room,
+    targets,
 ):
     """The integer route over one head and tile.
 
@@ -216,8 +241,8 @@ def _multiply(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     unpack_codes(address, side[KIND], lanes * steps // 32, room[CODES], ahead)
     multiply_codes(
-        room[WORDS], room[FACTORS], room[OFFSETS], active, count, lanes, steps, room[CODES], room[SCALES], side, fresh, target,
-        target_stride, ahead + (last - ahead) // 3, last, targets,
+        room[WORDS], room[FACTORS], room[OFFSETS], active, count, lanes, steps, room[CODES], room[SCALES], side, fresh,
+        target, target_stride, tops, ahead + (last - ahead) // 3, last, targets,
     )  # fmt: skip
 
 
@@ -256,14 +281,17 @@ def split_kernel(  # type: ignore[no-untyped-def]
         simd.store_f32(sums + row * VECTOR, simd.splat(np.float32(-np.inf)))
     for at in range(0, 4 * rows * width, VECTOR):
         simd.store_f32(out + at, simd.splat(np.float32(0)))
+    plain = _no_options(table, numbers, rows, options[SOFTCAP])
     base = (origin >> shift) - geometry[FIRST_TILE]
     first_tile, last_tile = first >> shift, (stop - 1) >> shift
     first_v = v_table[base + first_tile] + head * v_side[HEAD]
     for t in range(first_tile, last_tile + 1):
         low, high = t * tile, (t + 1) * tile
-        count = _see_tile(table, rows, low, high)
+        count, whole = _see_tile(table, rows, low, high)
         if count == 0:
             continue
+        # Where a product is final, the microkernel keeps the largest ones; else that takes a pass of its own.
+        final = plain and whole and not k_floats and k_side[PARTS] == 1
         ahead = k_table[base + t + 1] + head * k_side[HEAD] if t < last_tile else first_v
         last = ahead + (k_side[BYTES] if t < last_tile else v_side[BYTES])
         at, seen_from, seen_to = k_table[base + t] + head * k_side[HEAD], max(first - low, 0), min(stop - low, tile)
@@ -276,13 +304,14 @@ def split_kernel(  # type: ignore[no-untyped-def]
         else:
             _multiply(
                 k_side, at, room[QUERIES], width * 4, active, count, tile, width, np.int64(1), logits + 4 * low, LOGITS_ROW,
-                ahead, last, room, table[TARGETS],
+                sums if final else 0, ahead, last, room, table[TARGETS:],
             )  # fmt: skip
-        _finish_logits(table, numbers, count, low, high, origin, options[SOFTCAP], logits, sums)
+        if not final:
+            _finish_logits(table, numbers, count, low, high, origin, options[SOFTCAP], logits, sums)
     _find_maxima(table, numbers, rows, logits, sums)
     for t in range(first_tile, last_tile + 1):
         low, high = t * tile, (t + 1) * tile
-        count = _see_tile(table, rows, low, high)
+        count, _ = _see_tile(table, rows, low, high)
         if count == 0:
             continue
         ahead = v_table[base + t + 1] + head * v_side[HEAD] if t < last_tile else following
@@ -297,8 +326,8 @@ def split_kernel(  # type: ignore[no-untyped-def]
             )  # fmt: skip
         else:
             _multiply(
-                v_side, at, logits + 4 * low, LOGITS_ROW, active, count, width, tile, np.int64(0), out, width * 4, ahead,
-                last, room, table[TARGETS],
+                v_side, at, logits + 4 * low, LOGITS_ROW, active, count, width, tile, np.int64(0), out, width * 4,
+                np.int64(0), ahead, last, room, table[TARGETS:],
             )  # fmt: skip
     _divide_by_sums(numbers, rows, width, sums, out)
 
@@ -379,7 +408,7 @@ def _work(  # type: ignore[no-untyped-def]
     most_parts = max(geometry[K_SIDE + PARTS], geometry[V_SIDE + PARTS])
     memory = np.empty(_room(0, rows, tile, width, most_parts)[-1] + 64, np.uint8)
     room = np.array(_room((memory.ctypes.data + 63) // 64 * 64, rows, tile, width, most_parts))
-    table = np.empty((10, rows + 1), np.int64)
+    table = np.empty((11, rows + 1), np.int64)
     numbers = np.zeros((5, (rows + LANES - 1) // LANES * LANES), np.float32)
     units = parts * blocks * kv_heads
     # Parts follow one another in memory, so a worker takes a run of them; blocks differ in work, so they are dealt out.

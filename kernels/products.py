@@ -72,8 +72,8 @@ def _place(row):  # type: ignore[no-untyped-def]
 def fold(x, x_stride, active, n_active, lanes, steps, scales, side, words, factors, offsets, scratch):  # type: ignore[no-untyped-def]
     """The integer route, first step: round what will be multiplied with the codes of one tile.
 
-    ``active`` names the rows that see anything of this tile. scales: float32, then the minima, as layout.py describes. side:
-    the numbers of the Side. words: room for PARTS times ``n_active`` rows of int16, as long as a sum, and one vector;
+    ``active`` names the rows that see anything of this tile. scales: float32, then the minima, as layout.py describes.
+    side: the numbers of the Side. words: room for PARTS times ``n_active`` rows of int16, as long as a sum, and one vector;
     factors, offsets: for PARTS times as many floats as rows, rounded up to 16; scratch: see ``_fold_rows``.
     """
     simd.never_inline()
@@ -100,20 +100,22 @@ def _next_part(words, factors, offsets, rows, length):  # type: ignore[no-untype
 
 @inner
 def multiply_codes(  # type: ignore[no-untyped-def]
-    words, factors, offsets, active, n_active, lanes, steps, codes, scales, side, fresh, target, target_stride, ahead, last,
-    targets,
+    words, factors, offsets, active, n_active, lanes, steps, codes, scales, side, fresh, target, target_stride, tops, ahead,
+    last, targets,
 ):  # fmt: skip
     """The integer route, second step: the products of folded rows and codes.
 
     The first arguments are those of ``fold``. codes: pairs of uint16 [lanes/16][steps/2][16]. fresh: the target is written,
-    not added to. ahead, last: cache lines to ask for meanwhile. targets: room for int64 (n_active,).
+    not added to. tops: 0, or where a vector a row keeps the largest value written. ahead, last: cache lines to ask for
+    meanwhile. targets: room for int64 (2, n_active).
     """
     simd.never_inline()
     group, parts, per_lane = side[GROUP], side[PARTS], side[PER_LANE]
     minima = scales + 4 * parts * (lanes if per_lane else steps)
     length, span = (group, lanes) if per_lane else (steps, group)  # of a sum, and the lanes that share it, in each part
     for i in range(n_active):
-        targets[i] = target + active[i] * target_stride
+        targets[0, i], targets[1, i] = target + active[i] * target_stride, tops + active[i] * VECTOR
+    top_addresses = targets[1].ctypes.data if tops else 0
     for part in range(parts):
         first_step, first_lane = (part * length, 0) if per_lane else (0, part * span)
         for lane in range(first_lane, first_lane + span, VECTORS * LANES):
@@ -125,7 +127,7 @@ def multiply_codes(  # type: ignore[no-untyped-def]
                 simd.multiply_pairs(
                     words + 2 * i * length, 2 * length, column, steps // 2 * VECTOR, length // 2, min(ROWS, n_active - i),
                     blocks, targets.ctypes.data + 8 * i, 4 * lane, fresh and first_step == 0, factors + _place(i),
-                    offsets + _place(i), lane_scales, lane_minima, ahead, last,
+                    offsets + _place(i), lane_scales, lane_minima, top_addresses + 8 * i if tops else 0, ahead, last,
                 )  # fmt: skip
                 ahead += length // 2 * VECTOR
         words, factors, offsets = _next_part(words, factors, offsets, n_active, length)

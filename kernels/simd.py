@@ -92,6 +92,10 @@ def _fma(context: Any, builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.fadd(builder.fmul(a, b), c)
 
 
+def _larger(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
 def _maximum(_: Any, builder: Any, a: Any, b: Any) -> Any:
     greater = builder.select(builder.fcmp_ordered(">", a, b), a, b)  # b where either is NaN
     return builder.select(builder.fcmp_unordered("uno", a, a), a, greater)
@@ -232,7 +236,7 @@ def maximum(context: Any, builder: Any, a: Any, b: Any) -> Any:
 @_operation(f32x16, f32x16, f32x16)
 def larger(context: Any, builder: Any, a: Any, b: Any) -> Any:
     """Lane by lane the larger of two numbers, in one instruction; a NaN in ``a`` is dropped, one in ``b`` is kept."""
-    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+    return _larger(builder, a, b)
 
 
 @_operation(f32x16, f32x16, f32x16)
@@ -659,22 +663,32 @@ def multiply_floats(context: Any, builder: Any, *args: Any) -> None:
             builder.store(total, _pointer(builder, at, _V_F32)).align = 4
 
 
-@_operation(types.void, *[types.intp] * 16)
+@_operation(types.void, *[types.intp] * 17)
 def multiply_pairs(context: Any, builder: Any, *args: Any) -> None:
     """target[r][v] += (sum of a[r][i] . b[v][i]) * scales[v] * factors[r] + minima[v] * offsets[r].
 
     a and b are pairs of int16 and their sums exact, in int32; the rest is float32. Arguments: a, its row stride, b, its
     vector stride, count (a multiple of 4), rows, vectors, the addresses of the rows' targets (int64, one a row), the
     targets' offset, whether they are fresh (then they are written, not added to), factors, offsets (float32, of row r at
-    4 r), scales, minima (vectors; address 0 for ones), ``ahead``, ``last``.
+    4 r), scales, minima (vectors; address 0 for ones), the addresses of vectors that keep the largest values written, one a
+    row (int64; address 0 for none), ``ahead``, ``last``.
     """
     a, a_stride, b, b_stride, count, rows, vectors, targets, column, fresh = args[:10]
-    factors, offsets, scales, minima, ahead, last = args[10:]
+    factors, offsets, scales, minima, tops, ahead, last = args[10:]
     word = a.type
-    is_fresh, per_lane = (builder.icmp_unsigned("!=", x, ir.Constant(word, 0)) for x in (fresh, scales))
+    is_fresh, per_lane, has_tops = (builder.icmp_unsigned("!=", x, ir.Constant(word, 0)) for x in (fresh, scales, tops))
+
+    def note_largest(row: int, values: list[Any]) -> None:
+        with builder.if_then(has_tops):
+            at = _load(builder, _at(builder, tops, (row, ir.Constant(word, 8))), word)
+            top = _load(builder, at, _V_F32)
+            for value in values:
+                top = _larger(builder, top, value)
+            builder.store(top, _pointer(builder, at, _V_F32)).align = 4
 
     def finish(sums: list[Any], part: tuple[int, int, int, int], writes: bool, has_scales: bool) -> None:
         r0, v0, n_rows, n_vectors = part
+        values: list[Any] = []
         for r in range(n_rows):
             place = ir.Constant(word, r0 + r)
             row = builder.add(_load(builder, _at(builder, targets, (r0 + r, ir.Constant(word, 8))), word), column)
@@ -693,6 +707,9 @@ def multiply_pairs(context: Any, builder: Any, *args: Any) -> None:
                 if not writes:
                     value = builder.fadd(_load(builder, to, _V_F32), value)
                 builder.store(value, _pointer(builder, to, _V_F32)).align = 4
+                values.append(value)
+            if writes:
+                note_largest(r0 + r, values[-n_vectors:])
 
     for part in _blocks(context, builder, rows, vectors):
         r0, v0, n_rows, n_vectors = part
