@@ -39,8 +39,11 @@ SCALE, SOFTCAP, EXACT = range(3)  # EXACT: not 0 for float32 throughout
 QUERIES, OUT, LOGITS, SUMS, CODES, VALUES, SCALES, WORDS, FACTORS, OFFSETS, SCRATCH = range(11)
 
 # A worker's rows. int64 [fields][rows]: the positions that a row sees, absolute and in the current split; the distance of
-# position 0 from the query's; addresses of its mask (or 0), its output and its partial output; lists made for each tile
-START, STOP, LOW, HIGH, DISTANCE, MASK, TARGET, PARTIAL, ACTIVE, TARGETS = range(10)  # TARGETS: two of them
+# position 0 from the query's; addresses of its mask (or 0), its output and its partial output
+START, STOP, LOW, HIGH, DISTANCE, MASK, TARGET, PARTIAL = range(8)
+# Lists made for a few tiles, in the same table: the rows that see each of them, tile after tile, with the addresses of what
+# is multiplied and of the tile's scales; where each tile's rows begin; whether they see all of it; room for multiply_codes
+ACTIVE, X, SCALES_AT, FIRST, WHOLE, TARGETS = range(8, 14)  # and TARGETS + 1
 # float32 [fields][rows rounded up to 16]: M and S of the current split, of everything so far, and the slope of ALiBi
 SPLIT_M, SPLIT_S, M, S, SLOPE = range(5)
 
@@ -63,11 +66,11 @@ def _map_logits(logits, first, stop, cap, slope, distance, mask):  # type: ignor
 
 
 @inner
-def _finish_logits(table, numbers, count, low, high, origin, cap, logits, sums):  # type: ignore[no-untyped-def]
+def _finish_logits(active, count, table, numbers, low, high, origin, cap, logits, sums):  # type: ignore[no-untyped-def]
     """What follows q . K in the tile low .. high of the split: the options, -inf outside of a row's range, the maximum."""
     simd.never_inline()
     for i in range(count):
-        row = table[ACTIVE, i]
+        row = active[i]
         at, slope, mask = logits + row * LOGITS_ROW, numbers[SLOPE, row], table[MASK, row]
         if cap > 0 or slope != 0 or mask:
             mask = mask + 4 * origin if mask else 0
@@ -117,11 +120,11 @@ def _first_nan(logits, start, stop):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _exponentials(table, numbers, count, low, high, logits, sums):  # type: ignore[no-untyped-def]
+def _exponentials(active, count, numbers, low, high, logits, sums):  # type: ignore[no-untyped-def]
     """exp(logit - M) in place of the logits of one tile, for the rows that see it, and their sums."""
     simd.never_inline()
     for i in range(count):
-        row = table[ACTIVE, i]
+        row = active[i]
         at, total, top = (
             logits + row * LOGITS_ROW,
             simd.load_f32(sums + row * VECTOR),
@@ -166,15 +169,26 @@ def _see_split(table, rows, origin):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _see_tile(table, rows, low, high):  # type: ignore[no-untyped-def]
-    """List the rows whose range meets the positions low .. high; returns how many, and whether they see all of it."""
-    count, whole = 0, True
-    for row in range(rows):
-        table[ACTIVE, count] = row
-        if max(table[LOW, row], low) < min(table[HIGH, row], high):
-            count += 1
-            whole &= table[LOW, row] <= low and table[HIGH, row] >= high
-    return count, whole
+def _see_tiles(table, rows, first_tile, stop_tile, tile):  # type: ignore[no-untyped-def]
+    """List the rows that see each of some tiles; returns how many in all. The lists have room for them (``_chunk``)."""
+    count = 0
+    for t in range(first_tile, stop_tile):
+        low, high = t * tile, (t + 1) * tile
+        table[FIRST, t - first_tile], whole = count, True
+        for row in range(rows):
+            table[ACTIVE, count] = row
+            if max(table[LOW, row], low) < min(table[HIGH, row], high):
+                count += 1
+                whole &= table[LOW, row] <= low and table[HIGH, row] >= high
+        table[WHOLE, t - first_tile] = whole
+    table[FIRST, stop_tile - first_tile] = count
+    return count
+
+
+@inner
+def _chunk(rows):  # type: ignore[no-untyped-def]
+    """How many tiles are folded together, so that few rows do not wait for one another's maxima."""
+    return max(1, FOLDED // rows)
 
 
 @inner
@@ -187,9 +201,7 @@ def _no_options(table, numbers, rows, cap):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _unpack_values(  # type: ignore[no-untyped-def]
-    is_k, side, address, width, tile, low, high, room, ahead
-):
+def _unpack_values(is_k, side, address, width, tile, low, high, room, ahead):  # type: ignore[no-untyped-def]
     """One head and tile as float32 in room[VALUES]; of dense formats the tokens low .. high only."""
     simd.never_inline()
     if is_dense(side[KIND]):
@@ -199,51 +211,56 @@ def _unpack_values(  # type: ignore[no-untyped-def]
             unpack_dense_v(address, side[KIND], side[ROW], width, tile, low, high, room[VALUES])
         return
     lanes, steps = (tile, width) if is_k else (width, tile)
-    _unpack_scales(side, address, lanes, steps, room)
+    unpack_scales(address + side[PARAMS], side[PARTS] * (lanes if side[PER_LANE] else steps), room[SCALES])
     unpack_codes(address, side[KIND], lanes * steps // 32, room[CODES], ahead)
     codes_to_floats(room[CODES], room[SCALES], lanes, steps, side[GROUP], side[PARTS], side[PER_LANE], room[VALUES])
 
 
 @inner
-def _unpack_scales(side, address, lanes, steps, room):  # type: ignore[no-untyped-def]
-    """The scales and minima of one head and tile as float32 in room[SCALES]."""
-    unpack_scales(address + side[PARAMS], side[PARTS] * (lanes if side[PER_LANE] else steps), room[SCALES])
+def _fold_tiles(  # type: ignore[no-untyped-def]
+    table, first_tile, stop_tile, addresses, head, side, lanes, steps, x, x_stride, x_step, room
+):
+    """Unpack the scales of some tiles and fold the rows that see them.
+
+    x: the address of row 0 and the first of the tiles, x_step bytes before that of the next tile.
+    """
+    simd.never_inline()
+    count = side[PARTS] * (lanes if side[PER_LANE] else steps)
+    for t in range(first_tile, stop_tile):
+        scales = room[SCALES] + (t - first_tile) * 8 * count
+        unpack_scales(addresses[t - first_tile] + head * side[HEAD] + side[PARAMS], count, scales)
+        for i in range(table[FIRST, t - first_tile], table[FIRST, t - first_tile + 1]):
+            table[X, i] = x + table[ACTIVE, i] * x_stride + (t - first_tile) * x_step
+            table[SCALES_AT, i] = scales
+    fold(
+        table[X], table[SCALES_AT], table[FIRST, stop_tile - first_tile], lanes, steps, side, room[WORDS], room[FACTORS],
+        room[OFFSETS], room[SCRATCH],
+    )  # fmt: skip
 
 
 @inner
-def _multiply(  # type: ignore[no-untyped-def]
-    side,
-    address,
-    x,
-    x_stride,
-    active,
-    count,
-    lanes,
-    steps,
-    fresh,
-    target,
-    target_stride,
-    tops,
-    ahead,
-    last,
-    room,
-    targets,
+def _multiply_tile(  # type: ignore[no-untyped-def]
+    table, nth, tiles, address, side, lanes, steps, fresh, target, target_stride, tops, ahead, last, room
 ):
-    """The integer route over one head and tile.
-
-    Rows are folded before codes are unpacked: what waits for a row's maximum then has something else to do.
-    """
+    """The integer route over the nth of the tiles that were folded together."""
     simd.never_inline()
-    _unpack_scales(side, address, lanes, steps, room)
-    fold(
-        x, x_stride, active, count, lanes, steps, room[SCALES], side, room[WORDS], room[FACTORS], room[OFFSETS],
-        room[SCRATCH],
-    )  # fmt: skip
+    first = table[FIRST, nth]
+    scales = room[SCALES] + nth * 8 * side[PARTS] * (lanes if side[PER_LANE] else steps)
     unpack_codes(address, side[KIND], lanes * steps // 32, room[CODES], ahead)
     multiply_codes(
-        room[WORDS], room[FACTORS], room[OFFSETS], active, count, lanes, steps, room[CODES], room[SCALES], side, fresh,
-        target, target_stride, tops, ahead + (last - ahead) // 3, last, targets,
+        room[WORDS], room[FACTORS], room[OFFSETS], table[FIRST, tiles], first, table[ACTIVE, first:],
+        table[FIRST, nth + 1] - first, lanes, steps, room[CODES], scales, side, fresh, target, target_stride, tops,
+        ahead + (last - ahead) // 3, last, table[TARGETS:],
     )  # fmt: skip
+
+
+@inner
+def _ask_for_scales(addresses, head, side, first, count):  # type: ignore[no-untyped-def]
+    """Ask for the scales of ``count`` tiles: they are read before the codes, and together."""
+    if side[PARAMS]:
+        for i in range(first, min(first + count, addresses.size)):
+            for at in range(side[PARAMS], side[BYTES], VECTOR):
+                simd.prefetch(addresses[i] + head * side[HEAD] + at)
 
 
 @inner
@@ -285,50 +302,77 @@ def split_kernel(  # type: ignore[no-untyped-def]
     base = (origin >> shift) - geometry[FIRST_TILE]
     first_tile, last_tile = first >> shift, (stop - 1) >> shift
     first_v = v_table[base + first_tile] + head * v_side[HEAD]
-    for t in range(first_tile, last_tile + 1):
-        low, high = t * tile, (t + 1) * tile
-        count, whole = _see_tile(table, rows, low, high)
-        if count == 0:
+    tiles = _chunk(rows)
+    for t0 in range(first_tile, last_tile + 1, tiles):
+        stop_tile = min(t0 + tiles, last_tile + 1)
+        if _see_tiles(table, rows, t0, stop_tile, tile) == 0:
             continue
-        # Where a product is final, the microkernel keeps the largest ones; else that takes a pass of its own.
-        final = plain and whole and not k_floats and k_side[PARTS] == 1
-        ahead = k_table[base + t + 1] + head * k_side[HEAD] if t < last_tile else first_v
-        last = ahead + (k_side[BYTES] if t < last_tile else v_side[BYTES])
-        at, seen_from, seen_to = k_table[base + t] + head * k_side[HEAD], max(first - low, 0), min(stop - low, tile)
-        if k_floats:
-            _unpack_values(True, k_side, at, width, tile, seen_from, seen_to, room, ahead)
-            score_floats(
-                room[QUERIES], width * 4, active[0], active[count - 1] + 1, tile, width, room[VALUES], logits + 4 * low,
-                LOGITS_ROW, ahead, last,
+        if not k_floats:
+            _fold_tiles(
+                table, t0, stop_tile, k_table[base + t0 :], head, k_side, tile, width, room[QUERIES], width * 4, 0, room
             )  # fmt: skip
+        if stop_tile > last_tile:
+            _ask_for_scales(v_table, head, v_side, base + first_tile, tiles)
         else:
-            _multiply(
-                k_side, at, room[QUERIES], width * 4, active, count, tile, width, np.int64(1), logits + 4 * low, LOGITS_ROW,
-                sums if final else 0, ahead, last, room, table[TARGETS:],
-            )  # fmt: skip
-        if not final:
-            _finish_logits(table, numbers, count, low, high, origin, options[SOFTCAP], logits, sums)
+            _ask_for_scales(k_table, head, k_side, base + stop_tile, min(tiles, last_tile + 1 - stop_tile))
+        for t in range(t0, stop_tile):
+            nth, low, high = t - t0, t * tile, (t + 1) * tile
+            first_row, count = table[FIRST, nth], table[FIRST, nth + 1] - table[FIRST, nth]
+            if count == 0:
+                continue
+            # Where a product is final, the microkernel keeps the largest ones; else that takes a pass of its own.
+            final = plain and table[WHOLE, nth] != 0 and not k_floats and k_side[PARTS] == 1
+            ahead = k_table[base + t + 1] + head * k_side[HEAD] if t < last_tile else first_v
+            last = ahead + (k_side[BYTES] if t < last_tile else v_side[BYTES])
+            at = k_table[base + t] + head * k_side[HEAD]
+            if k_floats:
+                _unpack_values(True, k_side, at, width, tile, max(first - low, 0), min(stop - low, tile), room, ahead)
+                score_floats(
+                    room[QUERIES], width * 4, active[first_row], active[first_row + count - 1] + 1, tile, width,
+                    room[VALUES], logits + 4 * low, LOGITS_ROW, ahead, last,
+                )  # fmt: skip
+            else:
+                _multiply_tile(
+                    table, nth, stop_tile - t0, at, k_side, tile, width, np.int64(1), logits + 4 * low, LOGITS_ROW,
+                    sums if final else 0, ahead, last, room,
+                )  # fmt: skip
+            if not final:
+                _finish_logits(
+                    active[first_row:], count, table, numbers, low, high, origin, options[SOFTCAP], logits, sums
+                )  # fmt: skip
     _find_maxima(table, numbers, rows, logits, sums)
-    for t in range(first_tile, last_tile + 1):
-        low, high = t * tile, (t + 1) * tile
-        count, _ = _see_tile(table, rows, low, high)
-        if count == 0:
+    for t0 in range(first_tile, last_tile + 1, tiles):
+        stop_tile = min(t0 + tiles, last_tile + 1)
+        if _see_tiles(table, rows, t0, stop_tile, tile) == 0:
             continue
-        ahead = v_table[base + t + 1] + head * v_side[HEAD] if t < last_tile else following
-        last = ahead + (v_side[BYTES] if t < last_tile else k_side[BYTES])
-        at, seen_from, seen_to = v_table[base + t] + head * v_side[HEAD], max(first - low, 0), min(stop - low, tile)
-        _exponentials(table, numbers, count, low, high, logits, sums)
-        if v_floats:
-            _unpack_values(False, v_side, at, width, tile, seen_from, seen_to, room, ahead)
-            weigh_floats(
-                logits, LOGITS_ROW, active[0], active[count - 1] + 1, table[LOW], table[HIGH], low, tile, width,
-                room[VALUES], out, ahead, last,
+        for t in range(t0, stop_tile):
+            first_row, count = table[FIRST, t - t0], table[FIRST, t - t0 + 1] - table[FIRST, t - t0]
+            _exponentials(active[first_row:], count, numbers, t * tile, (t + 1) * tile, logits, sums)
+        if not v_floats:
+            _fold_tiles(
+                table, t0, stop_tile, v_table[base + t0 :], head, v_side, width, tile, logits + 4 * t0 * tile, LOGITS_ROW,
+                4 * tile, room,
             )  # fmt: skip
-        else:
-            _multiply(
-                v_side, at, logits + 4 * low, LOGITS_ROW, active, count, width, tile, np.int64(0), out, width * 4,
-                np.int64(0), ahead, last, room, table[TARGETS:],
-            )  # fmt: skip
+        _ask_for_scales(v_table, head, v_side, base + stop_tile, min(tiles, last_tile + 1 - stop_tile))
+        for t in range(t0, stop_tile):
+            nth, low = t - t0, t * tile
+            first_row, count = table[FIRST, nth], table[FIRST, nth + 1] - table[FIRST, nth]
+            if count == 0:
+                continue
+            ahead = v_table[base + t + 1] + head * v_side[HEAD] if t < last_tile else following
+            last = ahead + (v_side[BYTES] if t < last_tile else k_side[BYTES])
+            at = v_table[base + t] + head * v_side[HEAD]
+            if v_floats:
+                _unpack_values(False, v_side, at, width, tile, max(first - low, 0), min(stop - low, tile), room, ahead)
+                weigh_floats(
+                    logits, LOGITS_ROW, active[first_row], active[first_row + count - 1] + 1, table[LOW], table[HIGH], low,
+                    tile, width, room[VALUES], out, ahead, last,
+                )  # fmt: skip
+            else:
+                _multiply_tile(
+                    table, nth, stop_tile - t0, at, v_side, width, tile, np.int64(0), out, width * 4, np.int64(0), ahead,
+                    last, room,
+                )  # fmt: skip
     _divide_by_sums(numbers, rows, width, sums, out)
 
 
@@ -349,7 +393,7 @@ def _room(start, rows, tile, width, parts):  # type: ignore[no-untyped-def]
     codes = sums + vectors * VECTOR
     values = codes + tile * width * 2
     scales = values + tile * width * 4
-    words = scales + max(2 * tile * width // LANES, LANES * LANES) * 4
+    words = scales + max(_chunk(rows) * parts * most * 8, LANES * LANES * 4)
     factors = words + parts * vectors * most * 2 + VECTOR
     offsets = factors + parts * vectors * 4
     scratch = offsets + parts * vectors * 4
@@ -408,7 +452,7 @@ def _work(  # type: ignore[no-untyped-def]
     most_parts = max(geometry[K_SIDE + PARTS], geometry[V_SIDE + PARTS])
     memory = np.empty(_room(0, rows, tile, width, most_parts)[-1] + 64, np.uint8)
     room = np.array(_room((memory.ctypes.data + 63) // 64 * 64, rows, tile, width, most_parts))
-    table = np.empty((11, rows + 1), np.int64)
+    table = np.empty((15, max(rows, FOLDED) + 1), np.int64)
     numbers = np.zeros((5, (rows + LANES - 1) // LANES * LANES), np.float32)
     units = parts * blocks * kv_heads
     # Parts follow one another in memory, so a worker takes a run of them; blocks differ in work, so they are dealt out.

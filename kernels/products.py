@@ -24,24 +24,24 @@ _SMALLEST = 1e-33  # rows of smaller numbers count as zeros: 32767 / x would not
 
 
 @inner
-def _fold_rows(x, x_stride, active, rows, scales, minima, count, words, factors, offsets, scratch):  # type: ignore[no-untyped-def]
+def _fold_rows(xs, x_offset, scales, scales_offset, minima_offset, rows, count, words, factors, offsets, scratch):  # type: ignore[no-untyped-def]
     """Round x * scale of up to 16 rows to int16 at ``words``, with x * scale ~ word * factor and offset = x . minimum.
 
-    ``scales`` is an address, or 0 for scales and minima of 1. The pairs are those of the codes: (i, i + count/2). Row r's
-    factor and offset stand at place 4 * (r % 4) + r // 4. ``scratch`` has room for 16 rows of ``count`` floats and 32 + 1
-    vectors.
+    xs, scales: an address a row. scales_offset: -1 for scales and minima of 1. The pairs are those of the codes,
+    (i, i + count/2). ``scratch`` has room for 16 rows of ``count`` floats and 32 + 1 vectors.
     """
     simd.never_inline()
     tops, totals = scratch, scratch + FOLDED * VECTOR
     folded = scratch + 2 * FOLDED * VECTOR
     for r in range(rows):
-        row, target = x + active[r] * x_stride, folded + 4 * r * count
+        row, target = xs[r] + x_offset, folded + 4 * r * count
+        scale, minimum = scales[r] + scales_offset, scales[r] + minima_offset
         top, total = simd.splat(np.float32(0)), simd.splat(np.float32(0))
         for i in range(0, 4 * count, VECTOR):
             value = simd.load_f32(row + i)
-            if scales:
-                total = simd.fma(value, simd.load_f32(minima + i), total)
-                value = simd.mul(value, simd.load_f32(scales + i))
+            if scales_offset >= 0:
+                total = simd.fma(value, simd.load_f32(minimum + i), total)
+                value = simd.mul(value, simd.load_f32(scale + i))
             else:
                 total = simd.add(value, total)
             simd.store_f32(target + i, value)
@@ -52,43 +52,41 @@ def _fold_rows(x, x_stride, active, rows, scales, minima, count, words, factors,
     for quad in range((rows + 3) // 4):
         largest = simd.replace_fourth(largest, simd.largest_four(tops + 4 * quad * VECTOR), quad)
         total = simd.replace_fourth(total, simd.sum_four(totals + 4 * quad * VECTOR), quad)
+    largest = simd.turn_quads(largest)  # now lane r belongs to row r
     simd.store_f32(factors, simd.mul(largest, simd.splat(np.float32(1 / _LARGEST))))
-    simd.store_f32(offsets, total)
+    simd.store_f32(offsets, simd.turn_quads(total))
     simd.store_f32(tops, simd.inverse_above(largest, np.float32(_LARGEST), np.float32(_SMALLEST)))
     half = 2 * count
     for r in range(rows):
-        inverse, source, target = simd.splat_at(tops + _place(r)), folded + 4 * r * count, words + r * half
+        inverse, source, target = simd.splat_at(tops + 4 * r), folded + 4 * r * count, words + r * half
         for i in range(0, half, VECTOR):
             simd.store_pairs(target + i, simd.load_f32(source + i), simd.load_f32(source + half + i), inverse)
 
 
 @inner
-def _place(row):  # type: ignore[no-untyped-def]
-    """Where the factor of a row stands: bytes from the first one."""
-    return row // FOLDED * VECTOR + row % 4 * 16 + row % FOLDED // 4 * 4
+def fold(xs, scales, rows, lanes, steps, side, words, factors, offsets, scratch):  # type: ignore[no-untyped-def]
+    """The integer route, first step: round what will be multiplied with codes.
 
-
-@inner
-def fold(x, x_stride, active, n_active, lanes, steps, scales, side, words, factors, offsets, scratch):  # type: ignore[no-untyped-def]
-    """The integer route, first step: round what will be multiplied with the codes of one tile.
-
-    ``active`` names the rows that see anything of this tile. scales: float32, then the minima, as layout.py describes.
-    side: the numbers of the Side. words: room for PARTS times ``n_active`` rows of int16, as long as a sum, and one vector;
-    factors, offsets: for PARTS times as many floats as rows, rounded up to 16; scratch: see ``_fold_rows``.
+    xs, scales: int64, the addresses of x and of the scales of the tile it meets, for each of ``rows``; after the scales
+    come the minima, as layout.py describes. side: the numbers of the Side. words: room for PARTS times ``rows`` int16, as
+    many each as a sum has steps, and one vector; factors, offsets: for PARTS times as many floats as rows, rounded up to
+    16; scratch: see ``_fold_rows``.
     """
     simd.never_inline()
     group, parts, per_lane = side[GROUP], side[PARTS], side[PER_LANE]
-    minima = scales + 4 * parts * (lanes if per_lane else steps)
     length = group if per_lane else steps
     for part in range(parts):
-        first_step = part * length if per_lane else 0
-        own_scales, own_minima = (0, 0) if per_lane else (scales + 4 * part * steps, minima + 4 * part * steps)
-        for i in range(0, n_active, FOLDED):
+        x_offset, own_scales, own_minima = 0, np.int64(-1), np.int64(0)
+        if per_lane:
+            x_offset = 4 * part * length
+        else:
+            own_scales, own_minima = 4 * part * steps, 4 * (parts + part) * steps
+        for i in range(0, rows, FOLDED):
             _fold_rows(
-                x + 4 * first_step, x_stride, active[i:], min(FOLDED, n_active - i), own_scales, own_minima, length,
+                xs[i:], x_offset, scales[i:], own_scales, own_minima, min(FOLDED, rows - i), length,
                 words + 2 * i * length, factors + 4 * i, offsets + 4 * i, scratch,
             )  # fmt: skip
-        words, factors, offsets = _next_part(words, factors, offsets, n_active, length)
+        words, factors, offsets = _next_part(words, factors, offsets, rows, length)
 
 
 @inner
@@ -100,20 +98,21 @@ def _next_part(words, factors, offsets, rows, length):  # type: ignore[no-untype
 
 @inner
 def multiply_codes(  # type: ignore[no-untyped-def]
-    words, factors, offsets, active, n_active, lanes, steps, codes, scales, side, fresh, target, target_stride, tops, ahead,
-    last, targets,
+    words, factors, offsets, folded, first, active, rows, lanes, steps, codes, scales, side, fresh, target, target_stride,
+    tops, ahead, last, targets,
 ):  # fmt: skip
-    """The integer route, second step: the products of folded rows and codes.
+    """The integer route, second step: the products of folded rows and the codes of one tile.
 
-    The first arguments are those of ``fold``. codes: pairs of uint16 [lanes/16][steps/2][16]. fresh: the target is written,
-    not added to. tops: 0, or where a vector a row keeps the largest value written. ahead, last: cache lines to ask for
-    meanwhile. targets: room for int64 (2, n_active).
+    words, factors, offsets: of all ``folded`` rows (see ``fold``), of which those of this tile are ``rows``, from ``first``
+    on. active: the numbers of these rows, int64 (rows,). codes: pairs of uint16 [lanes/16][steps/2][16]. fresh: the target
+    is written, not added to. tops: 0, or where a vector a row keeps the largest value written. ahead, last: cache lines to
+    ask for meanwhile. targets: room for int64 (2, rows).
     """
     simd.never_inline()
     group, parts, per_lane = side[GROUP], side[PARTS], side[PER_LANE]
     minima = scales + 4 * parts * (lanes if per_lane else steps)
     length, span = (group, lanes) if per_lane else (steps, group)  # of a sum, and the lanes that share it, in each part
-    for i in range(n_active):
+    for i in range(rows):
         targets[0, i], targets[1, i] = target + active[i] * target_stride, tops + active[i] * VECTOR
     top_addresses = targets[1].ctypes.data if tops else 0
     for part in range(parts):
@@ -123,14 +122,15 @@ def multiply_codes(  # type: ignore[no-untyped-def]
             column = codes + (lane * steps // 32 + first_step // 2) * VECTOR
             place = 4 * (part * lanes + lane)
             lane_scales, lane_minima = (scales + place, minima + place) if per_lane else (0, 0)
-            for i in range(0, n_active, ROWS):
+            for i in range(0, rows, ROWS):
+                row = first + i
                 simd.multiply_pairs(
-                    words + 2 * i * length, 2 * length, column, steps // 2 * VECTOR, length // 2, min(ROWS, n_active - i),
-                    blocks, targets.ctypes.data + 8 * i, 4 * lane, fresh and first_step == 0, factors + _place(i),
-                    offsets + _place(i), lane_scales, lane_minima, top_addresses + 8 * i if tops else 0, ahead, last,
+                    words + 2 * row * length, 2 * length, column, steps // 2 * VECTOR, length // 2, min(ROWS, rows - i),
+                    blocks, targets.ctypes.data + 8 * i, 4 * lane, fresh and first_step == 0, factors + 4 * row,
+                    offsets + 4 * row, lane_scales, lane_minima, top_addresses + 8 * i if tops else 0, ahead, last,
                 )  # fmt: skip
                 ahead += length // 2 * VECTOR
-        words, factors, offsets = _next_part(words, factors, offsets, n_active, length)
+        words, factors, offsets = _next_part(words, factors, offsets, folded, length)
 
 
 @inner

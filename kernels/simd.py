@@ -669,8 +669,8 @@ def multiply_pairs(context: Any, builder: Any, *args: Any) -> None:
 
     a and b are pairs of int16 and their sums exact, in int32; the rest is float32. Arguments: a, its row stride, b, its
     vector stride, count (a multiple of 4), rows, vectors, the addresses of the rows' targets (int64, one a row), the
-    targets' offset, whether they are fresh (then they are written, not added to), factors, offsets (float32, of row r at
-    4 r), scales, minima (vectors; address 0 for ones), the addresses of vectors that keep the largest values written, one a
+    targets' offset, whether they are fresh (then they are written, not added to), factors, offsets (float32, one a
+    row), scales, minima (vectors; address 0 for ones), the addresses of vectors that keep the largest values written, one a
     row (int64; address 0 for none), ``ahead``, ``last``.
     """
     a, a_stride, b, b_stride, count, rows, vectors, targets, column, fresh = args[:10]
@@ -692,9 +692,9 @@ def multiply_pairs(context: Any, builder: Any, *args: Any) -> None:
         for r in range(n_rows):
             place = ir.Constant(word, r0 + r)
             row = builder.add(_load(builder, _at(builder, targets, (r0 + r, ir.Constant(word, 8))), word), column)
-            quad = builder.mul(place, ir.Constant(word, 16))
+            own = builder.mul(place, ir.Constant(word, 4))
             factor, offset = (
-                _broadcast(builder, _load(builder, builder.add(x, quad), _F32), _V_F32) for x in (factors, offsets)
+                _broadcast(builder, _load(builder, builder.add(x, own), _F32), _V_F32) for x in (factors, offsets)
             )
             for v in range(n_vectors):
                 at = ir.Constant(word, 64 * (v0 + v))
@@ -756,6 +756,13 @@ def sum_four(context: Any, builder: Any, source: Any) -> Any:
 def largest_four(context: Any, builder: Any, source: Any) -> Any:
     """The largest lanes of four vectors at ``source``: lanes 4i .. 4i + 3 hold ``largest_lane`` of vector i."""
     return _reduce_four(builder, source, lambda x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))
+
+
+@_operation(f32x16, f32x16)
+def turn_quads(context: Any, builder: Any, x: Any) -> Any:
+    """Lane 4i + j of the result is lane 4j + i of x."""
+    order = ir.Constant(_V_I32, [4 * (i % 4) + i // 4 for i in range(LANES)])
+    return builder.shuffle_vector(x, ir.Constant(_V_F32, ir.Undefined), order)
 
 
 @_operation(f32x16, f32x16, f32x16)
