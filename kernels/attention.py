@@ -27,6 +27,9 @@ TILE, TILE_SHIFT, FIRST_TILE, WIDTH, KV_HEADS = range(5)
 K_SIDE, V_SIDE = 5, 13  # where the eight numbers of each Side begin (see layout.py)
 SIDE_NUMBERS = 8
 
+COLUMNS = np.int64(136)  # of the tables below: room for BLOCK_ROWS or MAX_N_REP rows
+MAX_N_REP = 128  # query heads of a KV head
+
 # Indices into the float32 array of options
 SCALE, SOFTCAP, EXACT = range(3)  # EXACT: not 0 for float32 throughout
 
@@ -38,14 +41,58 @@ SCALE, SOFTCAP, EXACT = range(3)  # EXACT: not 0 for float32 throughout
 #     WORDS    int16 [rows][tile or width], and what is more by products.multiply_codes
 QUERIES, OUT, LOGITS, SUMS, CODES, VALUES, SCALES, WORDS, FACTORS, OFFSETS, SCRATCH = range(11)
 
-# A worker's rows. int64 [fields][rows]: the positions that a row sees, absolute and in the current split; the distance of
+# A worker's rows. int64 [fields][COLUMNS]: the positions that a row sees, absolute and in the current split; the distance of
 # position 0 from the query's; addresses of its mask (or 0), its output and its partial output
 START, STOP, LOW, HIGH, DISTANCE, MASK, TARGET, PARTIAL = range(8)
 # Lists made for a few tiles, in the same table: the rows that see each of them, tile after tile, with the addresses of what
 # is multiplied and of the tile's scales; where each tile's rows begin; whether they see all of it; room for multiply_codes
 ACTIVE, X, SCALES_AT, FIRST, WHOLE, TARGETS = range(8, 14)  # and TARGETS + 1
-# float32 [fields][rows rounded up to 16]: M and S of the current split, of everything so far, and the slope of ALiBi
+FIELDS = 15
+# float32 [fields][COLUMNS]: M and S of the current split, of everything so far, and the slope of ALiBi
 SPLIT_M, SPLIT_S, M, S, SLOPE = range(5)
+FLOAT_FIELDS = 5
+
+
+# Arrays are handed down as addresses: Numba counts references to an array wherever it is passed or sliced, with atomic
+# operations that took a fifth of the time of a decode step.
+
+
+@inner
+def _get(base, i):  # type: ignore[no-untyped-def]
+    """Number i of the int64 at an address."""
+    return simd.integer_at(base + 8 * i)
+
+
+@inner
+def _field(table, field):  # type: ignore[no-untyped-def]
+    """Where a field of the rows' int64 begins."""
+    return table + 8 * COLUMNS * field
+
+
+@inner
+def _int(table, field, row):  # type: ignore[no-untyped-def]
+    return simd.integer_at(_field(table, field) + 8 * row)
+
+
+@inner
+def _set_int(table, field, row, value):  # type: ignore[no-untyped-def]
+    simd.store_integer(_field(table, field) + 8 * row, value)
+
+
+@inner
+def _float_field(numbers, field):  # type: ignore[no-untyped-def]
+    """Where a field of the rows' float32 begins."""
+    return numbers + 4 * COLUMNS * field
+
+
+@inner
+def _float(numbers, field, row):  # type: ignore[no-untyped-def]
+    return simd.scalar_at(_float_field(numbers, field) + 4 * row)
+
+
+@inner
+def _set_float(numbers, field, row, value):  # type: ignore[no-untyped-def]
+    simd.store_scalar(_float_field(numbers, field) + 4 * row, value)
 
 
 @inner
@@ -70,12 +117,12 @@ def _finish_logits(active, count, table, numbers, low, high, origin, cap, logits
     """What follows q . K in the tile low .. high of the split: the options, -inf outside of a row's range, the maximum."""
     simd.never_inline()
     for i in range(count):
-        row = active[i]
-        at, slope, mask = logits + row * LOGITS_ROW, numbers[SLOPE, row], table[MASK, row]
+        row = _get(active, i)
+        at, slope, mask = logits + row * LOGITS_ROW, _float(numbers, SLOPE, row), _int(table, MASK, row)
         if cap > 0 or slope != 0 or mask:
             mask = mask + 4 * origin if mask else 0
-            _map_logits(at, low, high, cap, slope, table[DISTANCE, row] + origin, mask)
-        start, stop = table[LOW, row], table[HIGH, row]
+            _map_logits(at, low, high, cap, slope, _int(table, DISTANCE, row) + origin, mask)
+        start, stop = _int(table, LOW, row), _int(table, HIGH, row)
         if low < start or stop < high:
             for place in range(low, high, LANES):
                 x = simd.load_f32(at + 4 * place)
@@ -99,12 +146,12 @@ def _find_maxima(table, numbers, rows, logits, sums):  # type: ignore[no-untyped
         simd.store_f32(sums + row * VECTOR, simd.largest_four(sums + row * VECTOR))
     for row in range(rows):
         top = simd.scalar_at(sums + row // 4 * 4 * VECTOR + row % 4 * LANES)
-        start, stop = table[LOW, row], table[HIGH, row]
+        start, stop = _int(table, LOW, row), _int(table, HIGH, row)
         if top == lowest and start < stop:
             top = _first_nan(logits + row * LOGITS_ROW, start, stop)
             if top == lowest:  # nothing was attended to, and -inf - -inf is never computed
-                table[LOW, row] = stop
-        numbers[SPLIT_M, row] = top
+                _set_int(table, LOW, row, stop)
+        _set_float(numbers, SPLIT_M, row, top)
     for row in range(rows):
         simd.store_f32(sums + row * VECTOR, simd.splat(np.float32(0)))
 
@@ -124,11 +171,11 @@ def _exponentials(active, count, numbers, low, high, logits, sums):  # type: ign
     """exp(logit - M) in place of the logits of one tile, for the rows that see it, and their sums."""
     simd.never_inline()
     for i in range(count):
-        row = active[i]
+        row = _get(active, i)
         at, total, top = (
             logits + row * LOGITS_ROW,
             simd.load_f32(sums + row * VECTOR),
-            simd.splat(numbers[SPLIT_M, row]),
+            simd.splat(_float(numbers, SPLIT_M, row)),
         )
         for place in range(low, high, LANES):
             p = simd.exp(simd.sub(simd.load_f32(at + 4 * place), top))
@@ -145,9 +192,9 @@ def _divide_by_sums(numbers, rows, width, sums, out):  # type: ignore[no-untyped
         simd.store_f32(sums + row * VECTOR, simd.sum_four(sums + row * VECTOR))
     for row in range(rows):
         total = simd.scalar_at(sums + row // 4 * 4 * VECTOR + row % 4 * LANES)
-        numbers[SPLIT_S, row] = total
+        _set_float(numbers, SPLIT_S, row, total)
         if np.isnan(total):
-            numbers[SPLIT_M, row] = np.nan
+            _set_float(numbers, SPLIT_M, row, np.float32(np.nan))
         if total != 0:
             share = simd.splat(np.float32(1) / total)
             for c in range(0, 4 * width, VECTOR):
@@ -160,9 +207,10 @@ def _see_split(table, rows, origin):  # type: ignore[no-untyped-def]
     """Cut the rows' ranges to the split: returns the range that any of them sees."""
     first, stop = SPLIT, 0
     for row in range(rows):
-        low = min(max(table[START, row] - origin, 0), SPLIT)
-        high = max(min(table[STOP, row] - origin, SPLIT), low)
-        table[LOW, row], table[HIGH, row] = low, high
+        low = min(max(_int(table, START, row) - origin, 0), SPLIT)
+        high = max(min(_int(table, STOP, row) - origin, SPLIT), low)
+        _set_int(table, LOW, row, low)
+        _set_int(table, HIGH, row, high)
         if low < high:
             first, stop = min(first, low), max(stop, high)
     return first, stop
@@ -174,14 +222,15 @@ def _see_tiles(table, rows, first_tile, stop_tile, tile):  # type: ignore[no-unt
     count = 0
     for t in range(first_tile, stop_tile):
         low, high = t * tile, (t + 1) * tile
-        table[FIRST, t - first_tile], whole = count, True
+        _set_int(table, FIRST, t - first_tile, count)
+        whole = True
         for row in range(rows):
-            table[ACTIVE, count] = row
-            if max(table[LOW, row], low) < min(table[HIGH, row], high):
+            _set_int(table, ACTIVE, count, row)
+            if max(_int(table, LOW, row), low) < min(_int(table, HIGH, row), high):
                 count += 1
-                whole &= table[LOW, row] <= low and table[HIGH, row] >= high
-        table[WHOLE, t - first_tile] = whole
-    table[FIRST, stop_tile - first_tile] = count
+                whole &= _int(table, LOW, row) <= low and _int(table, HIGH, row) >= high
+        _set_int(table, WHOLE, t - first_tile, whole)
+    _set_int(table, FIRST, stop_tile - first_tile, count)
     return count
 
 
@@ -195,25 +244,38 @@ def _chunk(rows):  # type: ignore[no-untyped-def]
 def _no_options(table, numbers, rows, cap):  # type: ignore[no-untyped-def]
     """Whether a product is a logit: no soft-cap, bias or mask changes it."""
     for row in range(rows):
-        if numbers[SLOPE, row] != 0 or table[MASK, row] != 0:
+        if _float(numbers, SLOPE, row) != 0 or _int(table, MASK, row) != 0:
             return False
     return cap == 0
 
 
 @inner
 def _unpack_values(is_k, side, address, width, tile, low, high, room, ahead):  # type: ignore[no-untyped-def]
-    """One head and tile as float32 in room[VALUES]; of dense formats the tokens low .. high only."""
+    """One head and tile as float32 in _get(room, VALUES); of dense formats the tokens low .. high only."""
     simd.never_inline()
-    if is_dense(side[KIND]):
+    if is_dense(_get(side, KIND)):
         if is_k:
-            unpack_dense_k(address, side[KIND], side[ROW], width, low, high, room[VALUES], room[SCALES])
+            unpack_dense_k(
+                address, _get(side, KIND), _get(side, ROW), width, low, high, _get(room, VALUES), _get(room, SCALES)
+            )
         else:
-            unpack_dense_v(address, side[KIND], side[ROW], width, tile, low, high, room[VALUES])
+            unpack_dense_v(address, _get(side, KIND), _get(side, ROW), width, tile, low, high, _get(room, VALUES))
         return
     lanes, steps = (tile, width) if is_k else (width, tile)
-    unpack_scales(address + side[PARAMS], side[PARTS] * (lanes if side[PER_LANE] else steps), room[SCALES])
-    unpack_codes(address, side[KIND], lanes * steps // 32, room[CODES], ahead)
-    codes_to_floats(room[CODES], room[SCALES], lanes, steps, side[GROUP], side[PARTS], side[PER_LANE], room[VALUES])
+    unpack_scales(
+        address + _get(side, PARAMS), _get(side, PARTS) * (lanes if _get(side, PER_LANE) else steps), _get(room, SCALES)
+    )
+    unpack_codes(address, _get(side, KIND), lanes * steps // 32, _get(room, CODES), ahead)
+    codes_to_floats(
+        _get(room, CODES),
+        _get(room, SCALES),
+        lanes,
+        steps,
+        _get(side, GROUP),
+        _get(side, PARTS),
+        _get(side, PER_LANE),
+        _get(room, VALUES),
+    )
 
 
 @inner
@@ -225,16 +287,16 @@ def _fold_tiles(  # type: ignore[no-untyped-def]
     x: the address of row 0 and the first of the tiles, x_step bytes before that of the next tile.
     """
     simd.never_inline()
-    count = side[PARTS] * (lanes if side[PER_LANE] else steps)
+    count = _get(side, PARTS) * (lanes if _get(side, PER_LANE) else steps)
     for t in range(first_tile, stop_tile):
-        scales = room[SCALES] + (t - first_tile) * 8 * count
-        unpack_scales(addresses[t - first_tile] + head * side[HEAD] + side[PARAMS], count, scales)
-        for i in range(table[FIRST, t - first_tile], table[FIRST, t - first_tile + 1]):
-            table[X, i] = x + table[ACTIVE, i] * x_stride + (t - first_tile) * x_step
-            table[SCALES_AT, i] = scales
+        scales = _get(room, SCALES) + (t - first_tile) * 8 * count
+        unpack_scales(_get(addresses, t - first_tile) + head * _get(side, HEAD) + _get(side, PARAMS), count, scales)
+        for i in range(_int(table, FIRST, t - first_tile), _int(table, FIRST, t - first_tile + 1)):
+            _set_int(table, X, i, x + _int(table, ACTIVE, i) * x_stride + (t - first_tile) * x_step)
+            _set_int(table, SCALES_AT, i, scales)
     fold(
-        table[X], table[SCALES_AT], table[FIRST, stop_tile - first_tile], lanes, steps, side, room[WORDS], room[FACTORS],
-        room[OFFSETS], room[SCRATCH],
+        _field(table, X), _field(table, SCALES_AT), _int(table, FIRST, stop_tile - first_tile), lanes, steps, side, _get(room, WORDS), _get(room, FACTORS),
+        _get(room, OFFSETS), _get(room, SCRATCH),
     )  # fmt: skip
 
 
@@ -244,64 +306,58 @@ def _multiply_tile(  # type: ignore[no-untyped-def]
 ):
     """The integer route over the nth of the tiles that were folded together."""
     simd.never_inline()
-    first = table[FIRST, nth]
-    scales = room[SCALES] + nth * 8 * side[PARTS] * (lanes if side[PER_LANE] else steps)
-    unpack_codes(address, side[KIND], lanes * steps // 32, room[CODES], ahead)
+    first = _int(table, FIRST, nth)
+    scales = _get(room, SCALES) + nth * 8 * _get(side, PARTS) * (lanes if _get(side, PER_LANE) else steps)
+    unpack_codes(address, _get(side, KIND), lanes * steps // 32, _get(room, CODES), ahead)
     multiply_codes(
-        room[WORDS], room[FACTORS], room[OFFSETS], table[FIRST, tiles], first, table[ACTIVE, first:],
-        table[FIRST, nth + 1] - first, lanes, steps, room[CODES], scales, side, fresh, target, target_stride, tops,
-        ahead + (last - ahead) // 3, last, table[TARGETS:],
+        _get(room, WORDS), _get(room, FACTORS), _get(room, OFFSETS), _int(table, FIRST, tiles), first, _field(table, ACTIVE) + 8 * first,
+        _int(table, FIRST, nth + 1) - first, lanes, steps, _get(room, CODES), scales, side, fresh, target, target_stride, tops,
+        ahead + (last - ahead) // 3, last, _field(table, TARGETS),
     )  # fmt: skip
 
 
 @inner
 def _ask_for_scales(addresses, head, side, first, count):  # type: ignore[no-untyped-def]
     """Ask for the scales of ``count`` tiles: they are read before the codes, and together."""
-    if side[PARAMS]:
-        for i in range(first, min(first + count, addresses.size)):
-            for at in range(side[PARAMS], side[BYTES], VECTOR):
-                simd.prefetch(addresses[i] + head * side[HEAD] + at)
+    if _get(side, PARAMS):
+        for i in range(first, first + count):
+            for at in range(_get(side, PARAMS), _get(side, BYTES), VECTOR):
+                simd.prefetch(_get(addresses, i) + head * _get(side, HEAD) + at)
 
 
-@inner
-def _first_key(split, k_table, geometry):  # type: ignore[no-untyped-def]
-    """Address of the first tile of K in a split, or of the last one there is."""
-    return k_table[min(max((split * SPLIT >> geometry[TILE_SHIFT]) - geometry[FIRST_TILE], 0), k_table.size - 1)]
-
-
-_INTS, _FLOATS = types.int64[::1], types.float32[::1]
-
-
-@standalone(
-    types.void(
-        types.int64, types.int64, types.int64, _INTS, _INTS, _INTS, _FLOATS, _INTS, types.int64[:, ::1],
-        types.float32[:, ::1], types.int64,
-    )
-)  # fmt: skip
+@standalone(types.void(*[types.int64] * 11))
 def split_kernel(  # type: ignore[no-untyped-def]
     head, split, rows, k_table, v_table, geometry, options, room, table, numbers, following
 ):
-    """The partial attention of a worker's rows over one split: room[OUT], normalised, and SPLIT_M, SPLIT_S.
+    """The partial attention of a worker's rows over one split: _get(room, OUT), normalised, and SPLIT_M, SPLIT_S.
 
-    ``following`` is the address of what will be read next.
+    ``following`` is the address of what will be read next. All arguments are numbers, or addresses of arrays.
     """
-    tile, shift, width = geometry[TILE], geometry[TILE_SHIFT], geometry[WIDTH]
-    k_side, v_side = geometry[K_SIDE : K_SIDE + SIDE_NUMBERS], geometry[V_SIDE : V_SIDE + SIDE_NUMBERS]
-    exact = options[EXACT] != 0
-    k_floats, v_floats = exact or is_dense(k_side[KIND]), exact or is_dense(v_side[KIND])
-    origin, logits, sums, out, active = split * SPLIT, room[LOGITS], room[SUMS], room[OUT], table[ACTIVE]
+    tile, shift, width = _get(geometry, TILE), _get(geometry, TILE_SHIFT), _get(geometry, WIDTH)
+    k_side, v_side = geometry + 8 * K_SIDE, geometry + 8 * V_SIDE
+    exact = simd.scalar_at(options + 4 * EXACT) != 0
+    k_floats, v_floats = exact or is_dense(_get(k_side, KIND)), exact or is_dense(_get(v_side, KIND))
+    origin, logits, sums, out, active = (
+        split * SPLIT,
+        _get(room, LOGITS),
+        _get(room, SUMS),
+        _get(room, OUT),
+        _field(table, ACTIVE),
+    )
     first, stop = _see_split(table, rows, origin)
     if first >= stop:
-        numbers[SPLIT_M, :rows], numbers[SPLIT_S, :rows] = -np.inf, 0
+        for row in range(rows):
+            _set_float(numbers, SPLIT_M, row, np.float32(-np.inf))
+            _set_float(numbers, SPLIT_S, row, np.float32(0))
         return
     for row in range(rows):
         simd.store_f32(sums + row * VECTOR, simd.splat(np.float32(-np.inf)))
     for at in range(0, 4 * rows * width, VECTOR):
         simd.store_f32(out + at, simd.splat(np.float32(0)))
-    plain = _no_options(table, numbers, rows, options[SOFTCAP])
-    base = (origin >> shift) - geometry[FIRST_TILE]
+    plain = _no_options(table, numbers, rows, simd.scalar_at(options + 4 * SOFTCAP))
+    base = (origin >> shift) - _get(geometry, FIRST_TILE)
     first_tile, last_tile = first >> shift, (stop - 1) >> shift
-    first_v = v_table[base + first_tile] + head * v_side[HEAD]
+    first_v = _get(v_table, base + first_tile) + head * _get(v_side, HEAD)
     tiles = _chunk(rows)
     for t0 in range(first_tile, last_tile + 1, tiles):
         stop_tile = min(t0 + tiles, last_tile + 1)
@@ -309,27 +365,27 @@ def split_kernel(  # type: ignore[no-untyped-def]
             continue
         if not k_floats:
             _fold_tiles(
-                table, t0, stop_tile, k_table[base + t0 :], head, k_side, tile, width, room[QUERIES], width * 4, 0, room
+                table, t0, stop_tile, k_table + 8 * (base + t0), head, k_side, tile, width, _get(room, QUERIES), width * 4, 0, room
             )  # fmt: skip
         if stop_tile > last_tile:
-            _ask_for_scales(v_table, head, v_side, base + first_tile, tiles)
+            _ask_for_scales(v_table, head, v_side, base + first_tile, min(tiles, last_tile + 1 - first_tile))
         else:
             _ask_for_scales(k_table, head, k_side, base + stop_tile, min(tiles, last_tile + 1 - stop_tile))
         for t in range(t0, stop_tile):
             nth, low, high = t - t0, t * tile, (t + 1) * tile
-            first_row, count = table[FIRST, nth], table[FIRST, nth + 1] - table[FIRST, nth]
+            first_row, count = _int(table, FIRST, nth), _int(table, FIRST, nth + 1) - _int(table, FIRST, nth)
             if count == 0:
                 continue
             # Where a product is final, the microkernel keeps the largest ones; else that takes a pass of its own.
-            final = plain and table[WHOLE, nth] != 0 and not k_floats and k_side[PARTS] == 1
-            ahead = k_table[base + t + 1] + head * k_side[HEAD] if t < last_tile else first_v
-            last = ahead + (k_side[BYTES] if t < last_tile else v_side[BYTES])
-            at = k_table[base + t] + head * k_side[HEAD]
+            final = plain and _int(table, WHOLE, nth) != 0 and not k_floats and _get(k_side, PARTS) == 1
+            ahead = _get(k_table, base + t + 1) + head * _get(k_side, HEAD) if t < last_tile else first_v
+            last = ahead + (_get(k_side, BYTES) if t < last_tile else _get(v_side, BYTES))
+            at = _get(k_table, base + t) + head * _get(k_side, HEAD)
             if k_floats:
                 _unpack_values(True, k_side, at, width, tile, max(first - low, 0), min(stop - low, tile), room, ahead)
                 score_floats(
-                    room[QUERIES], width * 4, active[first_row], active[first_row + count - 1] + 1, tile, width,
-                    room[VALUES], logits + 4 * low, LOGITS_ROW, ahead, last,
+                    _get(room, QUERIES), width * 4, _get(active, first_row), _get(active, first_row + count - 1) + 1, tile, width,
+                    _get(room, VALUES), logits + 4 * low, LOGITS_ROW, ahead, last,
                 )  # fmt: skip
             else:
                 _multiply_tile(
@@ -338,7 +394,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
                 )  # fmt: skip
             if not final:
                 _finish_logits(
-                    active[first_row:], count, table, numbers, low, high, origin, options[SOFTCAP], logits, sums
+                    active + 8 * first_row, count, table, numbers, low, high, origin, simd.scalar_at(options + 4 * SOFTCAP), logits, sums
                 )  # fmt: skip
     _find_maxima(table, numbers, rows, logits, sums)
     for t0 in range(first_tile, last_tile + 1, tiles):
@@ -346,27 +402,27 @@ def split_kernel(  # type: ignore[no-untyped-def]
         if _see_tiles(table, rows, t0, stop_tile, tile) == 0:
             continue
         for t in range(t0, stop_tile):
-            first_row, count = table[FIRST, t - t0], table[FIRST, t - t0 + 1] - table[FIRST, t - t0]
-            _exponentials(active[first_row:], count, numbers, t * tile, (t + 1) * tile, logits, sums)
+            first_row, count = _int(table, FIRST, t - t0), _int(table, FIRST, t - t0 + 1) - _int(table, FIRST, t - t0)
+            _exponentials(active + 8 * first_row, count, numbers, t * tile, (t + 1) * tile, logits, sums)
         if not v_floats:
             _fold_tiles(
-                table, t0, stop_tile, v_table[base + t0 :], head, v_side, width, tile, logits + 4 * t0 * tile, LOGITS_ROW,
+                table, t0, stop_tile, v_table + 8 * (base + t0), head, v_side, width, tile, logits + 4 * t0 * tile, LOGITS_ROW,
                 4 * tile, room,
             )  # fmt: skip
         _ask_for_scales(v_table, head, v_side, base + stop_tile, min(tiles, last_tile + 1 - stop_tile))
         for t in range(t0, stop_tile):
             nth, low = t - t0, t * tile
-            first_row, count = table[FIRST, nth], table[FIRST, nth + 1] - table[FIRST, nth]
+            first_row, count = _int(table, FIRST, nth), _int(table, FIRST, nth + 1) - _int(table, FIRST, nth)
             if count == 0:
                 continue
-            ahead = v_table[base + t + 1] + head * v_side[HEAD] if t < last_tile else following
-            last = ahead + (v_side[BYTES] if t < last_tile else k_side[BYTES])
-            at = v_table[base + t] + head * v_side[HEAD]
+            ahead = _get(v_table, base + t + 1) + head * _get(v_side, HEAD) if t < last_tile else following
+            last = ahead + (_get(v_side, BYTES) if t < last_tile else _get(k_side, BYTES))
+            at = _get(v_table, base + t) + head * _get(v_side, HEAD)
             if v_floats:
                 _unpack_values(False, v_side, at, width, tile, max(first - low, 0), min(stop - low, tile), room, ahead)
                 weigh_floats(
-                    logits, LOGITS_ROW, active[first_row], active[first_row + count - 1] + 1, table[LOW], table[HIGH], low,
-                    tile, width, room[VALUES], out, ahead, last,
+                    logits, LOGITS_ROW, _get(active, first_row), _get(active, first_row + count - 1) + 1, _field(table, LOW), _field(table, HIGH), low,
+                    tile, width, _get(room, VALUES), out, ahead, last,
                 )  # fmt: skip
             else:
                 _multiply_tile(
@@ -406,7 +462,10 @@ def _attend_block(  # type: ignore[no-untyped-def]
     split_address, head, first_query, n_queries, first_split, stop_split, q, starts, stops, k_table, v_table, geometry,
     options, slopes, distances, mask, mask_strides, out, state, room, table, numbers,
 ):  # fmt: skip
-    """Attention of some queries of one KV head's query heads over a run of splits, merged into ``out`` and ``state``."""
+    """Attention of some queries of one KV head's query heads over a run of splits, merged into ``out`` and ``state``.
+
+    room, table, numbers: addresses.
+    """
     width, n_heads = geometry[WIDTH], q.shape[1]
     n_rep = n_heads // geometry[KV_HEADS]
     scale = simd.splat(options[SCALE])
@@ -415,25 +474,33 @@ def _attend_block(  # type: ignore[no-untyped-def]
         for h in range(head * n_rep, (head + 1) * n_rep):
             place = (query * n_heads + h) * width * 4
             for c in range(0, 4 * width, VECTOR):
-                target = room[QUERIES] + row * width * 4 + c
+                target = _get(room, QUERIES) + row * width * 4 + c
                 simd.store_f32(target, simd.mul(simd.load_f32(q.ctypes.data + place + c), scale))
-            table[START, row], table[STOP, row], table[DISTANCE, row] = starts[query], stops[query], distances[query]
-            table[MASK, row] = mask + h * mask_strides[0] + query * mask_strides[1] if mask else 0
-            table[TARGET, row], table[PARTIAL, row] = out.ctypes.data + place, room[OUT] + row * width * 4
-            numbers[SLOPE, row], numbers[M, row], numbers[S, row] = slopes[h], state[h, query, 0], state[h, query, 1]
+            _set_int(table, START, row, starts[query])
+            _set_int(table, STOP, row, stops[query])
+            _set_int(table, DISTANCE, row, distances[query])
+            _set_int(table, MASK, row, mask + h * mask_strides[0] + query * mask_strides[1] if mask else 0)
+            _set_int(table, TARGET, row, out.ctypes.data + place)
+            _set_int(table, PARTIAL, row, _get(room, OUT) + row * width * 4)
+            _set_float(numbers, SLOPE, row, slopes[h])
+            _set_float(numbers, M, row, state[h, query, 0])
+            _set_float(numbers, S, row, state[h, query, 1])
             row += 1
     for split in range(first_split, stop_split):
-        following = _first_key(split + 1, k_table, geometry) + head * geometry[K_SIDE + HEAD]
+        next_tile = ((split + 1) * SPLIT >> geometry[TILE_SHIFT]) - geometry[FIRST_TILE]
+        following = k_table[min(max(next_tile, 0), k_table.size - 1)] + head * geometry[K_SIDE + HEAD]
         _attend_split(
-            split_address, head, split, row, k_table, v_table, geometry, options, room, table, numbers, following
+            split_address, head, split, row, k_table.ctypes.data, v_table.ctypes.data, geometry.ctypes.data,
+            options.ctypes.data, room, table, numbers, following,
         )  # fmt: skip
         merge_rows(
-            table[TARGET], numbers[M], numbers[S], table[PARTIAL], numbers[SPLIT_M], numbers[SPLIT_S], row, width
+            _field(table, TARGET), _float_field(numbers, M), _float_field(numbers, S), _field(table, PARTIAL),
+            _float_field(numbers, SPLIT_M), _float_field(numbers, SPLIT_S), row, width, _get(room, SCRATCH),
         )  # fmt: skip
     row = 0
     for query in range(first_query, first_query + n_queries):
         for h in range(head * n_rep, (head + 1) * n_rep):
-            state[h, query, 0], state[h, query, 1] = numbers[M, row], numbers[S, row]
+            state[h, query, 0], state[h, query, 1] = _float(numbers, M, row), _float(numbers, S, row)
             row += 1
 
 
@@ -452,8 +519,7 @@ def _work(  # type: ignore[no-untyped-def]
     most_parts = max(geometry[K_SIDE + PARTS], geometry[V_SIDE + PARTS])
     memory = np.empty(_room(0, rows, tile, width, most_parts)[-1] + 64, np.uint8)
     room = np.array(_room((memory.ctypes.data + 63) // 64 * 64, rows, tile, width, most_parts))
-    table = np.empty((15, max(rows, FOLDED) + 1), np.int64)
-    numbers = np.zeros((5, (rows + LANES - 1) // LANES * LANES), np.float32)
+    table, numbers = np.empty(FIELDS * COLUMNS, np.int64), np.zeros(FLOAT_FIELDS * COLUMNS, np.float32)
     units = parts * blocks * kv_heads
     # Parts follow one another in memory, so a worker takes a run of them; blocks differ in work, so they are dealt out.
     first_unit, stop_unit, step = worker, units, workers
@@ -467,9 +533,11 @@ def _work(  # type: ignore[no-untyped-def]
         _attend_block(
             split_address, head, first_query, min(block, n_queries - first_query), first_split + n_splits * part // parts,
             first_split + n_splits * (part + 1) // parts, q, starts, stops, k_table, v_table, geometry, options, slopes,
-            distances, mask, mask_strides, outs[part], states[part], room, table, numbers,
+            distances, mask, mask_strides, outs[part], states[part], room.ctypes.data, table.ctypes.data,
+            numbers.ctypes.data,
         )  # fmt: skip
-    memory[0] = 0  # Numba frees an array after its last mention, and the addresses above do not count as one
+    # Numba frees an array after its last mention, and the addresses above do not count as one.
+    memory[0] = room[0] = table[0] = numbers[0] = 0
 
 
 @parallel_kernel

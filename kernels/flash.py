@@ -7,7 +7,7 @@ import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .attention import BLOCK_ROWS, SPLIT, attend_parts, split_kernel
+from .attention import BLOCK_ROWS, MAX_N_REP, SPLIT, attend_parts, split_kernel
 from .segment import Int64, Segment, segment_of_arrays
 from .simd import LANES
 from .state import Float32, check_out, check_state, empty_state, merge_partials, pad_last_axis
@@ -88,6 +88,8 @@ def flash_attention(
         raise ValueError(f"q and k must have the same head_dim, found {d} and {segment.head_dim}")
     if h == 0 or segment.n_kv_heads == 0 or h % segment.n_kv_heads:
         raise ValueError(f"the {h} query heads must be a multiple of the {segment.n_kv_heads} KV heads")
+    if h // segment.n_kv_heads > MAX_N_REP:
+        raise ValueError(f"at most {MAX_N_REP} query heads may share a KV head, found {h // segment.n_kv_heads}")
     scale = d**-0.5 if scale is None else _number("scale", scale)
     softcap, max_bias = _number("softcap", softcap, low=0), _number("max_bias", max_bias, low=0)
     if 0 < softcap < _SMALLEST:

@@ -27,15 +27,16 @@ _SMALLEST = 1e-33  # rows of smaller numbers count as zeros: 32767 / x would not
 def _fold_rows(xs, x_offset, scales, scales_offset, minima_offset, rows, count, words, factors, offsets, scratch):  # type: ignore[no-untyped-def]
     """Round x * scale of up to 16 rows to int16 at ``words``, with x * scale ~ word * factor and offset = x . minimum.
 
-    xs, scales: an address a row. scales_offset: -1 for scales and minima of 1. The pairs are those of the codes,
+    xs, scales: addresses of int64, an address a row. scales_offset: -1 for scales and minima of 1. The pairs are those of the codes,
     (i, i + count/2). ``scratch`` has room for 16 rows of ``count`` floats and 32 + 1 vectors.
     """
     simd.never_inline()
     tops, totals = scratch, scratch + FOLDED * VECTOR
     folded = scratch + 2 * FOLDED * VECTOR
     for r in range(rows):
-        row, target = xs[r] + x_offset, folded + 4 * r * count
-        scale, minimum = scales[r] + scales_offset, scales[r] + minima_offset
+        row, target = simd.integer_at(xs + 8 * r) + x_offset, folded + 4 * r * count
+        scale = simd.integer_at(scales + 8 * r) + scales_offset
+        minimum = simd.integer_at(scales + 8 * r) + minima_offset
         top, total = simd.splat(np.float32(0)), simd.splat(np.float32(0))
         for i in range(0, 4 * count, VECTOR):
             value = simd.load_f32(row + i)
@@ -67,13 +68,18 @@ def _fold_rows(xs, x_offset, scales, scales_offset, minima_offset, rows, count, 
 def fold(xs, scales, rows, lanes, steps, side, words, factors, offsets, scratch):  # type: ignore[no-untyped-def]
     """The integer route, first step: round what will be multiplied with codes.
 
-    xs, scales: int64, the addresses of x and of the scales of the tile it meets, for each of ``rows``; after the scales
-    come the minima, as layout.py describes. side: the numbers of the Side. words: room for PARTS times ``rows`` int16, as
+    xs, scales: addresses of int64, the addresses of x and of the scales of the tile it meets, for each of ``rows``; after the
+    scales come the minima, as layout.py describes. side: the address of the Side's
+    numbers. words: room for PARTS times ``rows`` int16, as
     many each as a sum has steps, and one vector; factors, offsets: for PARTS times as many floats as rows, rounded up to
     16; scratch: see ``_fold_rows``.
     """
     simd.never_inline()
-    group, parts, per_lane = side[GROUP], side[PARTS], side[PER_LANE]
+    group, parts, per_lane = (
+        simd.integer_at(side + 8 * GROUP),
+        simd.integer_at(side + 8 * PARTS),
+        simd.integer_at(side + 8 * PER_LANE),
+    )
     length = group if per_lane else steps
     for part in range(parts):
         x_offset, own_scales, own_minima = 0, np.int64(-1), np.int64(0)
@@ -83,7 +89,7 @@ def fold(xs, scales, rows, lanes, steps, side, words, factors, offsets, scratch)
             own_scales, own_minima = 4 * part * steps, 4 * (parts + part) * steps
         for i in range(0, rows, FOLDED):
             _fold_rows(
-                xs[i:], x_offset, scales[i:], own_scales, own_minima, min(FOLDED, rows - i), length,
+                xs + 8 * i, x_offset, scales + 8 * i, own_scales, own_minima, min(FOLDED, rows - i), length,
                 words + 2 * i * length, factors + 4 * i, offsets + 4 * i, scratch,
             )  # fmt: skip
         words, factors, offsets = _next_part(words, factors, offsets, rows, length)
@@ -104,17 +110,23 @@ def multiply_codes(  # type: ignore[no-untyped-def]
     """The integer route, second step: the products of folded rows and the codes of one tile.
 
     words, factors, offsets: of all ``folded`` rows (see ``fold``), of which those of this tile are ``rows``, from ``first``
-    on. active: the numbers of these rows, int64 (rows,). codes: pairs of uint16 [lanes/16][steps/2][16]. fresh: the target
+    on. active: address of the numbers of these rows, int64. codes: pairs of uint16 [lanes/16][steps/2][16]. fresh: the target
     is written, not added to. tops: 0, or where a vector a row keeps the largest value written. ahead, last: cache lines to
-    ask for meanwhile. targets: room for int64 (2, rows).
+    ask for meanwhile. targets: address of room for 2 * rows int64.
     """
     simd.never_inline()
-    group, parts, per_lane = side[GROUP], side[PARTS], side[PER_LANE]
+    group, parts, per_lane = (
+        simd.integer_at(side + 8 * GROUP),
+        simd.integer_at(side + 8 * PARTS),
+        simd.integer_at(side + 8 * PER_LANE),
+    )
     minima = scales + 4 * parts * (lanes if per_lane else steps)
     length, span = (group, lanes) if per_lane else (steps, group)  # of a sum, and the lanes that share it, in each part
     for i in range(rows):
-        targets[0, i], targets[1, i] = target + active[i] * target_stride, tops + active[i] * VECTOR
-    top_addresses = targets[1].ctypes.data if tops else 0
+        row = simd.integer_at(active + 8 * i)
+        simd.store_integer(targets + 8 * i, target + row * target_stride)
+        simd.store_integer(targets + 8 * (rows + i), tops + row * VECTOR)
+    top_addresses = targets + 8 * rows if tops else 0
     for part in range(parts):
         first_step, first_lane = (part * length, 0) if per_lane else (0, part * span)
         for lane in range(first_lane, first_lane + span, VECTORS * LANES):
@@ -126,7 +138,7 @@ def multiply_codes(  # type: ignore[no-untyped-def]
                 row = first + i
                 simd.multiply_pairs(
                     words + 2 * row * length, 2 * length, column, steps // 2 * VECTOR, length // 2, min(ROWS, rows - i),
-                    blocks, targets.ctypes.data + 8 * i, 4 * lane, fresh and first_step == 0, factors + 4 * row,
+                    blocks, targets + 8 * i, 4 * lane, fresh and first_step == 0, factors + 4 * row,
                     offsets + 4 * row, lane_scales, lane_minima, top_addresses + 8 * i if tops else 0, ahead, last,
                 )  # fmt: skip
                 ahead += length // 2 * VECTOR
@@ -168,6 +180,13 @@ def _add_values(p, p_stride, rows, values, low, high, tile, width, out, ahead, l
 
 
 @inner
+def _seen(starts, stops, row, origin, tile):  # type: ignore[no-untyped-def]
+    """The tokens of a tile that begins at ``origin`` which a row sees: first and last + 1."""
+    low = min(max(simd.integer_at(starts + 8 * row) - origin, 0), tile)
+    return low, max(min(simd.integer_at(stops + 8 * row) - origin, tile), low)
+
+
+@inner
 def weigh_floats(  # type: ignore[no-untyped-def]
     p, p_stride, first, stop, starts, stops, origin, tile, width, values, out, ahead, last
 ):
@@ -177,23 +196,23 @@ def weigh_floats(  # type: ignore[no-untyped-def]
     token outside a row's range is never touched, so whatever lies there (NaN even) cannot reach the row.
     """
     simd.never_inline()
-    lows, highs = np.empty(ROWS, np.int64), np.empty(ROWS, np.int64)
     one = np.int64(1)
     for row in range(first, stop, ROWS):
         count = min(ROWS, stop - row)
         low, high = 0, tile
         for i in range(count):
-            lows[i] = min(max(starts[row + i] - origin, 0), tile)
-            highs[i] = max(min(stops[row + i] - origin, tile), lows[i])
-            low, high = max(low, lows[i]), min(high, highs[i])
+            own_low, own_high = _seen(starts, stops, row + i, origin, tile)
+            low, high = max(low, own_low), min(high, own_high)
         shared = low < high
         weights, target = p + row * p_stride + 4 * origin, out + row * width * 4
         for i in range(count):
-            end = low if shared else highs[i]
+            own_low, own_high = _seen(starts, stops, row + i, origin, tile)
+            end = low if shared else own_high
             own, own_target = weights + i * p_stride, target + i * width * 4
-            ahead = _add_values(own, p_stride, one, values, lows[i], end, tile, width, own_target, ahead, last)
+            ahead = _add_values(own, p_stride, one, values, own_low, end, tile, width, own_target, ahead, last)
         if shared:
             ahead = _add_values(weights, p_stride, count, values, low, high, tile, width, target, ahead, last)
             for i in range(count):
+                _, own_high = _seen(starts, stops, row + i, origin, tile)
                 own, own_target = weights + i * p_stride, target + i * width * 4
-                ahead = _add_values(own, p_stride, one, values, high, highs[i], tile, width, own_target, ahead, last)
+                ahead = _add_values(own, p_stride, one, values, high, own_high, tile, width, own_target, ahead, last)

@@ -191,6 +191,18 @@ def scalar_at(context: Any, builder: Any, address: Any) -> Any:
     return _load(builder, address, _F32)
 
 
+@_operation(types.int64, types.intp)
+def integer_at(context: Any, builder: Any, address: Any) -> Any:
+    """The int64 at ``address``."""
+    return _load(builder, address, ir.IntType(64))
+
+
+@_operation(types.void, types.intp, types.int64)
+def store_integer(context: Any, builder: Any, address: Any, x: Any) -> None:
+    """Write one int64 at ``address``."""
+    builder.store(x, _pointer(builder, address, ir.IntType(64))).align = 8
+
+
 @_operation(types.void, types.intp, types.float32)
 def store_scalar(context: Any, builder: Any, address: Any, x: Any) -> None:
     """Write one float32 at ``address``."""

@@ -54,31 +54,31 @@ def check_out(name: str, out: object, shape: tuple[int, ...], *, writable: bool 
 
 
 @inner
-def merge_rows(outs, M, S, others, other_M, other_S, rows, size):  # type: ignore[no-untyped-def]
-    """Merge partial attentions into others, row by row.
+def merge_rows(outs, M, S, others, other_M, other_S, rows, size, scratch):  # type: ignore[no-untyped-def]
+    """Merge partial attentions into others, row by row. All arguments are numbers, or addresses of arrays.
 
-    outs, others: addresses (int64) of every row's ``size`` float32, a multiple of 16. M, S, other_M, other_S: float32, as
+    outs, others: int64, the address of every row's ``size`` float32, a multiple of 16. M, S, other_M, other_S: float32, as
     many as rows, rounded up to 16. What a row without keys (S = 0) has in ``outs`` must be finite; in ``others`` it is
-    never read.
+    never read. scratch: room for two vectors.
     """
-    own, theirs = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     for first in range(0, rows, LANES):
         at = 4 * first
-        m, s = simd.load_f32(M.ctypes.data + at), simd.load_f32(S.ctypes.data + at)
-        other_m, other_s = simd.load_f32(other_M.ctypes.data + at), simd.load_f32(other_S.ctypes.data + at)
+        m, s, other_m, other_s = (
+            simd.load_f32(M + at), simd.load_f32(S + at), simd.load_f32(other_M + at), simd.load_f32(other_S + at),
+        )  # fmt: skip
         top = simd.maximum(m, other_m)
         # Where S = 0, M is -inf and M - top may be -inf - -inf; it does not matter then.
         weight = simd.zero_where_zero(simd.mul(s, simd.exp(simd.sub(m, top))), s)
         other_weight = simd.zero_where_zero(simd.mul(other_s, simd.exp(simd.sub(other_m, top))), other_s)
         total = simd.add(weight, other_weight)
-        simd.store_f32(own.ctypes.data, simd.div(weight, total))
-        simd.store_f32(theirs.ctypes.data, simd.div(other_weight, total))
-        simd.store_f32(M.ctypes.data + at, top)
-        simd.store_f32(S.ctypes.data + at, total)
+        simd.store_f32(scratch, simd.div(weight, total))
+        simd.store_f32(scratch + 4 * LANES, simd.div(other_weight, total))
+        simd.store_f32(M + at, top)
+        simd.store_f32(S + at, total)
         for i in range(min(LANES, rows - first)):
-            if other_S[first + i] != 0:
-                share, other_share = simd.splat(own[i]), simd.splat(theirs[i])
-                target, source = outs[first + i], others[first + i]
+            if simd.scalar_at(other_S + at + 4 * i) != 0:
+                share, other_share = simd.splat_at(scratch + 4 * i), simd.splat_at(scratch + 4 * LANES + 4 * i)
+                target, source = simd.integer_at(outs + 2 * at + 8 * i), simd.integer_at(others + 2 * at + 8 * i)
                 for c in range(0, 4 * size, 4 * LANES):
                     more = simd.mul(simd.load_f32(source + c), other_share)
                     simd.store_f32(target + c, simd.fma(simd.load_f32(target + c), share, more))
@@ -92,19 +92,24 @@ def merge_partials(outs, states, out, state):  # type: ignore[no-untyped-def]
     """
     n_parts, n_queries, n_heads, width = outs.shape
     padded = (n_heads + LANES - 1) // LANES * LANES
-    M, S, other_M, other_S = np.zeros((4, padded), np.float32)
-    targets, sources = np.empty(n_heads, np.int64), np.empty(n_heads, np.int64)
+    numbers, rows = np.zeros((5, padded + 2 * LANES), np.float32), np.empty((2, n_heads), np.int64)
+    M, S, other_M, other_S, scratch = 0, 1, 2, 3, 4
+    at, stride = numbers.ctypes.data, 4 * numbers.shape[1]
     for t in range(n_queries):
         for h in range(n_heads):
-            M[h], S[h] = state[h, t, 0], state[h, t, 1]
-            targets[h] = out.ctypes.data + (t * n_heads + h) * width * 4
+            numbers[M, h], numbers[S, h] = state[h, t, 0], state[h, t, 1]
+            rows[0, h] = out.ctypes.data + (t * n_heads + h) * width * 4
         for i in range(n_parts):
             for h in range(n_heads):
-                other_M[h], other_S[h] = states[i, h, t, 0], states[i, h, t, 1]
-                sources[h] = outs.ctypes.data + ((i * n_queries + t) * n_heads + h) * width * 4
-            merge_rows(targets, M, S, sources, other_M, other_S, n_heads, width)
+                numbers[other_M, h], numbers[other_S, h] = states[i, h, t, 0], states[i, h, t, 1]
+                rows[1, h] = outs.ctypes.data + ((i * n_queries + t) * n_heads + h) * width * 4
+            merge_rows(
+                rows.ctypes.data, at, at + stride, rows.ctypes.data + 8 * n_heads, at + other_M * stride,
+                at + other_S * stride, n_heads, width, at + scratch * stride,
+            )  # fmt: skip
         for h in range(n_heads):
-            state[h, t, 0], state[h, t, 1] = M[h], S[h]
+            state[h, t, 0], state[h, t, 1] = numbers[M, h], numbers[S, h]
+    rows[0, 0] = 0  # Numba frees an array after its last mention, and the addresses above do not count as one
 
 
 def pad_last_axis(x: Float32, multiple: int = simd.LANES) -> Float32:
