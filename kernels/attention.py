@@ -41,8 +41,8 @@ SCALE, SOFTCAP, EXACT = range(3)  # EXACT: not 0 for float32 throughout
 #     WORDS    int16 [rows][tile or width], and what is more by products.multiply_codes
 QUERIES, OUT, LOGITS, SUMS, CODES, VALUES, SCALES, WORDS, FACTORS, OFFSETS, SCRATCH = range(11)
 
-# A worker's rows. int64 [fields][COLUMNS]: the positions that a row sees, absolute and in the current split; the distance of
-# position 0 from the query's; addresses of its mask (or 0), its output and its partial output
+# A worker's rows. int64 [fields][COLUMNS]: the positions that a row sees, absolute and in the current split; the distance
+# of position 0 from the query's; addresses of its mask (or 0), its output and its partial output
 START, STOP, LOW, HIGH, DISTANCE, MASK, TARGET, PARTIAL = range(8)
 # Lists made for a few tiles, in the same table: the rows that see each of them, tile after tile, with the addresses of what
 # is multiplied and of the tile's scales; where each tile's rows begin; whether they see all of it; room for multiply_codes
@@ -267,15 +267,9 @@ def _unpack_values(is_k, side, address, width, tile, low, high, room, ahead):  #
     )
     unpack_codes(address, _get(side, KIND), lanes * steps // 32, _get(room, CODES), ahead)
     codes_to_floats(
-        _get(room, CODES),
-        _get(room, SCALES),
-        lanes,
-        steps,
-        _get(side, GROUP),
-        _get(side, PARTS),
-        _get(side, PER_LANE),
+        _get(room, CODES), _get(room, SCALES), lanes, steps, _get(side, GROUP), _get(side, PARTS), _get(side, PER_LANE),
         _get(room, VALUES),
-    )
+    )  # fmt: skip
 
 
 @inner
@@ -295,8 +289,8 @@ def _fold_tiles(  # type: ignore[no-untyped-def]
             _set_int(table, X, i, x + _int(table, ACTIVE, i) * x_stride + (t - first_tile) * x_step)
             _set_int(table, SCALES_AT, i, scales)
     fold(
-        _field(table, X), _field(table, SCALES_AT), _int(table, FIRST, stop_tile - first_tile), lanes, steps, side, _get(room, WORDS), _get(room, FACTORS),
-        _get(room, OFFSETS), _get(room, SCRATCH),
+        _field(table, X), _field(table, SCALES_AT), _int(table, FIRST, stop_tile - first_tile), lanes, steps, side,
+        _get(room, WORDS), _get(room, FACTORS), _get(room, OFFSETS), _get(room, SCRATCH),
     )  # fmt: skip
 
 
@@ -310,9 +304,9 @@ def _multiply_tile(  # type: ignore[no-untyped-def]
     scales = _get(room, SCALES) + nth * 8 * _get(side, PARTS) * (lanes if _get(side, PER_LANE) else steps)
     unpack_codes(address, _get(side, KIND), lanes * steps // 32, _get(room, CODES), ahead)
     multiply_codes(
-        _get(room, WORDS), _get(room, FACTORS), _get(room, OFFSETS), _int(table, FIRST, tiles), first, _field(table, ACTIVE) + 8 * first,
-        _int(table, FIRST, nth + 1) - first, lanes, steps, _get(room, CODES), scales, side, fresh, target, target_stride, tops,
-        ahead + (last - ahead) // 3, last, _field(table, TARGETS),
+        _get(room, WORDS), _get(room, FACTORS), _get(room, OFFSETS), _int(table, FIRST, tiles), first,
+        _field(table, ACTIVE) + 8 * first, _int(table, FIRST, nth + 1) - first, lanes, steps, _get(room, CODES), scales,
+        side, fresh, target, target_stride, tops, ahead + (last - ahead) // 3, last, _field(table, TARGETS),
     )  # fmt: skip
 
 
@@ -329,21 +323,16 @@ def _ask_for_scales(addresses, head, side, first, count):  # type: ignore[no-unt
 def split_kernel(  # type: ignore[no-untyped-def]
     head, split, rows, k_table, v_table, geometry, options, room, table, numbers, following
 ):
-    """The partial attention of a worker's rows over one split: _get(room, OUT), normalised, and SPLIT_M, SPLIT_S.
+    """The partial attention of a worker's rows over one split: OUT, normalised, with SPLIT_M and SPLIT_S.
 
     ``following`` is the address of what will be read next. All arguments are numbers, or addresses of arrays.
     """
     tile, shift, width = _get(geometry, TILE), _get(geometry, TILE_SHIFT), _get(geometry, WIDTH)
     k_side, v_side = geometry + 8 * K_SIDE, geometry + 8 * V_SIDE
-    exact = simd.scalar_at(options + 4 * EXACT) != 0
+    exact, cap = simd.scalar_at(options + 4 * EXACT) != 0, simd.scalar_at(options + 4 * SOFTCAP)
     k_floats, v_floats = exact or is_dense(_get(k_side, KIND)), exact or is_dense(_get(v_side, KIND))
-    origin, logits, sums, out, active = (
-        split * SPLIT,
-        _get(room, LOGITS),
-        _get(room, SUMS),
-        _get(room, OUT),
-        _field(table, ACTIVE),
-    )
+    origin, active = split * SPLIT, _field(table, ACTIVE)
+    queries, logits, sums, out = _get(room, QUERIES), _get(room, LOGITS), _get(room, SUMS), _get(room, OUT)
     first, stop = _see_split(table, rows, origin)
     if first >= stop:
         for row in range(rows):
@@ -354,7 +343,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
         simd.store_f32(sums + row * VECTOR, simd.splat(np.float32(-np.inf)))
     for at in range(0, 4 * rows * width, VECTOR):
         simd.store_f32(out + at, simd.splat(np.float32(0)))
-    plain = _no_options(table, numbers, rows, simd.scalar_at(options + 4 * SOFTCAP))
+    plain = _no_options(table, numbers, rows, cap)
     base = (origin >> shift) - _get(geometry, FIRST_TILE)
     first_tile, last_tile = first >> shift, (stop - 1) >> shift
     first_v = _get(v_table, base + first_tile) + head * _get(v_side, HEAD)
@@ -365,7 +354,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
             continue
         if not k_floats:
             _fold_tiles(
-                table, t0, stop_tile, k_table + 8 * (base + t0), head, k_side, tile, width, _get(room, QUERIES), width * 4, 0, room
+                table, t0, stop_tile, k_table + 8 * (base + t0), head, k_side, tile, width, queries, width * 4, 0, room
             )  # fmt: skip
         if stop_tile > last_tile:
             _ask_for_scales(v_table, head, v_side, base + first_tile, min(tiles, last_tile + 1 - first_tile))
@@ -384,7 +373,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
             if k_floats:
                 _unpack_values(True, k_side, at, width, tile, max(first - low, 0), min(stop - low, tile), room, ahead)
                 score_floats(
-                    _get(room, QUERIES), width * 4, _get(active, first_row), _get(active, first_row + count - 1) + 1, tile, width,
+                    queries, width * 4, _get(active, first_row), _get(active, first_row + count - 1) + 1, tile, width,
                     _get(room, VALUES), logits + 4 * low, LOGITS_ROW, ahead, last,
                 )  # fmt: skip
             else:
@@ -394,7 +383,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
                 )  # fmt: skip
             if not final:
                 _finish_logits(
-                    active + 8 * first_row, count, table, numbers, low, high, origin, simd.scalar_at(options + 4 * SOFTCAP), logits, sums
+                    active + 8 * first_row, count, table, numbers, low, high, origin, cap, logits, sums
                 )  # fmt: skip
     _find_maxima(table, numbers, rows, logits, sums)
     for t0 in range(first_tile, last_tile + 1, tiles):
@@ -406,8 +395,8 @@ def split_kernel(  # type: ignore[no-untyped-def]
             _exponentials(active + 8 * first_row, count, numbers, t * tile, (t + 1) * tile, logits, sums)
         if not v_floats:
             _fold_tiles(
-                table, t0, stop_tile, v_table + 8 * (base + t0), head, v_side, width, tile, logits + 4 * t0 * tile, LOGITS_ROW,
-                4 * tile, room,
+                table, t0, stop_tile, v_table + 8 * (base + t0), head, v_side, width, tile, logits + 4 * t0 * tile,
+                LOGITS_ROW, 4 * tile, room,
             )  # fmt: skip
         _ask_for_scales(v_table, head, v_side, base + stop_tile, min(tiles, last_tile + 1 - stop_tile))
         for t in range(t0, stop_tile):
@@ -421,8 +410,8 @@ def split_kernel(  # type: ignore[no-untyped-def]
             if v_floats:
                 _unpack_values(False, v_side, at, width, tile, max(first - low, 0), min(stop - low, tile), room, ahead)
                 weigh_floats(
-                    logits, LOGITS_ROW, _get(active, first_row), _get(active, first_row + count - 1) + 1, _field(table, LOW), _field(table, HIGH), low,
-                    tile, width, _get(room, VALUES), out, ahead, last,
+                    logits, LOGITS_ROW, _get(active, first_row), _get(active, first_row + count - 1) + 1,
+                    _field(table, LOW), _field(table, HIGH), low, tile, width, _get(room, VALUES), out, ahead, last,
                 )  # fmt: skip
             else:
                 _multiply_tile(

@@ -27,8 +27,8 @@ _SMALLEST = 1e-33  # rows of smaller numbers count as zeros: 32767 / x would not
 def _fold_rows(xs, x_offset, scales, scales_offset, minima_offset, rows, count, words, factors, offsets, scratch):  # type: ignore[no-untyped-def]
     """Round x * scale of up to 16 rows to int16 at ``words``, with x * scale ~ word * factor and offset = x . minimum.
 
-    xs, scales: addresses of int64, an address a row. scales_offset: -1 for scales and minima of 1. The pairs are those of the codes,
-    (i, i + count/2). ``scratch`` has room for 16 rows of ``count`` floats and 32 + 1 vectors.
+    xs, scales: addresses of int64, an address a row. scales_offset: -1 for scales and minima of 1. The pairs are those of
+    the codes, (i, i + count/2). ``scratch`` has room for 16 rows of ``count`` floats and 32 + 1 vectors.
     """
     simd.never_inline()
     tops, totals = scratch, scratch + FOLDED * VECTOR
@@ -68,18 +68,14 @@ def _fold_rows(xs, x_offset, scales, scales_offset, minima_offset, rows, count, 
 def fold(xs, scales, rows, lanes, steps, side, words, factors, offsets, scratch):  # type: ignore[no-untyped-def]
     """The integer route, first step: round what will be multiplied with codes.
 
-    xs, scales: addresses of int64, the addresses of x and of the scales of the tile it meets, for each of ``rows``; after the
-    scales come the minima, as layout.py describes. side: the address of the Side's
-    numbers. words: room for PARTS times ``rows`` int16, as
-    many each as a sum has steps, and one vector; factors, offsets: for PARTS times as many floats as rows, rounded up to
-    16; scratch: see ``_fold_rows``.
+    xs, scales: addresses of int64, the addresses of x and of the scales of the tile it meets, for each of ``rows``; after
+    the scales come the minima, as layout.py describes. side: the address of the Side's numbers. words: room for PARTS
+    times ``rows`` int16, as many each as a sum has steps, and one vector; factors, offsets: for PARTS times as many floats
+    as rows, rounded up to 16; scratch: see ``_fold_rows``.
     """
     simd.never_inline()
-    group, parts, per_lane = (
-        simd.integer_at(side + 8 * GROUP),
-        simd.integer_at(side + 8 * PARTS),
-        simd.integer_at(side + 8 * PER_LANE),
-    )
+    group, parts = simd.integer_at(side + 8 * GROUP), simd.integer_at(side + 8 * PARTS)
+    per_lane = simd.integer_at(side + 8 * PER_LANE)
     length = group if per_lane else steps
     for part in range(parts):
         x_offset, own_scales, own_minima = 0, np.int64(-1), np.int64(0)
@@ -110,16 +106,13 @@ def multiply_codes(  # type: ignore[no-untyped-def]
     """The integer route, second step: the products of folded rows and the codes of one tile.
 
     words, factors, offsets: of all ``folded`` rows (see ``fold``), of which those of this tile are ``rows``, from ``first``
-    on. active: address of the numbers of these rows, int64. codes: pairs of uint16 [lanes/16][steps/2][16]. fresh: the target
-    is written, not added to. tops: 0, or where a vector a row keeps the largest value written. ahead, last: cache lines to
-    ask for meanwhile. targets: address of room for 2 * rows int64.
+    on. active: address of the numbers of these rows, int64. codes: pairs of uint16 [lanes/16][steps/2][16]. fresh: the
+    target is written, not added to. tops: 0, or where a vector a row keeps the largest value written. ahead, last: cache
+    lines to ask for meanwhile. targets: address of room for 2 * rows int64.
     """
     simd.never_inline()
-    group, parts, per_lane = (
-        simd.integer_at(side + 8 * GROUP),
-        simd.integer_at(side + 8 * PARTS),
-        simd.integer_at(side + 8 * PER_LANE),
-    )
+    group, parts = simd.integer_at(side + 8 * GROUP), simd.integer_at(side + 8 * PARTS)
+    per_lane = simd.integer_at(side + 8 * PER_LANE)
     minima = scales + 4 * parts * (lanes if per_lane else steps)
     length, span = (group, lanes) if per_lane else (steps, group)  # of a sum, and the lanes that share it, in each part
     for i in range(rows):
