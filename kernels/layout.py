@@ -29,7 +29,9 @@ is multiplied with the codes. ``group`` counts the places along the other axis t
     scales along the sum axis     [lanes / group][sum axis]
 """
 
+import contextlib
 import mmap
+import threading
 from dataclasses import dataclass, field, replace
 
 import ml_dtypes
@@ -163,13 +165,14 @@ class TileLayout:
     def empty_tile(self, *, short_lived: bool = False) -> Bytes:
         """A tile of zeros: uint8 (nbytes,), aligned to 64 bytes.
 
-        A tile that will not live long gets pages of its own, which go back to the system when it is dropped. On the heap
-        it would leave a hole between tiles that stay: the process would use up to a tenth more than is counted.
+        A tile that will not live long gets pages of its own, which go back to the system when it is dropped. The others
+        share large pages, which go back when all of their tiles are dropped (see ``Arena``).
         """
-        if short_lived and hasattr(mmap, "MAP_PRIVATE"):
-            pages = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            return np.frombuffer(pages, np.uint8)
-        return aligned_zeros(self.nbytes)
+        if not hasattr(mmap, "MAP_PRIVATE"):
+            return aligned_zeros(self.nbytes)
+        if short_lived:
+            return np.frombuffer(_pages(self.nbytes), np.uint8)
+        return _ARENA.take(self.nbytes)
 
     def k_heads(self, tile: Bytes) -> Bytes:
         """The K part as uint8 (n_kv_heads, head_stride), a view."""
@@ -193,3 +196,42 @@ def aligned_zeros(nbytes: int) -> Bytes:
     room = np.zeros(nbytes + _ALIGNMENT, dtype=np.uint8)
     start = -room.ctypes.data % _ALIGNMENT
     return room[start : start + nbytes]
+
+
+def _pages(nbytes: int) -> mmap.mmap:
+    """Zeroed memory straight from the system, which takes up room page by page as it is written to."""
+    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+class Arena:
+    """Hands out memory for tiles, one after the other, from large pages where the system has them (Linux: madvise).
+
+    A tile is a few kilobytes of every head; with pages of 4 kB each of them costs a walk through the page tables, which
+    took a quarter of the time of reading a cache from memory. Nothing is handed out twice: the pages go back to the system
+    when the last array that was taken from them is gone. At most one large page, 2 MiB, is in use beyond what was taken.
+    """
+
+    _LARGE_PAGE, _RESERVE = 1 << 21, 1 << 26
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: Bytes = np.zeros(0, np.uint8)
+
+    def take(self, nbytes: int) -> Bytes:
+        """Zeros, uint8 (nbytes,), aligned to 64 bytes."""
+        with self._lock:
+            if nbytes > len(self._free):
+                self._free = self._reserve(max(nbytes, self._RESERVE))
+            taken, self._free = self._free[:nbytes], self._free[-(-nbytes // _ALIGNMENT) * _ALIGNMENT :]
+            return taken
+
+    def _reserve(self, nbytes: int) -> Bytes:
+        pages = _pages(nbytes + self._LARGE_PAGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a system without them
+                pages.madvise(mmap.MADV_HUGEPAGE)
+        memory = np.frombuffer(pages, np.uint8)
+        return memory[-memory.ctypes.data % self._LARGE_PAGE :]
+
+
+_ARENA = Arena()
