@@ -88,8 +88,7 @@ def flash_attention(
         raise ValueError(f"q and k must have the same head_dim, found {d} and {segment.head_dim}")
     if h == 0 or segment.n_kv_heads == 0 or h % segment.n_kv_heads:
         raise ValueError(f"the {h} query heads must be a multiple of the {segment.n_kv_heads} KV heads")
-    if h // segment.n_kv_heads > MAX_N_REP:
-        raise ValueError(f"at most {MAX_N_REP} query heads may share a KV head, found {h // segment.n_kv_heads}")
+    _check_n_rep(h, segment.n_kv_heads)
     scale = d**-0.5 if scale is None else _number("scale", scale)
     softcap, max_bias = _number("softcap", softcap, low=0), _number("max_bias", max_bias, low=0)
     if 0 < softcap < _SMALLEST:
@@ -159,6 +158,7 @@ def attend(
 
     """
     n_queries, n_heads, width = q.shape
+    _check_n_rep(n_heads, segment.n_kv_heads)
     low, high = int(starts.min(initial=segment.stop)), int(stops.max(initial=0))
     if low >= high or n_queries == 0:
         return
@@ -184,6 +184,11 @@ def attend(
         states[:] = -np.inf, 0
         attend_parts(*common, outs, states, workers)
         merge_partials(outs, states, out, state)
+
+
+def _check_n_rep(n_heads: int, n_kv_heads: int) -> None:
+    if n_heads // n_kv_heads > MAX_N_REP:
+        raise ValueError(f"at most {MAX_N_REP} query heads may share a KV head, found {n_heads // n_kv_heads}")
 
 
 def _number(name: str, value: object, low: float = -math.inf) -> float:

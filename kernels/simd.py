@@ -688,6 +688,8 @@ def multiply_pairs(context: Any, builder: Any, *args: Any) -> None:
     a, a_stride, b, b_stride, count, rows, vectors, targets, column, fresh = args[:10]
     factors, offsets, scales, minima, tops, ahead, last = args[10:]
     word = a.type
+    # Where the dot product is two instructions, LLVM would move additions across the steps, out of the registers.
+    unroll = 4 if not _IS_X86 or cpu_has(context, "avx512vnni") else 1
     is_fresh, per_lane, has_tops = (builder.icmp_unsigned("!=", x, ir.Constant(word, 0)) for x in (fresh, scales, tops))
 
     def note_largest(row: int, values: list[Any]) -> None:
@@ -728,7 +730,7 @@ def multiply_pairs(context: Any, builder: Any, *args: Any) -> None:
         a_rows = [_at(builder, a, (r0 + r, a_stride)) for r in range(n_rows)]
         b_vectors = [_at(builder, b, (v0 + v, b_stride)) for v in range(n_vectors)]
         initial = [_const(_V_I32, 0)] * (n_rows * n_vectors)
-        sums = _emit_sums(context, builder, a_rows, b_vectors, count, initial, ahead, last, _dot_pairs, 4)
+        sums = _emit_sums(context, builder, a_rows, b_vectors, count, initial, ahead, last, _dot_pairs, unroll)
         sums = [builder.sitofp(total, _V_F32) for total in sums]
         with builder.if_else(is_fresh) as branches:
             for writes, branch in zip((True, False), branches, strict=True):
