@@ -33,7 +33,9 @@ MERGE = 1e-6  # absolute, for |v| <= 1: attention in pieces against attention in
 # is computed as 1 minus something.
 ROUNDING = 2.0**-23
 
+CODED = ("q8", "q4", "q3", "q2")
 DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+KINDS = (*DTYPES, *CODED)  # formats by their names; see ``Format``
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
