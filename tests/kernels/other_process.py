@@ -243,7 +243,7 @@ def _pair_kernel() -> Any:
     def multiply(a, b, targets, factors, offsets, rows, blocks):
         simd.multiply_pairs(
             a.ctypes.data, 2 * a.shape[1], b.ctypes.data, 64 * b.shape[1], a.shape[1] // 2, rows, blocks,
-            targets.ctypes.data, 0, 1, factors.ctypes.data, offsets.ctypes.data, 0, 0, a.ctypes.data, a.ctypes.data,
+            targets.ctypes.data, 0, 1, factors.ctypes.data, offsets.ctypes.data, 0, 0, 0, a.ctypes.data, a.ctypes.data,
         )  # fmt: skip
 
     return multiply

@@ -76,6 +76,15 @@ def test_every_pair_of_formats_continues_from_other_keys(k_kind: str, v_kind: st
         assert_within((out, state), want, allowed(precision, product), precision)
 
 
+@pytest.mark.parametrize(("k_kind", "v_kind"), PAIRS)
+def test_every_pair_of_formats_where_a_block_of_rows_is_small(k_kind: str, v_kind: str) -> None:
+    """Rows are worked on in blocks of 96 and what one needs depends on its size: the last one has three rows, or six."""
+    rng = np.random.default_rng(3)
+    segment, *stored = coded_segment(rng, 200, 1, SMALL_D, (k_kind, v_kind), 32)
+    for t in (33, 66):
+        check(normal(rng, t, 3, SMALL_D), segment, stored, {"causal": True}, f"{k_kind} {v_kind} {t}")
+
+
 # --- Anything with anything ----------------------------------------------------------------------------------------------
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 256)

@@ -318,6 +318,22 @@ def test_four_vectors_are_reduced_as_each_alone() -> None:
 
 
 @kernel
+def _turn_quads(source, target):
+    simd.store_f32(target.ctypes.data, simd.turn_quads(simd.load_f32(source.ctypes.data)))
+    simd.store_integer(source.ctypes.data, simd.integer_at(source.ctypes.data + 8) + 1)
+
+
+def test_a_square_of_four_is_turned_and_integers_are_moved() -> None:
+    x, found = np.arange(16, dtype=np.float32), np.zeros(16, np.float32)
+    x.view(np.int64)[1] = -(2**61)
+    before = x.copy()
+    _turn_quads(x, found)
+    np.testing.assert_array_equal(found.reshape(4, 4), before.reshape(4, 4).T)
+    assert x.view(np.int64)[0] == 1 - 2**61
+    np.testing.assert_array_equal(x[2:], before[2:])
+
+
+@kernel
 def _transpose(source, target):
     simd.transpose(source.ctypes.data, target.ctypes.data)
 
@@ -396,39 +412,43 @@ def test_the_largest_sum_of_pairs_that_there_can_be_is_exact(sign: int) -> None:
 
 
 @kernel
-def _multiply_pairs(a, b, target, targets, column, fresh, factors, offsets, scales, minima, per_lane, rows, blocks):
+def _multiply_pairs(a, b, targets, column, fresh, factors, offsets, scales, minima, per_lane, tops, rows, blocks):
     simd.multiply_pairs(
         a.ctypes.data, 2 * a.shape[1], b.ctypes.data, 64 * b.shape[1], a.shape[1] // 2, rows, blocks, targets.ctypes.data,
         column, fresh, factors.ctypes.data, offsets.ctypes.data, scales.ctypes.data if per_lane else 0,
-        minima.ctypes.data if per_lane else 0, a.ctypes.data, a.ctypes.data + 64,
+        minima.ctypes.data if per_lane else 0, tops.ctypes.data if tops.size else 0, a.ctypes.data, a.ctypes.data + 64,
     )  # fmt: skip
-    target[0, 0, 0] = target[0, 0, 0]  # keeps the array alive until here
 
 
+@pytest.mark.parametrize("noted", [False, True])
 @pytest.mark.parametrize("fresh", [0, 1])
 @pytest.mark.parametrize("per_lane", [False, True])
 @pytest.mark.parametrize(("rows", "blocks"), SHAPES)
-def test_sums_of_pairs_are_scaled_and_added(rows: int, blocks: int, per_lane: bool, fresh: int) -> None:
-    """(sum * scale * factor) + minimum * offset; the rows' targets are anywhere, and their numbers every fourth float."""
+def test_sums_of_pairs_are_scaled_and_added(rows: int, blocks: int, per_lane: bool, fresh: int, noted: bool) -> None:
+    """(sum * scale * factor) + minimum * offset; the rows' targets are anywhere. What is written is noted if larger."""
     rng = np.random.default_rng(6)
     a = rng.integers(-32767, 32768, (4, 32)).astype(np.int16)
     b = rng.integers(0, 256, (4, 16, 32)).astype(np.int16)
     pairs = np.ascontiguousarray(b.reshape(4, 16, 2, 16).transpose(0, 3, 1, 2))  # step i and i + 16, lane by lane
     words = np.ascontiguousarray(a.reshape(4, 2, 16).transpose(0, 2, 1)).reshape(4, 32)
     factors, offsets = np.zeros(16, np.float32), np.zeros(16, np.float32)
-    factors[::4], offsets[::4] = 1e-8 * vectors(7)[:4], vectors(8)[:4]
+    factors[:4], offsets[:4] = 1e-8 * vectors(7)[:4], vectors(8)[:4]
     scales, minima = vectors(9, 4), vectors(10, 4)
     before = vectors(11, 4, 6)
     target = before.copy()
     order = np.array([2, 0, 3, 1])
     targets = target.ctypes.data + order.astype(np.int64) * 6 * 64
+    tops = vectors(12, 4)
+    tops[2] = -np.inf
+    before_tops = tops.copy()
+    top_addresses = tops.ctypes.data + order.astype(np.int64) * 64
     _multiply_pairs(
-        words, pairs.reshape(4, 16, 32), target, targets, 64, fresh, factors, offsets, scales, minima, per_lane, rows,
-        blocks,
+        words, pairs.reshape(4, 16, 32), targets, 64, fresh, factors, offsets, scales, minima, per_lane,
+        top_addresses if noted else top_addresses[:0], rows, blocks,
     )  # fmt: skip
     sums = np.einsum("ri,vli->rvl", a.astype(np.float64), b.astype(np.float64))
     scale, minimum = (scales, minima) if per_lane else (np.ones((4, 16)), np.ones((4, 16)))
-    product = sums * scale * factors[::4, None, None] + minimum * offsets[::4, None, None].astype(np.float64)
+    product = sums * scale * factors[:4, None, None] + minimum * offsets[:4, None, None].astype(np.float64)
     want = before.astype(np.float64)
     for r in range(rows):
         old = 0 if fresh else want[order[r], 1 : 1 + blocks]
@@ -436,3 +456,7 @@ def test_sums_of_pairs_are_scaled_and_added(rows: int, blocks: int, per_lane: bo
     np.testing.assert_allclose(target, want, rtol=0, atol=2e-6)
     untouched = want == before
     np.testing.assert_array_equal(target[untouched], before[untouched])
+    want_tops = before_tops.copy()
+    for r in range(rows if noted and fresh else 0):
+        want_tops[order[r]] = np.maximum(before_tops[order[r]], target[order[r], 1 : 1 + blocks].max(axis=0))
+    np.testing.assert_array_equal(tops, want_tops)
