@@ -295,14 +295,14 @@ def exponentials(x: np.ndarray) -> np.ndarray:
     return found[: x.size]
 
 
-def exp_error() -> float:
-    """Largest error of exp over its range, in parts of the 2 + |x|/4 units in the last place that it may be."""
+def exp_error(low: float = -87.3, high: float = 0.0) -> float:
+    """Largest error of exp from ``low`` to ``high``, in parts of the 2 + |x|/4 units in the last place that it may be."""
     rng = np.random.default_rng(13)
     borders = (np.arange(-252, 256)[:, None] / 2 * np.log(2) + np.linspace(-1e-4, 1e-4, 201)).ravel()
     tiny = 2.0 ** -rng.uniform(0, 149, 20_000) * rng.choice([-1, 1], 20_000)
     x = np.concatenate([np.linspace(-87.3, 88, 500_001), rng.uniform(-30, 30, 500_000), borders, tiny])
     x = x.astype(np.float32)
-    x = x[(x >= np.float32(-87.3)) & (x <= np.float32(88))]
+    x = x[(x >= np.float32(low)) & (x <= np.float32(high))]
     want = np.exp(x.astype(np.float64))
     units = np.abs(exponentials(x) - want) / np.spacing(want.astype(np.float32))
     return float((units / (2 + np.abs(x) / 4)).max())

@@ -77,10 +77,19 @@ def test_ties_share_alike(kinds: tuple[str, str]) -> None:
         assert error <= allowed(precision, 0.0)["o"], precision
 
 
-@pytest.mark.parametrize("kinds", AXES)
+BY_TOKEN = pytest.mark.xfail(
+    strict=True, raises=AssertionError,
+    reason="by token a query is rounded relative to its largest number, whatever its channel will be multiplied with",
+)  # fmt: skip
+HUGE = [(kinds, channel) for kinds in AXES for channel in ("of k", "of v", "of q")]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "channel"),
+    [pytest.param(*x, marks=BY_TOKEN) if x[0][0].endswith("t") and x[1] == "of k" else x for x in HUGE],
+)
 @pytest.mark.parametrize("d", [64, 256])
-@pytest.mark.parametrize("channel", ["of k", "of v", "of q"])
-def test_one_huge_channel(kinds: tuple[str, str], d: int, channel: str) -> None:
+def test_one_huge_channel(kinds: tuple[str, str], channel: str, d: int) -> None:
     """A channel of keys that is 1,000 times larger than the others, as models have them, with queries small there."""
     rng = np.random.default_rng(22)
     k, v, q = normal(rng, 256, 2, d), normal(rng, 256, 2, d), normal(rng, 6, 4, d)

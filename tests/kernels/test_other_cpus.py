@@ -51,4 +51,5 @@ def test_a_cpu_without_avx512_or_avx2_computes_the_same(name: str, features: tup
     assert_close(found["attention"])
     if "fma" in features:  # the order of every sum is fixed: only an unfused multiply and add changes bits
         assert found["bits"] == attention_bits()
-    assert found["exp"] <= 1
+    # Without a fused multiply-add, what rounding x / ln 2 costs is not undone.
+    assert found["exp"] <= (1 if "fma" in features else 4.2)
