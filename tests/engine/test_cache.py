@@ -13,7 +13,7 @@ from mixkv.kernels.layout import LANES, TileLayout
 from mixkv.models.errors import NumericalError
 
 N, HEADS, DIM = 500, 2, 32
-BITS = [(4, 4), (8, 8), (8, 4), (4, 8), (16, 16), (32, 32), (4, 16)]
+BITS = [(4, 4), (8, 8), (8, 4), (4, 8), (16, 16), (32, 32), (4, 16), (3, 2), (2, 3)]
 
 Draw = Callable[..., tuple[NDArray[np.float32], ...]]
 Feed = Callable[..., NDArray[np.float32]]
@@ -137,7 +137,7 @@ def test_the_dense_form_is_forgotten_when_no_query_can_see_it_any_more(draw_qkv:
 # --- dead sinks ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_sinks_are_dead_in_their_tile_and_do_not_widen_the_scales_of_k(draw_qkv: Draw, feed: Feed, bits: int) -> None:
     q, k, v = draw_qkv(6, 200)
     policy = small(sinks=5, k_bits=bits)

@@ -18,6 +18,7 @@ Draw = Callable[..., tuple[Float32, ...]]
 POLICIES = [
     CachePolicy(),
     CachePolicy(k_bits=8, v_bits=4, window=10, sinks=0, tile=32, dense="bf16"),
+    CachePolicy(k_bits=2, v_bits=3, window=10),
     CachePolicy(k_bits=16, v_bits=16, sinks=300),
     CachePolicy(k_bits=32, v_bits=32, window=0, sinks=70, tile=128),
     CachePolicy(window=100_000),

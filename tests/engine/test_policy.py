@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import mixkv
 from mixkv.engine.policy import MAX_SINKS, MAX_WINDOW, CachePolicy
-from mixkv.kernels.layout import BF16, F16, F32, Q4, Q8
+from mixkv.kernels.layout import BF16, F16, F32, Q2, Q3, Q4, Q8
 from mixkv.models.errors import UsageError
 
 NOT_WHOLE = [1.0, 4.5, float("nan"), float("inf"), "4", None, True, False, [4], np.float32(4)]
@@ -43,11 +43,12 @@ def test_window_and_sinks_out_of_range_are_refused_with_name_found_and_allowed(n
 
 @pytest.mark.parametrize("name", ["k_bits", "v_bits"])
 @pytest.mark.parametrize(
-    ("value", "nearest"), [(0, 4), (-8, 4), (1, 4), (5, 4), (7, 8), (9, 8), (15, 16), (17, 16), (31, 32), (10**30, 32)]
+    ("value", "nearest"),
+    [(0, 2), (-8, 2), (1, 2), (5, 4), (6, 4), (7, 8), (9, 8), (15, 16), (17, 16), (31, 32), (10**30, 32)],
 )
 def test_bits_out_of_range_are_refused_with_the_nearest_legal_value(name: str, value: int, nearest: int) -> None:
     message = refusal(**{name: value})
-    assert message == f"{name} must be one of 4, 8, 16, 32, found {value}; the nearest is {nearest}"
+    assert message == f"{name} must be one of 2, 3, 4, 8, 16, 32, found {value}; the nearest is {nearest}"
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,8 @@ def test_kinds_of_the_old_segment() -> None:
     for bits, dense, kind in (
         (4, "f16", Q4),
         (8, "f32", Q8),
+        (3, "bf16", Q3),
+        (2, "f16", Q2),
         (16, "f16", F16),
         (16, "f32", F16),
         (16, "bf16", BF16),
@@ -127,7 +130,7 @@ def test_kinds_of_the_old_segment() -> None:
 @pytest.mark.parametrize(
     ("bits", "old"),
     # Per token, 3 heads of 64 channels: codes, K's scale and minimum a channel and tile of 64, V's a token and 64 channels
-    [(4, 3 * (32 + 4 + 32 + 4)), (8, 3 * (64 + 4 + 64 + 4)), (16, 3 * 256), (32, 3 * 512)],
+    [(b, 3 * (8 * b + 4 + 8 * b + 4)) for b in (2, 3, 4, 8)] + [(16, 3 * 256), (32, 3 * 512)],
 )
 def test_bytes_of_a_token(bits: int, old: float) -> None:
     policy = CachePolicy(k_bits=bits, v_bits=bits)

@@ -3,6 +3,7 @@
 Every function returns a dictionary that JSON can hold; the tests call the same functions in their own process too.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -14,9 +15,17 @@ from typing import Any
 import numba
 import numpy as np
 
-from .oracle import DTYPES, expected, normal, read_segment
+from .oracle import CODED, DTYPES, expected, normal, quantize_as, read_segment
 
 ROOT = Path(__file__).parents[2]
+
+
+PRECISIONS = ("default", "f32")
+# Formats of K and V: all bits, each axis on each side, and groups smaller than the largest
+CODED_PAIRS = (
+    ("q8", "q8"), ("q4", "q4"), ("q3", "q3"), ("q2", "q2"), ("q8t", "q2c"), ("q4t16", "q3t16"),
+    ("q3t", "q4c"), ("q2t32", "q8c"),
+)  # fmt: skip
 
 
 def run_process(command: str, environment: dict[str, str]) -> Any:
@@ -47,19 +56,23 @@ def where() -> dict[str, str]:
 
 
 def attention_bits() -> dict[str, str]:
-    """Hashes of outputs and states of a few calls that take both routes through the kernel, in several formats."""
-    from mixkv.kernels import empty_state, flash_attention, quantize
+    """Hashes of outputs and states of a few calls that are cut in every way, in every format and both precisions."""
+    from mixkv.kernels import empty_state, flash_attention
 
     rng = np.random.default_rng(11)
     hashes = {}
     for t, n in ((1, 1300), (7, 900), (150, 700)):
         q, k, v = normal(rng, t, 6, 64), normal(rng, n, 2, 64), normal(rng, n, 2, 64)
-        half = k.astype(np.float16), v.astype(np.float16)
-        forms = {"f32": (k, v), "f16": half, "q8": (quantize(k, v, k_bits=8, v_bits=8),), "q4": (quantize(k, v),)}
+        forms: dict[str, tuple] = {form: (k.astype(DTYPES[form]), v.astype(DTYPES[form])) for form in DTYPES}
+        forms |= {"/".join(kinds): (quantize_as(kinds, k, v),) for kinds in CODED_PAIRS}
         for form, keys in forms.items():
-            state = empty_state(6, t)
-            out = flash_attention(q, *keys, causal=True, max_bias=8.0, softcap=30.0, state=state)
-            hashes[f"{form} {t} {n}"] = hashlib.sha256(out.tobytes() + state.tobytes()).hexdigest()
+            for precision in PRECISIONS if form not in DTYPES else PRECISIONS[:1]:
+                state = empty_state(6, t)
+                out = flash_attention(
+                    q, *keys, causal=True, max_bias=8.0, softcap=30.0, state=state, precision=precision
+                )  # fmt: skip
+                digest = hashlib.sha256(out.tobytes() + state.tobytes()).hexdigest()
+                hashes[f"{form} {precision} {t} {n}"] = digest
     return hashes
 
 
@@ -71,13 +84,13 @@ def merge() -> dict[str, Any]:
     """One merge, the smallest kernel: the result, and whether it was compiled here or loaded from disk."""
     from mixkv.kernels import merge_states
     from mixkv.kernels.jit import cache_folder
-    from mixkv.kernels.state import _merge
+    from mixkv.kernels.state import merge_partials
 
     out1, out2 = np.full((1, 1, 16), 1, np.float32), np.full((1, 1, 16), 4, np.float32)
     state1, state2 = np.array([[[0.5, 1]]], np.float32), np.array([[[0.5, 2]]], np.float32)
     out, state = merge_states(out1, state1, out2, state2)
-    hits = sum(_merge.stats.cache_hits.values())
-    folder, used = str(cache_folder()), str(_merge.stats.cache_path)
+    hits = sum(merge_partials.stats.cache_hits.values())
+    folder, used = str(cache_folder()), str(merge_partials.stats.cache_path)
     return {"out": out.ravel().tolist(), "state": state.ravel().tolist(), "hits": hits, "folder": folder, "used": used}
 
 
@@ -89,33 +102,54 @@ def cpu() -> dict[str, Any]:
 
     context = cpu_target.target_context
     features = {name: simd.cpu_has(context, name) for name in ("f16c", "fma", "avx2", "avx512f")}
-    errors = {"halves": wrong_halves(), "exp": exp_error(), "attention": attention_errors()}
-    return {"features": features, "bits": attention_bits(), **errors}
+    errors = {
+        "halves": wrong_halves(), "stored halves": wrong_stored_halves(), "exp": exp_error(),
+        "attention": attention_errors(), "products": wrong_products(), "codes": wrong_codes(),
+    }  # fmt: skip
+    return {"features": features, "bits": attention_bits(), "tiles": tile_hashes(), **errors}
 
 
 def attention_errors() -> dict[str, float]:
-    """Largest difference from float64, relative to the largest |v|, by format, over both routes through the kernel."""
-    from mixkv.kernels import flash_attention, quantize
+    """Largest difference from float64, relative to the largest |v|, by formats and precision, few queries and one."""
+    from mixkv.kernels import flash_attention
 
     rng = np.random.default_rng(12)
     errors: dict[str, float] = {}
     for t, n in ((1, 600), (3, 40)):
         q, k, v = normal(rng, t, 4, 64), normal(rng, n, 2, 64), normal(rng, n, 2, 64)
-        for form in (*DTYPES, "q8", "q4"):
-            if form in DTYPES:
-                keys: tuple = k.astype(DTYPES[form]), v.astype(DTYPES[form])
-                stored = keys
-            else:
-                pair = int(form[1:]), int(form[1:])
-                keys = (quantize(k, v, k_bits=pair[0], v_bits=pair[1]),)
-                stored = read_segment(keys[0], pair, 64)
-            found, want = flash_attention(q, *keys, causal=True), expected(q, *stored, causal=True)[0]
-            errors[form] = max(errors.get(form, 0.0), float(np.abs(found - want).max() / np.abs(v).max()))
+        cases: dict[str, tuple] = {}
+        for form in DTYPES:
+            cases[form] = ((k.astype(DTYPES[form]), v.astype(DTYPES[form])),) * 2
+        for kinds in CODED_PAIRS:
+            segment = quantize_as(kinds, k, v)
+            cases["/".join(kinds)] = (segment,), read_segment(segment, kinds, 64)
+        for form, (keys, stored) in cases.items():
+            want = expected(q, *stored, causal=True)[0]
+            for precision in PRECISIONS:
+                found = flash_attention(q, *keys, causal=True, precision=precision)
+                error = float(np.abs(found - want).max() / np.abs(stored[1]).max())
+                name = f"{form} {precision}"
+                errors[name] = max(errors.get(name, 0.0), error)
     return errors
 
 
-def _probes() -> tuple[Any, Any]:
-    """Two small kernels of the tests: float16 bits to float32, and exp, over arrays of a multiple of 16."""
+def tile_hashes() -> dict[str, str]:
+    """Hashes of the bytes that quantizing makes, in every format, of numbers that are normal, tiny and large."""
+    rng = np.random.default_rng(14)
+    hashes = {}
+    for d in (20, 64, 112):
+        k, v = (normal(rng, 150, 2, d) * 10.0 ** rng.uniform(-6, 3, d).astype(np.float32) for _ in "kv")
+        for kind in CODED:
+            for axis in "ct":
+                for tile in (32, 64, 128):
+                    tiles = quantize_as((kind + axis, kind + axis), k, v, tile).owner
+                    digest = hashlib.sha256(b"".join(x.tobytes() for x in tiles)).hexdigest()
+                    hashes[f"{kind}{axis} {d} {tile}"] = digest
+    return hashes
+
+
+def _probes() -> tuple[Any, Any, Any]:
+    """Small kernels of the tests over arrays of a multiple of 16: float16 bits to float32 and back, and exp."""
     from mixkv.kernels import simd
     from mixkv.kernels.jit import kernel
 
@@ -129,7 +163,117 @@ def _probes() -> tuple[Any, Any]:
         for i in range(0, source.size, 16):
             simd.store_f32(target.ctypes.data + 4 * i, simd.exp(simd.load_f32(source.ctypes.data + 4 * i)))
 
-    return widen, exponential
+    @kernel
+    def narrow(source, target):
+        for i in range(0, source.size, 16):
+            simd.store_f16(target.ctypes.data + 2 * i, simd.load_f32(source.ctypes.data + 4 * i))
+
+    return widen, exponential, narrow
+
+
+def wrong_stored_halves() -> list[str]:
+    """The float32 numbers that are not stored as the float16 that NumPy rounds them to (any NaN for a NaN).
+
+    All float16 numbers, what lies halfway between two of them and one float32 beside that, random bit patterns (which
+    overflow, or are far below the smallest), and the specials.
+    """
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)
+    between = ((halves[:-1] + halves[1:]) / 2).astype(np.float32)
+    random = np.random.default_rng(15).integers(0, 1 << 32, 200_000, dtype=np.uint32).view(np.float32)
+    edges = np.array([65519.996, 65520, 65520.004, 1e30, np.inf, np.nan, 2.0**-25, 2.0**-26, 1e-45, 0], np.float32)
+    up, down = (np.nextafter(between, np.float32(towards)) for towards in (np.inf, 0))
+    x = np.concatenate([halves.astype(np.float32), between, up, down, edges])
+    x = np.concatenate([x, -x, random])
+    x = np.resize(x, -(-x.size // 16) * 16)
+    found = np.full(x.shape, 7, np.uint16)
+    _probes()[2](x, found)
+    with np.errstate(over="ignore"):
+        want = x.astype(np.float16)
+    same = (found == want.view(np.uint16)) | (np.isnan(want) & np.isnan(found.view(np.float16)))
+    return [f"{a:.9g}: {b:#x}" for a, b in zip(x[~same][:20], found[~same][:20], strict=True)]
+
+
+def spread(bits: int, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs that a spread makes of one or three (3 bits) vectors of words, and those that it should make.
+
+    Both are uint16 (pairs, 16, 2).
+    """
+    from mixkv.kernels import simd
+    from mixkv.kernels.jit import kernel
+
+    made = {8: simd.spread8, 4: simd.spread4, 2: simd.spread2}.get(bits)
+
+    @kernel
+    def spread_one(source, target):
+        made(source.ctypes.data, target.ctypes.data)
+
+    @kernel
+    def spread_planes(source, target):
+        simd.spread3(source.ctypes.data, source.ctypes.data + 128, target.ctypes.data)
+
+    found = np.full((16, 16, 2), 7, np.uint16)
+    (spread_planes if bits == 3 else spread_one)(words, found)
+    halves = np.stack([words & 0xFFFF, words >> 16], axis=-1)
+    if bits != 3:
+        want = np.stack([halves[0] >> (bits * i) & (2**bits - 1) for i in range(16 // bits)])
+        assert (found[len(want) :] == 7).all()
+        return found[: len(want)], want
+    low = [halves[i // 8] >> (2 * (i % 8)) & 3 for i in range(16)]
+    return found, np.stack([x + 4 * (halves[2] >> i & 1) for i, x in enumerate(low)])
+
+
+def pair_sums(a: np.ndarray, b: np.ndarray, rows: int, blocks: int) -> np.ndarray:
+    """Sums of a (4, steps) times b (4, 16, steps), both int16, by ``multiply_pairs``: float32 (4, 4, 16), else 7."""
+    steps = a.shape[1]
+    words = np.ascontiguousarray(a.reshape(4, 2, steps // 2).transpose(0, 2, 1)).reshape(4, steps)
+    pairs = np.ascontiguousarray(b.reshape(4, 16, 2, steps // 2).transpose(0, 3, 1, 2))
+    found = np.full((4, 4, 16), 7, np.float32)
+    targets = found.ctypes.data + np.arange(4, dtype=np.int64) * found.strides[0]
+    ones, zeros = np.ones(16, np.float32), np.zeros(16, np.float32)
+    _pair_kernel()(words, pairs, targets, ones, zeros, rows, blocks)
+    return found
+
+
+@functools.cache
+def _pair_kernel() -> Any:
+    from mixkv.kernels import simd
+    from mixkv.kernels.jit import kernel
+
+    @kernel
+    def multiply(a, b, targets, factors, offsets, rows, blocks):
+        simd.multiply_pairs(
+            a.ctypes.data, 2 * a.shape[1], b.ctypes.data, 64 * b.shape[1], a.shape[1] // 2, rows, blocks,
+            targets.ctypes.data, 0, 1, factors.ctypes.data, offsets.ctypes.data, 0, 0, 0, a.ctypes.data, a.ctypes.data,
+        )  # fmt: skip
+
+    return multiply
+
+
+def wrong_products() -> list[str]:
+    """Sums of pairs that are not exact: random ones of every shape, and the largest of either sign."""
+    rng = np.random.default_rng(16)
+    wrong = []
+    for steps in (8, 64, 256):
+        for name, low, high, codes in (
+            ("random", -32767, 32767, 0),
+            ("top", 32767, 32767, 255),
+            ("bottom", -32767, -32767, 255),
+        ):
+            a = rng.integers(low, high + 1, (4, steps)).astype(np.int16)
+            b = rng.integers(codes, 256, (4, 16, steps)).astype(np.int16)
+            want = np.einsum("ri,vli->rvl", a.astype(np.int64), b.astype(np.int64)).astype(np.float32)
+            for rows in range(1, 5):
+                for blocks in range(1, 5):
+                    found = pair_sums(a, b, rows, blocks)[:rows, :blocks]
+                    if not np.array_equal(found, want[:rows, :blocks]):
+                        wrong.append(f"{name} {steps} {rows} {blocks}")
+    return wrong
+
+
+def wrong_codes() -> list[int]:
+    """The numbers of bits whose codes do not come out of their words."""
+    words = np.random.default_rng(17).integers(0, 1 << 32, (3, 16), dtype=np.uint32)
+    return [bits for bits in (8, 4, 3, 2) if not np.array_equal(*spread(bits, words))]
 
 
 def wrong_halves() -> list[int]:
@@ -151,16 +295,17 @@ def exponentials(x: np.ndarray) -> np.ndarray:
     return found[: x.size]
 
 
-def exp_error() -> float:
-    """Largest error of exp over its range, in units in the last place of the result."""
+def exp_error(low: float = -87.3, high: float = 0.0) -> float:
+    """Largest error of exp from ``low`` to ``high``, in parts of the 2 + |x|/4 units in the last place that it may be."""
     rng = np.random.default_rng(13)
     borders = (np.arange(-252, 256)[:, None] / 2 * np.log(2) + np.linspace(-1e-4, 1e-4, 201)).ravel()
     tiny = 2.0 ** -rng.uniform(0, 149, 20_000) * rng.choice([-1, 1], 20_000)
-    x = np.concatenate([np.linspace(-87.3, 88.7, 500_001), rng.uniform(-30, 30, 500_000), borders, tiny])
+    x = np.concatenate([np.linspace(-87.3, 88, 500_001), rng.uniform(-30, 30, 500_000), borders, tiny])
     x = x.astype(np.float32)
-    x = x[(x >= np.float32(-87.3)) & (x <= np.float32(88.7))]
+    x = x[(x >= np.float32(low)) & (x <= np.float32(high))]
     want = np.exp(x.astype(np.float64))
-    return float((np.abs(exponentials(x) - want) / np.spacing(want.astype(np.float32))).max())
+    units = np.abs(exponentials(x) - want) / np.spacing(want.astype(np.float32))
+    return float((units / (2 + np.abs(x) / 4)).max())
 
 
 COMMANDS = {"where": where, "bits": bits, "merge": merge, "cpu": cpu}

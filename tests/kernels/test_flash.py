@@ -11,6 +11,7 @@ from mixkv.kernels import empty_state, flash_attention, quantize
 from mixkv.kernels.reference import reference_attention
 
 from .oracle import (
+    DTYPES,
     KINDS,
     TOLERANCE,
     alibi_slopes,
@@ -21,6 +22,7 @@ from .oracle import (
     make_keys,
     make_store,
     normal,
+    quantize_as,
     read_segment,
     read_tiles,
 )
@@ -93,15 +95,15 @@ def test_a_prompt_of_three_hundred_tokens(kind: str) -> None:
 
 
 @pytest.mark.parametrize("tile", [32, 64, 128])
-@pytest.mark.parametrize("bits", [(4, 8), (8, 4), (4, 4)])
-def test_bits_and_tiles_of_quantized_keys(bits: tuple[int, int], tile: int) -> None:
+@pytest.mark.parametrize("kinds", [("q4", "q8"), ("q8", "q4"), ("q4", "q4"), ("q3", "q2"), ("q2t", "q3c")])
+def test_bits_and_tiles_of_quantized_keys(kinds: tuple[str, str], tile: int) -> None:
     rng = np.random.default_rng(tile)
     for n, d in ((1, 16), (tile - 1, 80), (5 * tile + 3, 64), (700, 20)):
         k, v = normal(rng, n, 2, d), normal(rng, n, 2, d)
-        segment = quantize(k, v, k_bits=bits[0], v_bits=bits[1], tile=tile)
-        stored = read_segment(segment, bits, tile)
+        segment = quantize_as(kinds, k, v, tile)
+        stored = read_segment(segment, kinds, tile)
         assert len(segment.owner) == -(-n // tile)
-        check(normal(rng, 3, 4, d), (segment,), stored, f"q{min(bits)}", causal=True)
+        check(normal(rng, 3, 4, d), (segment,), stored, kinds[0], causal=True)
 
 
 @pytest.mark.parametrize("k_kind", KINDS)
@@ -120,7 +122,8 @@ def test_tiles_of_any_two_formats_at_absolute_positions(k_kind: str, v_kind: str
     flash_attention(q, segment, start=start, stop=stop, max_bias=8.0, state=state, out=out)
     low, high = np.maximum(start, 195), np.minimum(stop, 760)
     want = expected(q, *stored, start=low, stop=high, max_bias=8.0, positions=np.arange(754, 760))
-    assert_attention(out, state, want, v, k_kind)
+    coded = [kind for kind in (k_kind, v_kind) if kind not in DTYPES]
+    assert_attention(out, state, want, v, "codes" if coded else k_kind)
 
 
 # --- Options, one by one -------------------------------------------------------------------------------------------------

@@ -83,17 +83,17 @@ def test_out_may_lie_on_an_input(d: int) -> None:
 
 
 def test_a_read_only_or_unaligned_q_compiles_nothing() -> None:
-    from mixkv.kernels.attention import attend_blocks, attend_splits
-    from mixkv.kernels.state import _merge
+    from mixkv.kernels.attention import attend_parts
+    from mixkv.kernels.state import merge_partials
 
     rng = np.random.default_rng(34)
     q, k, v = normal(rng, 2, 4, 16), normal(rng, 600, 2, 16), normal(rng, 600, 2, 16)
     state = empty_state(4, 2)
     out = flash_attention(q, k, v, state=state)
-    before = [len(kernel.signatures) for kernel in (attend_blocks, attend_splits, _merge)]
+    before = [len(kernel.signatures) for kernel in (attend_parts, merge_partials)]
     for change in (LAYOUTS["read-only"], unaligned):
         flash_attention(change(q), k, v)
         flash_attention(change(q), k[:9], v[:9], start=np.broadcast_to(np.int64(1), (2,)))
-    after = [len(kernel.signatures) for kernel in (attend_blocks, attend_splits, _merge)]
+    after = [len(kernel.signatures) for kernel in (attend_parts, merge_partials)]
     assert after == before
     assert np.isfinite(out).all()

@@ -5,7 +5,7 @@ import pytest
 
 from mixkv.kernels import empty_state, flash_attention
 
-from .oracle import DTYPES, expected, make_keys, make_store, normal
+from .oracle import DTYPES, expected, layout_of, make_keys, make_store, normal
 
 
 def whole_numbers(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -115,17 +115,20 @@ def test_what_is_not_a_number_is_not_swallowed_by_mask_softcap_or_state() -> Non
     assert np.isnan(flash_attention(np.full_like(q, np.nan), k, v)).all()
 
 
-def test_a_dead_token_of_a_coded_tile_never_shows() -> None:
-    """Its scale and minimum may be anything."""
+@pytest.mark.parametrize("precision", ["default", "f32"])
+@pytest.mark.parametrize("kind", ["q8t", "q4t", "q3t", "q2t"])
+def test_a_dead_token_of_a_coded_tile_never_shows(kind: str, precision: str) -> None:
+    """Its scales and minima may be any float16 number; those of V a finite one, as quantizing makes no other."""
     rng = np.random.default_rng(26)
-    q, (segment,) = normal(rng, 5, 2, 16), make_keys(rng, 64, 1, 16, "q4")[0]
+    q, (segment,) = normal(rng, 5, 2, 16), make_keys(rng, 64, 1, 16, kind)[0]
     (raw,) = segment.owner
+    layout = layout_of((kind, kind), 64, 1, 16)
     start = np.array([0, 4, 4, 20, 4])
-    clean = flash_attention(q, segment, start=start)
-    raw[-2 * 64 :].view(np.float16)[[0, 1, 2, 3]] = (
-        np.nan
-    )  # V has one group of 16 channels: the minima stand at the end
-    found = flash_attention(q, segment, start=start)
+    clean = flash_attention(q, segment, start=start, precision=precision)
+    pairs = 2 * 64 * 2  # bytes of a scale and a minimum for every token: both sides have one group of 16 channels
+    for end, numbers in ((layout.k.nbytes, (np.nan, np.inf, -np.inf, 7)), (layout.nbytes, (65504, -65504, 65504, 0))):
+        raw[end - pairs : end].view(np.float16).reshape(2, 64)[:, :4] = numbers
+    found = flash_attention(q, segment, start=start, precision=precision)
     assert np.isnan(found[0]).all()
     np.testing.assert_array_equal(found[1:], clean[1:])
 

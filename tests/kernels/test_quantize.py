@@ -1,4 +1,4 @@
-"""Quantizing, read back by the description of the layout alone (oracle.py)."""
+"""Quantizing, read back by the description of the layout alone (oracle.py), against a plain quantizer in NumPy."""
 
 import ml_dtypes
 import numpy as np
@@ -10,35 +10,73 @@ from mixkv.kernels import quantize
 from mixkv.kernels.attention import TILE
 
 from .oracle import (
+    CODED,
+    Format,
+    formats,
     head_parts,
-    k_codes,
+    layout_of,
     make_store,
     normal,
     padded_width,
+    quantize_as,
     read_tile,
-    v_codes,
-    v_group,
 )
 
-LARGEST_CODE = {"q8": 255, "q4": 15}
-CODED = tuple(LARGEST_CODE)
+AXES = tuple(kind + axis for kind in CODED for axis in "ct")
+Codes = tuple[np.ndarray, np.ndarray, np.ndarray]  # codes, and the scale and minimum of each, all (tile, D)
 
 
-def f16_rounding(x: np.ndarray) -> np.ndarray:
-    """The most that storing x in float16 changes it: half a step of 11 bits, or half of the smallest subnormal."""
-    return np.maximum(np.abs(x) * 2.0**-11, 2.0**-25)
+def plain(x: np.ndarray, form: Format, dead: int = 0) -> Codes:
+    """X (tile, D) in codes: the scale and minimum of a group's live values as float16, then the nearest code.
+
+    Single precision up to the code, as the kernel does it: whether 6.5 steps become 6 or 7 must not depend on us.
+    """
+    tile, d = x.shape
+    dead = dead if dead < tile else 0
+    largest = np.float32(2**form.bits - 1)
+    parts = [slice(c, c + 1) for c in range(d)]
+    if form.axis == "token":
+        group = form.group(padded_width(d))
+        parts = [slice(first, min(first + group, d)) for first in range(0, d, group)]
+    found = np.zeros((3, tile, d), np.float32)
+    for part in parts:
+        low, high = x[:, part].min(axis=1, keepdims=True), x[:, part].max(axis=1, keepdims=True)
+        if form.axis == "channel":
+            low, high = x[dead:, part].min(axis=0), x[dead:, part].max(axis=0)
+        scale = ((high - low) / largest).astype(np.float16).astype(np.float32)
+        minimum = low.astype(np.float16).astype(np.float32)
+        steps = (x[:, part] - minimum) / np.where(scale == 0, np.float32(np.inf), scale)
+        found[0][:, part] = np.clip(np.rint(steps), 0, largest)
+        found[1][:, part], found[2][:, part] = scale, minimum
+    return tuple(found.astype(np.float64))
 
 
-def parts(raw: np.ndarray, kinds: tuple[str, str], tile: int, heads: int, d: int) -> tuple[list, list]:
-    """(codes, scales, minima) of K and of V of every head."""
-    k, v = head_parts(raw, kinds, tile, heads, d)
+def coded(raw: np.ndarray, kinds: tuple[str, str], tile: int, heads: int, d: int) -> tuple[list[Codes], list[Codes]]:
+    """(codes, scales, minima) of K and of V of every head, as the tile has them."""
     width = padded_width(d)
-    return [k_codes(x, kinds[0], tile, width) for x in k], [v_codes(x, kinds[1], tile, width) for x in v]
+    sides = zip(formats(kinds), head_parts(raw, kinds, tile, heads, d), strict=True)
+    return tuple([tuple(x[:, :d] for x in form.coded(part, tile, width)) for part in parts] for form, parts in sides)
 
 
 def one_tile(k: np.ndarray, v: np.ndarray, kinds: tuple[str, str], dead: int = 0) -> np.ndarray:
     """k, v (tile, Hkv, D) as one coded tile."""
     return make_store(k, v, kinds, tile=len(k), dead=dead)[0]
+
+
+def check_tile(k: np.ndarray, v: np.ndarray, kinds: tuple[str, str], raw: np.ndarray, dead: int = 0) -> None:
+    """The tile is what the plain quantizer makes, and no value is further away than half a step."""
+    tile, heads, d = k.shape
+    for x, form, found in zip((k, v), formats(kinds), coded(raw, kinds, tile, heads, d), strict=True):
+        for h in range(heads):
+            for part, wanted in zip(found[h], plain(x[:, h], form, dead), strict=True):
+                np.testing.assert_array_equal(part, wanted)
+            live = slice(dead if form.axis == "channel" and dead < tile else 0, None)
+            assert_within_half_a_step(x[live, h], *(part[live] for part in found[h]), 2**form.bits - 1)
+
+
+def f16_rounding(x: np.ndarray) -> np.ndarray:
+    """The most that storing x in float16 changes it: half a step of 11 bits, or half of the smallest subnormal."""
+    return np.maximum(np.abs(x) * 2.0**-11, 2.0**-25)
 
 
 def assert_within_half_a_step(
@@ -52,56 +90,52 @@ def assert_within_half_a_step(
     assert (error[inside] <= (scales / 2 + 2.0**-22 * (np.abs(x) + np.abs(minima)))[inside]).all()
 
 
-def check_tile(k: np.ndarray, v: np.ndarray, kinds: tuple[str, str], raw: np.ndarray, dead: int = 0) -> None:
-    """Codes within half a step, and no scale wider than its group."""
-    tile, heads, d = k.shape
-    k_parts, v_parts = parts(raw, kinds, tile, heads, d)
-    for h in range(heads):
-        codes, scales, minima = (np.broadcast_to(x[..., :d], (tile, d)) for x in k_parts[h])
-        largest = LARGEST_CODE[kinds[0]]
-        live = k[dead:, h].astype(np.float64)
-        assert_within_half_a_step(live, codes[dead:], scales[dead:], minima[dead:], largest)
-        spread = (live.max(axis=0) - live.min(axis=0)) / largest
-        assert (np.abs(scales[0] - spread) <= 1.001 * f16_rounding(spread)).all()
-        assert (np.abs(minima[0] - live.min(axis=0)) <= 1.001 * f16_rounding(minima[0])).all()
-        codes, scales, minima = (x[:, :d] for x in v_parts[h])
-        largest = LARGEST_CODE[kinds[1]]
-        values = v[:, h].astype(np.float64)
-        assert_within_half_a_step(values, codes, scales, minima, largest)
-        group = v_group(padded_width(d))
-        for first in range(0, d, group):
-            part = values[:, first : first + group]
-            spread = (part.max(axis=1) - part.min(axis=1)) / largest
-            assert (np.abs(scales[:, first] - spread) <= 1.001 * f16_rounding(spread)).all()
-            assert (np.abs(minima[:, first] - part.min(axis=1)) <= 1.001 * f16_rounding(minima[:, first])).all()
-
-
 # --- Round trips ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@st.composite
+def coded_kinds(draw: st.DrawFn, d: int) -> tuple[str, str]:
+    """Names of two coded formats, with any group that fits head_dim."""
+    width = padded_width(d)
+    groups = ["", *(str(g) for g in range(16, width + 1, 16) if width % g == 0)]
+    made = []
+    for _ in "kv":
+        kind = draw(st.sampled_from(CODED)) + draw(st.sampled_from(("", "c", "t")))
+        made.append(kind + draw(st.sampled_from(groups)) if kind[2:] == "t" else kind)
+    return made[0], made[1]
+
+
+@settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from((32, 64, 128)), st.integers(1, 3), st.sampled_from((1, 16, 20, 40, 48, 64, 80, 112, 128)),
-    st.tuples(st.sampled_from(CODED), st.sampled_from(CODED)), st.floats(-8, 3), st.floats(-3, 3), st.integers(0, 40),
-    st.integers(0, 2**32),
+    st.sampled_from((32, 64, 128)), st.integers(1, 3),
+    st.sampled_from((1, 16, 20, 40, 48, 64, 80, 112, 128, 144, 250, 256)), st.data(), st.floats(-8, 3), st.floats(-3, 3),
+    st.integers(0, 40), st.integers(0, 2**32),
 )  # fmt: skip
-def test_a_code_is_at_most_half_a_step_away(
-    tile: int, heads: int, d: int, kinds: tuple[str, str], size: float, offset: float, dead: int, seed: int
+def test_codes_are_those_of_the_plain_quantizer(
+    tile: int, heads: int, d: int, data: st.DataObject, size: float, offset: float, dead: int, seed: int
 ) -> None:
-    """Data of any size down to subnormal scales, around any offset; the first ``dead`` tokens do not count for K."""
+    """Data of any size down to subnormal scales, around any offset; by channel the first ``dead`` tokens do not count."""
+    kinds = data.draw(coded_kinds(d))
     rng = np.random.default_rng(seed)
     k, v = ((10**size * normal(rng, tile, heads, d) + np.float32(offset)).astype(np.float32) for _ in "kv")
-    dead = min(dead, tile - 1)
     check_tile(k, v, kinds, one_tile(k, v, kinds, dead), dead)
 
 
-@pytest.mark.parametrize("bits", [(4, 4), (8, 8), (4, 8), (8, 4)])
+@pytest.mark.parametrize("kind", AXES)
 @pytest.mark.parametrize("tile", [32, 64, 128])
-def test_quantize_cuts_keys_into_tiles(bits: tuple[int, int], tile: int) -> None:
+@pytest.mark.parametrize("d", [64, 80, 96, 112, 128, 256])
+def test_every_format_at_the_usual_head_dims(kind: str, tile: int, d: int) -> None:
+    rng = np.random.default_rng(d)
+    k, v = normal(rng, tile, 2, d), normal(rng, tile, 2, d)
+    check_tile(k, v, (kind, kind), one_tile(k, v, (kind, kind)))
+
+
+@pytest.mark.parametrize("kinds", [("q4", "q4"), ("q8", "q8"), ("q4", "q8"), ("q3t", "q2c"), ("q2", "q3")])
+@pytest.mark.parametrize("tile", [32, 64, 128])
+def test_quantize_cuts_keys_into_tiles(kinds: tuple[str, str], tile: int) -> None:
     rng = np.random.default_rng(1)
-    kinds = f"q{bits[0]}", f"q{bits[1]}"
     k, v = normal(rng, 2 * tile + 5, 2, 40), normal(rng, 2 * tile + 5, 2, 40)
-    segment = quantize(k, v, k_bits=bits[0], v_bits=bits[1], tile=tile)
+    segment = quantize_as(kinds, k, v, tile)
     assert (segment.start, segment.stop, segment.n_kv_heads, segment.head_dim) == (0, 2 * tile + 5, 2, 40)
     assert segment.geometry[TILE] == tile and len(segment.owner) == 3
     for i, raw in enumerate(segment.owner):
@@ -119,17 +153,46 @@ def test_quantize_takes_half_precision_and_any_layout() -> None:
             np.testing.assert_array_equal(a, b)
 
 
-def test_the_defaults_are_four_bits_and_tiles_of_64() -> None:
+def test_the_defaults_are_four_bits_and_tiles_of_64_by_channel_and_by_token() -> None:
     x = normal(np.random.default_rng(3), 65, 1, 16)
-    a, b = quantize(x, x), quantize(x, x, k_bits=4, v_bits=4, tile=64)
+    a = quantize(x, x)
+    b = quantize(
+        x, x, k_bits=4, v_bits=4, tile=64, k_axis="channel", v_axis="token", k_group=0, v_group=0
+    )  # fmt: skip
     np.testing.assert_array_equal(a.geometry, b.geometry)
     np.testing.assert_array_equal(a.owner[0], b.owner[0])
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(16, np.float16), (32, np.float32)])
+def test_sixteen_and_thirty_two_bits_are_kept_as_numbers(bits: int, dtype: type) -> None:
+    rng = np.random.default_rng(4)
+    k, v = normal(rng, 70, 2, 20), normal(rng, 70, 2, 20)
+    rows = np.minimum(np.arange(64, 128), 69)
+    for kinds, options in (((f"f{bits}", "q4"), {"k_bits": bits}), (("q4", f"f{bits}"), {"v_bits": bits})):
+        segment = quantize(k, v, **options)
+        side = kinds.index(f"f{bits}")
+        found = read_tile(segment.owner[1], kinds, 64, 2, 20)[side]
+        np.testing.assert_array_equal(found, (k, v)[side][rows].astype(dtype).astype(np.float64))
+
+
+@pytest.mark.parametrize("d", [20, 64, 80, 112, 128])
+@pytest.mark.parametrize("kind", AXES)
+def test_a_tile_takes_as_many_bytes_as_its_codes_and_pairs(kind: str, d: int) -> None:
+    for tile in (32, 64, 128):
+        width, heads = padded_width(d), 3
+        sizes = []
+        for form in formats((kind, kind)):
+            group = next((g for g in (64, 48, 32) if width % g == 0), width)
+            pairs = width if form.axis == "channel" else tile * width // group
+            sizes.append(heads * (tile * width * form.bits // 8 + 4 * pairs))
+        layout = layout_of((kind, kind), tile, heads, d)
+        assert layout.nbytes == -(-sizes[0] // 64) * 64 + sizes[1]
 
 
 # --- Numbers that break quantizers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", CODED)
+@pytest.mark.parametrize("kind", AXES)
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 65504.0, -65504.0, 2.0**-24, 6e-5])
 @pytest.mark.parametrize("d", [16, 20])
 def test_a_constant_group_is_exact(kind: str, value: float, d: int) -> None:
@@ -139,39 +202,41 @@ def test_a_constant_group_is_exact(kind: str, value: float, d: int) -> None:
         np.testing.assert_array_equal(values, held)
 
 
-@pytest.mark.parametrize("kind", CODED)
+@pytest.mark.parametrize("kind", AXES)
 def test_a_group_of_zeros_among_others_is_exact(kind: str) -> None:
     rng = np.random.default_rng(4)
     k, v = normal(rng, 32, 2, 128), normal(rng, 32, 2, 128)
-    k[:, 1, 7], v[5, 0, 64:] = 0, 0
+    for x in (k, v):
+        x[:, 1, 7], x[5, 0, 64:] = 0, 0
     raw = one_tile(k, v, (kind, kind))
     check_tile(k, v, (kind, kind), raw)
-    read_k, read_v = read_tile(raw, (kind, kind), 32, 2, 128)
-    assert not read_k[:, 1, 7].any() and not read_v[5, 0, 64:].any()
+    for values in read_tile(raw, (kind, kind), 32, 2, 128):
+        assert not (values[:, 1, 7] if kind.endswith("c") else values[5, 0, 64:]).any()
 
 
-@pytest.mark.parametrize("kind", CODED)
+@pytest.mark.parametrize("kind", AXES)
 @pytest.mark.parametrize("outlier", [30_000.0, -60_000.0])
 def test_one_huge_outlier_costs_its_own_group_only(kind: str, outlier: float) -> None:
     rng = np.random.default_rng(5)
     k, v = normal(rng, 64, 2, 128), normal(rng, 64, 2, 128)
-    before = parts(one_tile(k, v, (kind, kind)), (kind, kind), 64, 2, 128)
+    before = coded(one_tile(k, v, (kind, kind)), (kind, kind), 64, 2, 128)
     k[11, 1, 70], v[11, 1, 70] = outlier, outlier
     raw = one_tile(k, v, (kind, kind))
     check_tile(k, v, (kind, kind), raw)
-    after = parts(raw, (kind, kind), 64, 2, 128)
-    others = np.arange(128) != 70
-    for was, now in zip(before[0], after[0], strict=True):
-        for a, b in zip(was, now, strict=True):
-            np.testing.assert_array_equal(a[..., others], b[..., others])
-    for h, (was, now) in enumerate(zip(before[1], after[1], strict=True)):
-        elsewhere = np.ones((64, 128), bool)
-        elsewhere[11, 64:] = h != 1  # the second group of this token in this head
-        for a, b in zip(was, now, strict=True):
-            np.testing.assert_array_equal(a[elsewhere], b[elsewhere])
+    after = coded(raw, (kind, kind), 64, 2, 128)
+    for was, now in zip(before, after, strict=True):
+        for h in range(2):
+            elsewhere = np.ones((64, 128), bool)
+            if kind.endswith("c"):
+                elsewhere[:, 70] = h != 1
+            else:
+                elsewhere[11, 64:] = h != 1  # the second group of this token in this head
+            for a, b in zip(was[h], now[h], strict=True):
+                np.testing.assert_array_equal(a[elsewhere], b[elsewhere])
+            assert h != 1 or (was[h][1][~elsewhere] < 100 * now[h][1][~elsewhere]).all()
 
 
-@pytest.mark.parametrize("kind", CODED)
+@pytest.mark.parametrize("kind", AXES)
 @pytest.mark.parametrize("size", [1e-4, 1e-6, 1e-7, 1e-8, 1e-30, 1e-44])
 def test_subnormal_scales_and_smaller_ones(kind: str, size: float) -> None:
     rng = np.random.default_rng(6)
@@ -182,76 +247,113 @@ def test_subnormal_scales_and_smaller_ones(kind: str, size: float) -> None:
         assert np.isfinite(values).all() and np.abs(values).max() <= 4 * size + 2.0**-24
 
 
-@pytest.mark.parametrize("kind", CODED)
-@pytest.mark.parametrize("dead", [1, 4, 16, 33])
-def test_dead_rows_do_not_widen_the_range_of_K(kind: str, dead: int) -> None:
+@pytest.mark.parametrize("kind", [kind + "c" for kind in CODED])
+@pytest.mark.parametrize("dead", [1, 4, 16, 33, 63])
+def test_dead_tokens_widen_no_range_by_channel(kind: str, dead: int) -> None:
+    """Neither of K nor of V, whatever they are."""
     rng = np.random.default_rng(7)
     k, v = normal(rng, 64, 2, 20), normal(rng, 64, 2, 20)
-    k[:dead] *= 1e30
-    raw = one_tile(k, v, (kind, kind), dead)
-    check_tile(k, v, (kind, kind), raw, dead)
-    k[:dead] = -1
-    again = one_tile(k, v, (kind, kind), dead)
-    found, want = (parts(x, (kind, kind), 64, 2, 20)[0] for x in (raw, again))
-    for (codes, *pair), (other_codes, *other_pair) in zip(found, want, strict=True):
-        np.testing.assert_array_equal(codes[dead:], other_codes[dead:])
-        np.testing.assert_array_equal(pair, other_pair)
+    tiles = []
+    for loud in (1e30, 100.0):
+        for x in (k, v):
+            x[:dead] = loud * np.sign(x[:dead])
+        raw = one_tile(k, v, (kind, kind), dead)
+        check_tile(k, v, (kind, kind), raw, dead)
+        tiles.append(coded(raw, (kind, kind), 64, 2, 20))
+    for found, want in zip(*tiles, strict=True):
+        for (codes, *pair), (other_codes, *other_pair) in zip(found, want, strict=True):
+            np.testing.assert_array_equal(codes[dead:], other_codes[dead:])
+            np.testing.assert_array_equal(pair, other_pair)
+    unmarked = coded(one_tile(k, v, (kind, kind)), (kind, kind), 64, 2, 20)
+    assert all((a[1] != b[1]).any() for a, b in zip(unmarked[1], tiles[1][1], strict=True)), "they would have widened"
 
 
+@pytest.mark.parametrize("kind", CODED)
 @pytest.mark.parametrize("dead", [32, 40])
-def test_a_tile_of_dead_rows_is_no_error(dead: int) -> None:
+def test_a_tile_of_dead_rows_is_no_error(kind: str, dead: int) -> None:
     rng = np.random.default_rng(8)
     k, v = normal(rng, 32, 1, 16), normal(rng, 32, 1, 16)
-    for values in read_tile(one_tile(k, v, ("q4", "q4"), dead), ("q4", "q4"), 32, 1, 16):
+    for values in read_tile(one_tile(k, v, (kind, kind), dead), (kind, kind), 32, 1, 16):
         assert np.isfinite(values).all()
 
 
-@pytest.mark.parametrize("kind", CODED)
-def test_V_of_a_token_depends_on_that_token_alone(kind: str) -> None:
+@pytest.mark.parametrize("kind", [kind + "t" for kind in CODED])
+def test_by_token_a_token_depends_on_itself_alone(kind: str) -> None:
     rng = np.random.default_rng(9)
     k, v = normal(rng, 32, 2, 80), normal(rng, 32, 2, 80)
-    before = parts(one_tile(k, v, (kind, kind)), (kind, kind), 32, 2, 80)[1]
+    before = coded(one_tile(k, v, (kind, kind)), (kind, kind), 32, 2, 80)
     kept = rng.random(32) < 0.5
-    v[~kept] = 100 * normal(rng, 32, 2, 80)[~kept]
-    k *= 3
-    after = parts(one_tile(k, v, (kind, kind), dead=5), (kind, kind), 32, 2, 80)[1]
-    for was, now in zip(before, after, strict=True):
+    for x in (k, v):
+        x[~kept] = 100 * normal(rng, 32, 2, 80)[~kept]
+    after = coded(one_tile(k, v, (kind, kind), dead=5), (kind, kind), 32, 2, 80)
+    for was, now in zip(before[0] + before[1], after[0] + after[1], strict=True):
         for a, b in zip(was, now, strict=True):
             np.testing.assert_array_equal(a[kept], b[kept])
             assert (a[~kept] != b[~kept]).any()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", [kind + "t" for kind in CODED])
+@pytest.mark.parametrize("d", [17, 20, 100])
+@pytest.mark.parametrize("offset", [50.0, -50.0])
+def test_padding_channels_do_not_widen_the_range_of_a_token(kind: str, d: int, offset: float) -> None:
+    """Values around 50: a 0 among them would make the steps several times as wide."""
+    rng = np.random.default_rng(11)
+    k, v = (normal(rng, 32, 2, d) + np.float32(offset) for _ in "kv")
+    raw = one_tile(k, v, (kind, kind))
+    check_tile(k, v, (kind, kind), raw)
+    for found in coded(raw, (kind, kind), 32, 2, d):
+        for _, scales, _ in found:
+            assert scales.max() < 10 / (2 ** int(kind[1]) - 1)
+
+
+@pytest.mark.parametrize("kind", AXES)
 @pytest.mark.parametrize("part", ["k", "v"])
 @pytest.mark.parametrize(
     "numbers", [(70_000.0, 70_000.0), (-70_000.0, 0.0), (-2e7, 2e7), (3e38, -3e38), (np.nan, 1), (np.inf, 1)]
 )
-def test_what_float16_cannot_hold_is_an_error(bits: int, part: str, numbers: tuple[float, float]) -> None:
+def test_what_float16_cannot_hold_is_an_error(kind: str, part: str, numbers: tuple[float, float]) -> None:
+    """In a channel and in a token alike: a token of one number but for one channel, and another token beside it."""
     rng = np.random.default_rng(10)
     arrays = {"k": normal(rng, 40, 2, 16), "v": normal(rng, 40, 2, 16)}
     arrays[part][34, 1] = numbers[0]
     arrays[part][34, 1, 5] = numbers[1]
-    if part == "k":
+    if kind.endswith("c"):
         arrays[part][35, 1] = numbers[1]
     if numbers[0] == numbers[1]:
         arrays[part][:] = numbers[0]
     with pytest.raises(OverflowError, match="scale or minimum is beyond the largest float16"):
-        quantize(**arrays, k_bits=bits, v_bits=bits)
+        quantize_as((kind, kind), arrays["k"], arrays["v"])
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"k_bits": 5}, r"^k_bits must be one of \(4, 8\), found 5"),
-        ({"v_bits": 16}, "^v_bits .*16"),
+        ({"k_bits": 5}, r"^k_bits must be one of \(8, 4, 3, 2, 16, 32\), found 5"),
+        ({"v_bits": 1}, "^v_bits .*found 1"),
         ({"v_bits": None}, "^v_bits .*None"),
         ({"tile": 48}, r"^tile must be one of \(32, 64, 128\), found 48"),
         ({"k": np.zeros((3, 16), np.float32)}, r"^k must be an array \(N, Hkv, D\), found \(3, 16\)"),
         ({"v": np.zeros((3, 1, 16), np.float64)}, "^v .*float64"),
         ({"v": np.zeros((3, 2, 16), np.float32)}, r"^k and v .*\(3, 1, 16\) and \(3, 2, 16\)"),
+        ({"k_axis": "row"}, r"^k_axis must be one of \('channel', 'token'\), found 'row'"),
+        ({"v_axis": None}, "^v_axis .*None"),
+        ({"v_group": 15}, "^v_group by token must be one of 16 at head_dim 16, found 15"),
+        ({"v_group": 32}, "^v_group by token must be one of 16 .*found 32"),
+        ({"v_group": -16}, "^v_group by token .*found -16"),
+        ({"k_axis": "token", "k_group": 8}, "^k_group by token .*found 8"),
+        ({"k_group": 16}, r"^k_group by channel is the tile \(64\) or 0, found 16"),
     ],
 )
 def test_quantize_refuses_what_does_not_fit(bad: dict[str, object], message: str) -> None:
     x = np.zeros((3, 1, 16), np.float32)
     with pytest.raises(ValueError, match=message):
         quantize(**{"k": x, "v": x, **bad})
+
+
+def test_heads_wider_than_sums_can_hold_are_refused() -> None:
+    """256 channels of 8 bits are what an exact sum in 32 bits allows."""
+    x = np.zeros((3, 1, 257), np.float32)
+    with pytest.raises(ValueError, match="head_dim must be at most 256 for codes, found 257"):
+        quantize(x, x)
+    x = normal(np.random.default_rng(12), 40, 1, 256)
+    check_tile(x[:32], x[:32], ("q8", "q8t256"), quantize_as(("q8", "q8t256"), x[:32], x[:32], 32).owner[0])

@@ -6,13 +6,16 @@ import numba
 import numpy as np
 import pytest
 
-from mixkv.kernels import Segment, empty_state, flash_attention, quantize
+from mixkv.kernels import Segment, empty_state, flash_attention
+from mixkv.kernels.state import merge_partials
 
-from .oracle import DTYPES, normal
-from .other_process import attention_bits, run_process
+from .oracle import DTYPES, make_store, normal, quantize_as
+from .other_process import CODED_PAIRS, PRECISIONS, attention_bits, run_process
 
 T, N, H, KV_HEADS, D = 200, 1300, 6, 2, 64  # three splits of 512, and tiles that are not full
-FORMS = ("f32", "f16", "bf16", "q8", "q4")
+CODES = tuple("/".join(kinds) for kinds in CODED_PAIRS)
+FORMS = (*DTYPES, *CODES)
+ROUTES = [(form, "default") for form in FORMS] + [(form, "f32") for form in CODES]
 LAST = np.arange(N - T, N)
 RANGES = {
     "full": (np.zeros(T, np.int64), np.full(T, N)),
@@ -27,7 +30,7 @@ def make_keys(form: str, n: int = N, d: int = D) -> tuple:
     k, v = normal(rng, n, KV_HEADS, d), normal(rng, n, KV_HEADS, d)
     if form in DTYPES:
         return k.astype(DTYPES[form]), v.astype(DTYPES[form])
-    return (quantize(k, v, k_bits=int(form[1:]), v_bits=int(form[1:])),)
+    return (quantize_as(tuple(form.split("/")), k, v),)
 
 
 def attention(q: np.ndarray, keys: tuple, **options: object) -> tuple[np.ndarray, np.ndarray]:
@@ -40,25 +43,25 @@ def assert_same_bits(found: tuple[np.ndarray, np.ndarray], want: tuple[np.ndarra
     np.testing.assert_array_equal(np.ascontiguousarray(found[1]).view(np.uint32), want[1].view(np.uint32))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "precision"), ROUTES)
 @pytest.mark.parametrize("ranges", RANGES)
-def test_each_row_of_a_long_call_equals_the_row_alone(form: str, ranges: str) -> None:
+def test_each_row_of_a_long_call_equals_the_row_alone(form: str, precision: str, ranges: str) -> None:
     q, keys = normal(np.random.default_rng(2), T, H, D), make_keys(form)
     start, stop = RANGES[ranges]
-    out, state = attention(q, keys, start=start, stop=stop)
+    out, state = attention(q, keys, start=start, stop=stop, precision=precision)
     for i in range(T):
-        one = attention(q[i : i + 1], keys, start=start[i : i + 1], stop=stop[i : i + 1])
+        one = attention(q[i : i + 1], keys, start=start[i : i + 1], stop=stop[i : i + 1], precision=precision)
         assert_same_bits(one, (out[i : i + 1], np.ascontiguousarray(state[:, i : i + 1])))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_where_a_call_is_cut_changes_nothing(form: str) -> None:
+@pytest.mark.parametrize(("form", "precision"), ROUTES)
+def test_where_a_call_is_cut_changes_nothing(form: str, precision: str) -> None:
     q, keys = normal(np.random.default_rng(3), T, H, D), make_keys(form)
     start, stop = RANGES["causal"]
-    out, state = attention(q, keys, start=start, stop=stop)
+    out, state = attention(q, keys, start=start, stop=stop, precision=precision)
     for cuts in ([0, 1, 3, 8, 40, 73, 74, 139, T], [0, 64, 128, 192, T], [0, T - 1, T]):
         for a, b in zip(cuts, cuts[1:], strict=False):
-            part = attention(q[a:b], keys, start=start[a:b], stop=stop[a:b])
+            part = attention(q[a:b], keys, start=start[a:b], stop=stop[a:b], precision=precision)
             assert_same_bits(part, (out[a:b], np.ascontiguousarray(state[:, a:b])))
 
 
@@ -67,7 +70,7 @@ def test_with_every_option_a_row_still_equals_itself_alone() -> None:
     q, mask = normal(rng, T, H, D), normal(rng, H, T, N)
     mask[rng.random(mask.shape) < 0.3] = -np.inf
     options = {"softcap": 20.0, "max_bias": 8.0, "sink_logits": normal(rng, H), "causal": True}
-    for form in ("f16", "q4"):
+    for form, options["precision"] in (("f16", "default"), *((form, p) for form in CODES for p in PRECISIONS)):
         keys = make_keys(form)
         out, state = attention(q, keys, mask=mask, positions=LAST, **options)
         for i in range(0, T, 7):
@@ -85,19 +88,34 @@ def test_a_query_head_alone_equals_the_head_in_its_group(form: str) -> None:
         assert_same_bits(one, (np.ascontiguousarray(out[:, head : head + 1]), state[head : head + 1]))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kinds", CODED_PAIRS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_query_head_over_codes_alone_equals_the_head_in_its_group(kinds: tuple[str, str], precision: str) -> None:
+    """Its factors are its own, and codes of a head do not depend on the other heads."""
+    q, (k, v) = normal(np.random.default_rng(6), 11, H, D), make_keys("f32")
+    out, state = attention(q, (quantize_as(kinds, k, v),), causal=True, precision=precision)
+    for head in range(H):
+        kv = slice(head * KV_HEADS // H, head * KV_HEADS // H + 1)
+        keys = (quantize_as(kinds, k[:, kv], v[:, kv]),)
+        one = attention(np.ascontiguousarray(q[:, head : head + 1]), keys, causal=True, precision=precision)
+        assert_same_bits(one, (np.ascontiguousarray(out[:, head : head + 1]), state[head : head + 1]))
+
+
+@pytest.mark.parametrize(("form", "precision"), ROUTES)
 @pytest.mark.parametrize("t", [1, 5, T])
-def test_both_ways_of_dealing_out_the_work_give_the_same_bits(
-    form: str, t: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_ways_of_dealing_out_the_work_give_the_same_bits(form: str, precision: str, t: int) -> None:
     q, keys = normal(np.random.default_rng(7), t, H, 20), make_keys(form, d=20)
     before = attention(normal(np.random.default_rng(8), t, H, 20), keys)
-    found = []
-    for limit in (0, 10**9):  # the first makes every call go by blocks of queries, the second by splits of keys
-        monkeypatch.setattr("mixkv.kernels.flash.BLOCK_ROWS", limit)
-        out, state = before[0].copy(), before[1].copy()
-        flash_attention(q, *keys, causal=True, state=state, out=out)
+    found, merges = [], []
+    for limit in ({"UNITS_A_WORKER": 0}, {"BLOCK_ROWS": 10**9}):  # all go by blocks of queries, all by splits of keys
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in limit.items():
+                patch.setattr(f"mixkv.kernels.flash.{name}", value)
+            patch.setattr("mixkv.kernels.flash.merge_partials", lambda *a: merges.append(a) or merge_partials(*a))
+            out, state = before[0].copy(), before[1].copy()
+            flash_attention(q, *keys, causal=True, state=state, out=out, precision=precision)
         found.append((out, state))
+        assert len(merges) == len(found) - 1
     assert_same_bits(*found)
 
 
@@ -127,8 +145,6 @@ def test_more_threads_than_cores_give_the_same_bits(threads: int) -> None:
 
 def test_a_segment_of_a_store_equals_the_arrays_it_came_from() -> None:
     """Tiles of float32 and plain arrays hold the same numbers on the same grid."""
-    from .oracle import make_store
-
     q, (k, v) = normal(np.random.default_rng(9), 5, H, D), make_keys("f32", n=1280)
     segment = make_store(k, v, ("f32", "f32")).segment(0, 1280)
     assert isinstance(segment, Segment)

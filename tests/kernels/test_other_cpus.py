@@ -1,0 +1,55 @@
+"""The same kernels on lesser CPUs that the compiler is told to target, in processes of their own."""
+
+import platform
+
+import numba
+import pytest
+from llvmlite import binding
+
+from .oracle import TOLERANCE
+from .other_process import attention_bits, attention_errors, run_process, tile_hashes, wrong_codes, wrong_products
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+HASWELL = ("f16c", "fma", "avx2")
+
+
+def assert_close(errors: dict[str, float]) -> None:
+    for name, error in errors.items():
+        form, precision = name.split()
+        kind = form if "/" not in form else "codes" if precision == "default" else "f32"
+        assert error <= TOLERANCE["out", kind], f"{name}: {error:.3g}"
+
+
+def test_this_cpu() -> None:
+    assert_close(attention_errors())
+    assert wrong_products() == [] and wrong_codes() == []
+
+
+def host_has(*features: str) -> bool:
+    return X86 and all(binding.get_host_cpu_features().get(name, False) for name in features)
+
+
+@pytest.mark.skipif(not X86, reason="these are names of x86 CPUs")
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [
+        ("generic", ()),
+        pytest.param("haswell", HASWELL, marks=pytest.mark.skipif(not host_has(*HASWELL), reason="needs AVX2")),
+    ],
+)
+def test_a_cpu_without_avx512_or_avx2_computes_the_same(name: str, features: tuple[str, ...]) -> None:
+    """The kernels compile once more there (half a minute, once): halves by integers, multiply and add apart."""
+    flags = ",".join(f"+{feature}" for feature in features)
+    threads = str(numba.config.NUMBA_NUM_THREADS)
+    environment = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": flags, "NUMBA_NUM_THREADS": threads}
+    found = run_process("cpu", environment)
+    assert found["features"] == {x: x in features for x in ("f16c", "fma", "avx2", "avx512f")}
+    assert found["halves"] == [] and found["stored halves"] == []
+    assert found["products"] == [] and found["codes"] == []
+    assert found["tiles"] == tile_hashes()
+    assert found["attention"].keys() == attention_errors().keys()
+    assert_close(found["attention"])
+    if "fma" in features:  # the order of every sum is fixed: only an unfused multiply and add changes bits
+        assert found["bits"] == attention_bits()
+    # Without a fused multiply-add, what rounding x / ln 2 costs is not undone.
+    assert found["exp"] <= (1 if "fma" in features else 4.2)
