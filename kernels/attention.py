@@ -425,10 +425,10 @@ _attend_split = split_kernel.call
 
 
 @inner
-def _room(start, rows, tile, width, parts):  # type: ignore[no-untyped-def]
+def _room(start, rows, fewest, tile, width, parts):  # type: ignore[no-untyped-def]
     """Where each part of a worker's room begins, from address ``start`` on, and where the last one ends.
 
-    ``parts``: the most that a side has.
+    ``fewest``: rows of the smallest block, for which the most tiles are folded together. ``parts``: the most of a side.
     """
     most, vectors = max(tile, width), (rows + LANES - 1) // LANES * LANES
     queries = start
@@ -438,7 +438,7 @@ def _room(start, rows, tile, width, parts):  # type: ignore[no-untyped-def]
     codes = sums + vectors * VECTOR
     values = codes + tile * width * 2
     scales = values + tile * width * 4
-    words = scales + max(_chunk(rows) * parts * most * 8, LANES * LANES * 4)
+    words = scales + max(_chunk(fewest) * parts * most * 8, LANES * LANES * 4)
     factors = words + parts * vectors * most * 2 + VECTOR
     offsets = factors + parts * vectors * 4
     scratch = offsets + parts * vectors * 4
@@ -506,8 +506,8 @@ def _work(  # type: ignore[no-untyped-def]
     blocks = (n_queries + block - 1) // block
     rows = min(block, n_queries) * n_rep
     most_parts = max(geometry[K_SIDE + PARTS], geometry[V_SIDE + PARTS])
-    memory = np.empty(_room(0, rows, tile, width, most_parts)[-1] + 64, np.uint8)
-    room = np.array(_room((memory.ctypes.data + 63) // 64 * 64, rows, tile, width, most_parts))
+    memory = np.empty(_room(0, rows, n_rep, tile, width, most_parts)[-1] + 64, np.uint8)
+    room = np.array(_room((memory.ctypes.data + 63) // 64 * 64, rows, n_rep, tile, width, most_parts))
     table, numbers = np.empty(FIELDS * COLUMNS, np.int64), np.zeros(FLOAT_FIELDS * COLUMNS, np.float32)
     units = parts * blocks * kv_heads
     # Parts follow one another in memory, so a worker takes a run of them; blocks differ in work, so they are dealt out.
