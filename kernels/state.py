@@ -148,9 +148,10 @@ def merge_states(
         check_out("out", out, (t, h, d), writable=True)
     empty = (state1[..., 1] == 0).T
     merged = pad_last_axis(np.where(empty[..., None], np.float32(0), out1))
-    state = np.where(state1[..., 1:] == 0, np.array([-np.inf, 0], np.float32), state1)
-    # Writable and aligned, because those are part of the type that Numba compiles for; both are only read.
-    other, other_state = (np.require(x, requirements=["W", "A"]) for x in (pad_last_axis(out2), state2))
+    # Where S is 0, M may be anything, and here becomes what the merge expects.
+    state, other_state = (np.where(x[..., 1:] == 0, np.float32([-np.inf, 0]), x) for x in (state1, state2))
+    # Writable and aligned, because that is part of the type that Numba compiles for; it is only read.
+    other = np.require(pad_last_axis(out2), requirements=["W", "A"])
     merge_partials(other[None], other_state[None], merged, state)
     if out is None:
         return np.ascontiguousarray(merged[..., :d]), state
