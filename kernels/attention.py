@@ -438,7 +438,9 @@ def _room(start, rows, tile, width, parts):  # type: ignore[no-untyped-def]
     codes = sums + vectors * VECTOR
     values = codes + tile * width * 2
     scales = values + tile * width * 4
-    tiles = min(FOLDED, SPLIT // tile)  # that are folded together, at most: the last block of queries may be a small one
+    tiles = min(
+        FOLDED, SPLIT // tile
+    )  # that are folded together, at most: the last block of queries may be a small one
     words = scales + max(tiles * parts * most * 8, LANES * LANES * 4)
     factors = words + parts * vectors * most * 2 + VECTOR
     offsets = factors + parts * vectors * 4

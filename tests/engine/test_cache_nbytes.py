@@ -1,6 +1,7 @@
 """nbytes says what is really held, and that is less than a third of a float16 cache at 4 bits."""
 
 import tracemalloc
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 import mixkv.engine.cache
 from mixkv.engine.cache import Cache, LayerCache
 from mixkv.engine.policy import CachePolicy
+from mixkv.kernels import layout as layout_module
+from mixkv.kernels.layout import Arena
 
 Float32 = NDArray[np.float32]
 Feed = Callable[..., Float32]
@@ -52,11 +55,23 @@ def test_nbytes_is_the_sum_of_the_buffers_that_are_held(draw_qkv: Draw, feed: Fe
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_nbytes_is_what_the_allocator_was_asked_for(draw_qkv: Draw, feed: Feed, policy: CachePolicy) -> None:
-    """Of NumPy's buffers, as tracemalloc counts them, nothing is left that nbytes does not know of."""
+def test_nbytes_is_what_the_allocators_were_asked_for(
+    draw_qkv: Draw, feed: Feed, policy: CachePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left that nbytes does not know of: not in the arena of tiles, nor in the buffers that tracemalloc sees."""
+    taken: list[weakref.ref] = []
+
+    class Watched(Arena):
+        def take(self, nbytes: int) -> np.ndarray:
+            tile = super().take(nbytes)
+            taken.append(weakref.ref(tile))
+            return tile
+
+    monkeypatch.setattr(layout_module, "_ARENA", Watched())
     qkv = draw_qkv(2, 2000, head_dim=64)
     cuts = [*range(0, 2000, 500), 2000]
     feed(LayerCache(policy, 2, 64), qkv, cuts)  # what is allocated once and for all
+    taken.clear()
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
@@ -65,12 +80,13 @@ def test_nbytes_is_what_the_allocator_was_asked_for(draw_qkv: Draw, feed: Feed, 
         grown = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    total = sum(cache.nbytes().values())
-    if cache.recent.layout != cache.old.layout:  # then dense tiles are pages of the system, which test_memory.py counts
-        total -= cache.nbytes()["recent"]
-    # Beside the buffers: for each tile 64 bytes of alignment, two Python objects and two addresses, under 600 bytes.
+    counted = cache.nbytes()
+    in_arena = counted["old"] + (counted["recent"] if cache.recent.layout == cache.old.layout else 0)
+    assert sum(tile.nbytes for ref in taken if (tile := ref()) is not None) == in_arena
+    # Dense tiles of another layout are pages of the system, which test_memory.py counts. Beside the buffers: for each tile
+    # a few Python objects and two addresses, under 600 bytes.
     tiles = cache.old.stop + cache.recent.stop - cache.recent.first
-    assert total <= grown <= total + 600 * tiles + 16_000
+    assert counted["sink"] <= grown <= counted["sink"] + 600 * tiles + 16_000
 
 
 def test_a_cache_sums_its_layers(draw_qkv: Draw) -> None:
