@@ -149,7 +149,7 @@ def merge_states(
     empty = (state1[..., 1] == 0).T
     merged = pad_last_axis(np.where(empty[..., None], np.float32(0), out1))
     # Where S is 0, M may be anything, and here becomes what the merge expects.
-    state, other_state = (np.where(x[..., 1:] == 0, np.float32([-np.inf, 0]), x) for x in (state1, state2))
+    state, other_state = (np.where(x[..., 1:] == 0, np.array([-np.inf, 0], np.float32), x) for x in (state1, state2))
     # Writable and aligned, because that is part of the type that Numba compiles for; it is only read.
     other = np.require(pad_last_axis(out2), requirements=["W", "A"])
     merge_partials(other[None], other_state[None], merged, state)
