@@ -13,7 +13,15 @@ from numba import prange, types
 from . import simd
 from .jit import inner, parallel_kernel, standalone
 from .layout import BYTES, GROUP, HEAD, KIND, PARAMS, PARTS, PER_LANE, ROW
-from .products import FOLDED, fold, multiply_codes, score_floats, weigh_floats
+from .products import (
+    FOLDED,
+    fold,
+    multiply_codes,
+    multiply_packed,
+    packs_directly,
+    score_floats,
+    weigh_floats,
+)
 from .simd import LANES
 from .state import merge_rows
 from .tiles import VECTOR, codes_to_floats, is_dense, unpack_codes, unpack_dense_k, unpack_dense_v, unpack_scales
@@ -302,11 +310,18 @@ def _multiply_tile(  # type: ignore[no-untyped-def]
     simd.never_inline()
     first = _int(table, FIRST, nth)
     scales = _get(room, SCALES) + nth * 8 * _get(side, PARTS) * (lanes if _get(side, PER_LANE) else steps)
+    rows, own = _int(table, FIRST, nth + 1) - first, _field(table, ACTIVE) + 8 * first
+    if packs_directly(_get(side, KIND), rows):
+        multiply_packed(
+            _get(room, WORDS), _get(room, FACTORS), _get(room, OFFSETS), _int(table, FIRST, tiles), first, own, rows, lanes,
+            steps, address, scales, side, fresh, target, target_stride, tops, ahead, last, _get(room, SCRATCH),
+        )  # fmt: skip
+        return
     unpack_codes(address, _get(side, KIND), lanes * steps // 32, _get(room, CODES), ahead)
     multiply_codes(
-        _get(room, WORDS), _get(room, FACTORS), _get(room, OFFSETS), _int(table, FIRST, tiles), first,
-        _field(table, ACTIVE) + 8 * first, _int(table, FIRST, nth + 1) - first, lanes, steps, _get(room, CODES), scales,
-        side, fresh, target, target_stride, tops, ahead + (last - ahead) // 3, last, _field(table, TARGETS),
+        _get(room, WORDS), _get(room, FACTORS), _get(room, OFFSETS), _int(table, FIRST, tiles), first, own, rows, lanes,
+        steps, _get(room, CODES), scales, side, fresh, target, target_stride, tops, ahead + (last - ahead) // 3, last,
+        _field(table, TARGETS),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from . import simd
 from .jit import inner
-from .layout import GROUP, PARTS, PER_LANE
+from .layout import GROUP, KIND, PARTS, PER_LANE, Q2, Q4, Q8
 from .simd import LANES, ROWS, VECTORS
 from .tiles import VECTOR
 
@@ -135,6 +135,62 @@ def multiply_codes(  # type: ignore[no-untyped-def]
                     offsets + 4 * row, lane_scales, lane_minima, top_addresses + 8 * i if tops else 0, ahead, last,
                 )  # fmt: skip
                 ahead += length // 2 * VECTOR
+        words, factors, offsets = _next_part(words, factors, offsets, folded, length)
+
+
+@inner
+def packs_directly(kind, rows):  # type: ignore[no-untyped-def]
+    """Whether ``multiply_packed`` takes a format: few rows, and codes that lie in one plane."""
+    return rows <= ROWS and kind in (Q8, Q4, Q2)
+
+
+@inner
+def multiply_packed(  # type: ignore[no-untyped-def]
+    words, factors, offsets, folded, first, active, rows, lanes, steps, codes, scales, side, fresh, target, target_stride,
+    tops, ahead, last, sums,
+):  # fmt: skip
+    """``multiply_codes`` for up to 4 rows, on codes as they are stored. The integer sums are exact: the result is the same.
+
+    sums: room for 16 vectors.
+    """
+    simd.never_inline()
+    group, parts = simd.integer_at(side + 8 * GROUP), simd.integer_at(side + 8 * PARTS)
+    per_lane, kind = simd.integer_at(side + 8 * PER_LANE), simd.integer_at(side + 8 * KIND)
+    minima = scales + 4 * parts * (lanes if per_lane else steps)
+    length, span = (group, lanes) if per_lane else (steps, group)
+    a_word = 2 if kind == Q8 else 4 if kind == Q4 else 8
+    for part in range(parts):
+        first_step, first_lane = (part * length, 0) if per_lane else (0, part * span)
+        for lane in range(first_lane, first_lane + span, VECTORS * LANES):
+            blocks = min(VECTORS, (first_lane + span - lane) // LANES)
+            column = codes + (lane * steps // 32 + first_step // 2) // a_word * VECTOR
+            stride = steps // 2 // a_word * VECTOR
+            x = words + 2 * first * length
+            if kind == Q8:
+                simd.sum_packed8(x, 2 * length, column, stride, length // 2, rows, blocks, sums, ahead, last)
+            elif kind == Q4:
+                simd.sum_packed4(x, 2 * length, column, stride, length // 2, rows, blocks, sums, ahead, last)
+            else:
+                simd.sum_packed2(x, 2 * length, column, stride, length // 2, rows, blocks, sums, ahead, last)
+            ahead += length // 2 * VECTOR
+            for i in range(rows):
+                row = simd.integer_at(active + 8 * i)
+                at, top = target + row * target_stride + 4 * lane, tops + row * VECTOR
+                factor, offset = simd.splat_at(factors + 4 * (first + i)), simd.splat_at(offsets + 4 * (first + i))
+                largest = simd.splat(np.float32(-np.inf))
+                for b in range(blocks):
+                    value, shift = simd.load_int32(sums + (i * VECTORS + b) * VECTOR), offset
+                    if per_lane:
+                        place = 4 * (part * lanes + lane + b * LANES)
+                        value = simd.mul(value, simd.load_f32(scales + place))
+                        shift = simd.mul(shift, simd.load_f32(minima + place))
+                    value = simd.fma(value, factor, shift)
+                    if not (fresh and first_step == 0):
+                        value = simd.add(simd.load_f32(at + b * VECTOR), value)
+                    largest = simd.larger(largest, value)
+                    simd.store_f32(at + b * VECTOR, value)
+                if tops:
+                    simd.store_f32(top, simd.larger(simd.load_f32(top), largest))
         words, factors, offsets = _next_part(words, factors, offsets, folded, length)
 
 
