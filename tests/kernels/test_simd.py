@@ -417,6 +417,40 @@ def test_the_largest_sum_of_pairs_that_there_can_be_is_exact(sign: int) -> None:
 
 
 @kernel
+def _sum_packed(bits, a, b, rows, blocks, target):
+    x, y, z = a.ctypes.data, b.ctypes.data, target.ctypes.data
+    strides = 4 * a.shape[1], 64 * b.shape[1]  # a word a pair, a vector of words a step
+    if bits == 8:
+        simd.sum_packed8(x, strides[0], y, strides[1], a.shape[1], rows, blocks, z, x, x)
+    elif bits == 4:
+        simd.sum_packed4(x, strides[0], y, strides[1], a.shape[1], rows, blocks, z, x, x)
+    else:
+        simd.sum_packed2(x, strides[0], y, strides[1], a.shape[1], rows, blocks, z, x, x)
+    return a.size + b.size + target.size
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("pairs", [8, 40, 128])
+def test_sums_over_packed_codes_are_exact(bits: int, pairs: int) -> None:
+    """For every size of block; codes that are all ones and factors of the largest size are among them."""
+    rng = np.random.default_rng(bits)
+    factors = rng.integers(-32767, 32768, (4, pairs, 2)).astype(np.int16)
+    factors[0] = 32767
+    codes = rng.integers(0, 1 << bits, (4, pairs, 16, 2))  # vector, pair, lane, half
+    codes[1] = (1 << bits) - 1
+    per_word = 16 // bits
+    places = codes.reshape(4, pairs // per_word, per_word, 16, 2) << (bits * np.arange(per_word)[:, None, None])
+    words = np.ascontiguousarray(places.sum(axis=2).astype(np.uint16)).view(np.uint32)[..., 0]
+    want = np.einsum("rpk,vplk->rvl", factors.astype(np.int64), codes)
+    for rows in range(1, 5):
+        for blocks in range(1, 5):
+            found = np.full((4, 4, 16), 7, np.int32)
+            _sum_packed(bits, factors.view(np.int32)[..., 0], words, rows, blocks, found)
+            np.testing.assert_array_equal(found[:rows, :blocks], want[:rows, :blocks])
+            assert (found[rows:] == 7).all() and (found[:, blocks:] == 7).all()
+
+
+@kernel
 def _multiply_pairs(a, b, targets, column, fresh, factors, offsets, scales, minima, per_lane, tops, rows, blocks):
     simd.multiply_pairs(
         a.ctypes.data, 2 * a.shape[1], b.ctypes.data, 64 * b.shape[1], a.shape[1] // 2, rows, blocks, targets.ctypes.data,
