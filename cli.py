@@ -66,14 +66,22 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
             _say("mixkv: interrupted")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            # What is still buffered would raise again at exit: let it go nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            _drop_unwritten()
             raise typer.Exit(PIPE_CLOSED) from None
         except (OSError, MemoryError) as error:
             _say(f"mixkv: {getattr(error, 'strerror', None) or error or type(error).__name__}")
+            _drop_unwritten()
             raise typer.Exit(MixkvError.exit_code) from None
 
     return run
+
+
+def _drop_unwritten() -> None:
+    """What is still buffered for a stdout that takes nothing would raise again at exit: let it go nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _say(line: str) -> None:
