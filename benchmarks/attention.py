@@ -9,12 +9,15 @@ from typing import Any
 
 COLUMNS = (
     ("median us", "seconds", 1e6, "10.1f"),
+    ("best us", "best_seconds", 1e6, "10.1f"),
     ("x f16", "x_f16", 1, "6.2f"),
     ("core ns/key", "core_ns_per_key", 1, "11.2f"),
     ("MB", "bytes_read", 1e-6, "8.2f"),
     ("GB/s", "gigabytes_a_second", 1, "6.1f"),
     ("of bandw.", "of_bandwidth", 100, "8.0f%"),
+    ("best", "best_of_bandwidth", 100, "5.0f%"),
     ("of dot peak", "of_dot_peak", 100, "10.0f%"),
+    ("best", "best_of_dot_peak", 100, "5.0f%"),
     ("GFLOP/s", "gflops", 1, "8.0f"),
     ("of BLAS", "of_blas", 100, "6.0f%"),
     ("rounds", "rounds", 1, "6d"),

@@ -18,7 +18,7 @@ import numpy as np
 from cases import Case
 
 from mixkv.kernels import Segment, empty_state, flash_attention, merge_states, quantize
-from mixkv.kernels.layout import F16, F32, KIND_OF_BITS, TileLayout
+from mixkv.kernels.layout import F16, F32, KIND_OF_BITS, PAGE, TileLayout
 from mixkv.kernels.matmul import matvec
 from mixkv.kernels.quantize import quantize_tile, store_rows
 from mixkv.kernels.reference import reference_attention
@@ -63,7 +63,8 @@ def normal(rng: np.random.Generator, *shape: int) -> Any:
 def layout_of(case: Case) -> TileLayout:
     """The layout of the tiles of a case."""
     return TileLayout(
-        case.kv_heads, case.head_dim, case.tile, KINDS[case.k_bits], KINDS[case.v_bits], case.k_axis, case.v_axis
+        case.kv_heads, case.head_dim, case.tile, KINDS[case.k_bits], KINDS[case.v_bits], case.k_axis, case.v_axis,
+        page_tiles=PAGE // case.tile,
     )  # fmt: skip
 
 
@@ -129,10 +130,10 @@ def check_quantize(case: Case) -> Result:
     rng = np.random.default_rng(case.head_dim)
     both = [normal(rng, case.tile, case.kv_heads, case.head_dim) for _ in range(2)]
     dense = TileLayout(case.kv_heads, case.head_dim, case.tile, F32, F32)
-    source = dense.empty_tile()
+    source = dense.empty_page()
     store_rows(dense, source, 0, *both)
-    raw = quantize_tile(source, dense, layout_of(case))
-    stored = oracle.read_tile(raw, _names(case), case.tile, case.kv_heads, case.head_dim)
+    page, shape = quantize_tile(source, dense, layout_of(case)), (case.tile, case.kv_heads, case.head_dim)
+    stored = oracle.read_tile(oracle.page_tile(page, 0, _names(case), *shape), _names(case), *shape)
     worst = 0.0
     for is_k, x, found in zip((True, False), both, stored, strict=True):
         bits, axis = (case.k_bits, case.k_axis) if is_k else (case.v_bits, case.v_axis)

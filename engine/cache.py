@@ -74,11 +74,12 @@ class LayerCache:
         tile, stop, layout = self.policy.tile, position + len(k), self.recent.layout
         try:
             for t in range(position // tile, -(-stop // tile)):
+                page, _ = self.recent.place(t)
                 if t == self.recent.stop:
-                    self.recent.append(layout.empty_tile(short_lived=layout != self.old.layout))
+                    self.recent.append()
                 first, last = max(position, t * tile), min(stop, (t + 1) * tile)
                 rows = slice(first - position, last - position)
-                store_rows(layout, self.recent[t], first - t * tile, k[rows], v[rows])
+                store_rows(layout, page, first - t * tile, k[rows], v[rows])
             if position < self._sinks:
                 count, head_dim = min(stop, self._sinks) - position, layout.head_dim
                 self.sink_k[position : position + count, :, :head_dim] = narrow(k[:count], layout.k_kind)
@@ -87,19 +88,18 @@ class LayerCache:
             raise NumericalError(f"a key or value of {error}; {_WIDER}") from None
 
     def _seal(self, stop: int) -> None:
-        """Quantize the dense tiles below tile ``stop`` that are not yet."""
+        """Write the dense tiles below tile ``stop`` that are not yet old to the old segment, quantized."""
         dense, target = self.recent.layout, self.old.layout
+        rounds = (dense.k_kind, dense.v_kind) != (target.k_kind, target.v_kind)  # else tiles are only copied
         for t in range(self.old.stop, stop):
-            source = self.recent[t]
-            if target == dense:
-                self.old.append(source)
-                continue
+            (source, _), (page, slot) = self.recent.place(t), self.old.place(t)
             dead = min(max(self._sinks - t * self.policy.tile, 0), self.policy.tile)
             try:
-                self.old.append(quantize_tile(source, dense, target, dead))
+                quantize_tile(source, dense, target, dead, page, slot)
             except OverflowError as error:
                 raise NumericalError(f"tile {t} cannot be quantized: {error}; {_WIDER}") from None
-            self.tiles_quantized += 1
+            self.old.append()
+            self.tiles_quantized += rounds
 
     def _attend(self, q: Float32, positions: Int64, boundaries: Int64, scale: float) -> Float32:
         n_queries, n_heads, head_dim = q.shape

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..kernels.layout import BF16, F16, F32, KIND_OF_BITS, TILES, TileLayout
+from ..kernels.layout import BF16, F16, F32, KIND_OF_BITS, PAGE, TILES, TileLayout
 from ..kernels.routes import route
 from ..kernels.simd import LANES
 from ..models.errors import UsageError
@@ -75,7 +75,7 @@ class CachePolicy:
     def old_layout(self, n_kv_heads: int, head_dim: int) -> TileLayout:
         """The layout of the old segment's tiles."""
         k, v = (_kind(bits, self.dense) for bits in (self.k_bits, self.v_bits))
-        return TileLayout(n_kv_heads, head_dim, self.tile, k, v)
+        return TileLayout(n_kv_heads, head_dim, self.tile, k, v, page_tiles=PAGE // self.tile)
 
     def nbytes_per_token(self, n_kv_heads: int, head_dim: int) -> tuple[float, float]:
         """Bytes of one token of one layer: (old, dense), scales and padding included."""

@@ -7,10 +7,11 @@ import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .attention import BLOCK_ROWS, MAX_N_REP, SPLIT, attend_parts, split_kernel
+from .attention import KERNELS, attend_parts
 from .segment import Int64, Segment, segment_of_arrays
 from .simd import LANES
 from .state import Float32, check_out, check_state, empty_state, merge_partials, pad_last_axis
+from .tables import BLOCK_ROWS, MAX_N_REP, SPLIT
 
 PRECISIONS = ("default", "f32")
 _NO_MASK = np.zeros(2, np.int64)
@@ -169,9 +170,10 @@ def attend(
     address = 0 if mask is None else mask.ctypes.data
     strides = _NO_MASK if mask is None else np.array(mask.strides[:2], np.int64)
     workers = numba.get_num_threads()
+    kernels = tuple(kernel.address() for kernel in KERNELS)
     common = (
-        split_kernel.address(), q, starts, stops, first_split, stop_split, segment.k_table, segment.v_table,
-        segment.geometry, options, slopes, distances, address, strides,
+        kernels, q, starts, stops, first_split, stop_split, segment.table, segment.geometry, options, slopes,
+        distances, address, strides,
     )  # fmt: skip
     n_splits = stop_split - first_split
     n_rep = n_heads // segment.n_kv_heads
@@ -179,7 +181,7 @@ def attend(
     if n_splits == 1 or n_queries * n_rep > BLOCK_ROWS or enough_units:
         attend_parts(*common, out[None], state[None], workers)
     else:
-        outs = np.zeros((n_splits, n_queries, n_heads, width), np.float32)
+        outs = np.empty((n_splits, n_queries, n_heads, width), np.float32)
         states = np.empty((n_splits, n_heads, n_queries, 2), np.float32)
         states[:] = -np.inf, 0
         attend_parts(*common, outs, states, workers)

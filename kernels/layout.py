@@ -1,8 +1,14 @@
 """How keys and values lie in memory: the formats, and the layout of one tile.
 
-A *tile* is ``tile`` consecutive tokens of one layer, all KV heads, in one allocation: first K of every head, then V. The
-order is what the kernels eat. An attention product has a *lane axis*, 16 of which stand side by side in a vector, and a
-*sum axis*, along which it adds up:
+A *tile* is ``tile`` consecutive tokens of one layer, all KV heads. One tile or more lie in a *page*, one allocation, in the
+order in which a decode step reads: for each head the scales of K of all its tiles, their codes, then the same of V. So a
+head's part of a page is one run of memory, and the page's heads follow one another: that is what lets the processor's own
+prefetcher run ahead, without which memory gives a third of its bandwidth (docs/log.md).
+
+    page     [heads] of [K scales and minima: tiles] [K codes: tiles] [V scales and minima: tiles] [V codes: tiles]
+
+An attention product has a *lane axis*, 16 of which stand side by side in a vector, and a *sum axis*, along which it adds
+up:
 
              lane axis    sum axis
     q . K    tokens       channels
@@ -11,14 +17,16 @@ order is what the kernels eat. An attention product has a *lane axis*, 16 of whi
 ``width`` is head_dim rounded up to 16; the added channels are zero, or in codes copies of the last one, so that they widen
 no range.
 
-    K dense   [tile/16][width][16 tokens]
+    K dense   [width][tile]
     V dense   [tile][width]
-    codes     [lanes/16][words][16 lanes] of 32-bit words, then scales f16, then minima f16
+    codes     [lanes/16][words][16 lanes] of 32-bit words
+    scales    float16, one after the other; then as many minima
 
 A word holds codes of one lane. Its lower half has those of the first half of the sum axis and its upper half those of the
 second: the codes at the same place of both are the pair (i, i + length/2) that one 16-bit dot product takes, where length
 is that of the sum axis, or of a group where scales lie along the lanes. So a word holds 2 pairs of 8 bits, 4 of 4 or 8 of
 2. Codes of 3 bits are two planes: the lower two bits of all of them as 2-bit codes, then the third bits, 16 to a half word.
+What is stored is the code less the middle one, 2^(bits - 1), in two's complement: the code with its highest bit inverted.
 
 A value is code * scale + minimum. *By channel*, a channel has one pair (scale, minimum) a tile; *by token*, a token has one
 for every ``group`` channels. For K and V alike the question is whether scales lie along the lane axis (K by token, V by
@@ -31,7 +39,6 @@ is multiplied with the codes. ``group`` counts the places along the other axis t
 
 import contextlib
 import mmap
-import threading
 from dataclasses import dataclass, field, replace
 
 import ml_dtypes
@@ -48,36 +55,40 @@ KIND_OF_BITS = {8: Q8, 4: Q4, 3: Q3, 2: Q2}
 DENSE_DTYPES = {F32: np.dtype(np.float32), F16: np.dtype(np.float16), BF16: np.dtype(ml_dtypes.bfloat16)}
 TILES = (32, 64, 128)
 AXES = ("channel", "token")
+PAGE = 512  # positions of a page of many tiles: the unit of work of the kernels, of growth, and of what lies in one run
 MAX_HEAD_DIM = 256  # 256 codes of 8 bits times 16-bit factors is what a sum in 32 bits can hold
 _ALIGNMENT = 64  # bytes: a vector load never straddles two cache lines
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """Where the kernel finds K (or V) of one head in a tile; offsets and strides in bytes."""
+    """Where the kernel finds K (or V) of one head in a page, and how to read it; offsets and sizes in bytes."""
 
     kind: int
-    head_stride: int
-    row_stride: int  # 0: the tile layout above; else token after token, so many bytes apart
-    params: int  # offset of the scales from the head's start
+    head_stride: int  # from one head's part of a page to the next one's
+    row_stride: int  # of dense formats: from one place of the sum axis to the next
+    token_stride: int  # of K in a plain array, token after token: from one to the next; 0 in tiles
     group: int  # places that share a scale, along the axis on which the scales do not lie
     parts: int  # groups along that axis
     per_lane: bool  # scales lie along the lane axis
-    nbytes: int  # that lie together, of one head in one tile; 0 where a head's rows lie apart
+    params: int  # offset of the scales of the first tile
+    params_nbytes: int  # of the scales and minima of one tile
+    codes: int  # offset of the codes, or numbers, of the first tile
+    codes_nbytes: int  # of one tile
 
 
 # Indices into the int64 array that describes a Side to the kernels
-KIND, HEAD, ROW, PARAMS, GROUP, PARTS, PER_LANE, BYTES = range(8)
+KIND, HEAD, ROW, TOKEN, GROUP, PARTS, PER_LANE = range(7)
+SIDE_NUMBERS = 7
+# Indices into a row of the table of addresses that a segment has for every tile
+K_CODES, K_PARAMS, V_CODES, V_PARAMS = range(4)
+ADDRESSES = 4
 
 
 def side_numbers(side: Side) -> NDArray[np.int64]:
-    """A Side as the kernels take it; BYTES is how many lie together, one head in one tile."""
-    return np.array(
-        [
-            side.kind, side.head_stride, side.row_stride, side.params, side.group, side.parts, side.per_lane, side.nbytes,
-        ],
-        dtype=np.int64,
-    )  # fmt: skip
+    """A Side as the kernels take it."""
+    numbers = side.kind, side.head_stride, side.row_stride, side.token_stride, side.group, side.parts, side.per_lane
+    return np.array(numbers, np.int64)
 
 
 def default_group(width: int) -> int:
@@ -96,7 +107,7 @@ def legal_groups(width: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class TileLayout:
-    """The layout of every tile of one cache segment.
+    """The layout of every tile and page of one cache segment.
 
     Attributes:
         n_kv_heads, head_dim: shape of a token's keys and of its values.
@@ -104,6 +115,8 @@ class TileLayout:
         k_kind, v_kind: formats.
         k_axis, v_axis: the axis that has scales of its own, "channel" or "token"; dense formats have none.
         k_group, v_group: channels that share a scale by token; 0 for ``default_group``. By channel it is the tile.
+        page_tiles: tiles a page.
+        nbytes: of one tile, all heads.
 
     Raises:
         ValueError: a tile, an axis or a group that the kernels do not know, with those that they do.
@@ -119,10 +132,10 @@ class TileLayout:
     v_axis: str = "token"
     k_group: int = 0
     v_group: int = 0
+    page_tiles: int = 1
     width: int = field(init=False)
     k: Side = field(init=False)
     v: Side = field(init=False)
-    v_offset: int = field(init=False)
     nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -130,21 +143,20 @@ class TileLayout:
             raise ValueError(f"tile must be one of {TILES}, found {self.tile}")
         set_ = object.__setattr__
         set_(self, "width", -(-self.head_dim // LANES) * LANES)
-        k = self._side("k", self.k_kind, self.k_axis, self.k_group)
-        v = self._side("v", self.v_kind, self.v_axis, self.v_group)
-        if self.v_kind in DENSE_DTYPES:
-            v = replace(v, row_stride=self.width * KIND_BITS[v.kind] // 8)
-        set_(self, "k", k)
-        set_(self, "v", v)
-        set_(self, "v_offset", -(-k.head_stride * self.n_kv_heads // _ALIGNMENT) * _ALIGNMENT)
-        set_(self, "nbytes", self.v_offset + v.head_stride * self.n_kv_heads)
+        k = self._side("k", self.k_kind, self.k_axis, self.k_group, 0)
+        v = self._side("v", self.v_kind, self.v_axis, self.v_group, k.codes + self.page_tiles * k.codes_nbytes)
+        stride = v.codes + self.page_tiles * v.codes_nbytes
+        set_(self, "k", replace(k, head_stride=stride))
+        set_(self, "v", replace(v, head_stride=stride))
+        set_(self, "nbytes", stride // self.page_tiles * self.n_kv_heads)
 
-    def _side(self, name: str, kind: int, axis: str, group: int) -> Side:
+    def _side(self, name: str, kind: int, axis: str, group: int, offset: int) -> Side:
         if axis not in AXES:
             raise ValueError(f"{name}_axis must be one of {AXES}, found {axis!r}")
         codes = self.tile * self.width * KIND_BITS[kind] // 8
         if kind in DENSE_DTYPES:
-            return Side(kind, codes, 0, 0, self.tile, 1, False, codes)
+            row = (self.tile if name == "k" else self.width) * KIND_BITS[kind] // 8
+            return Side(kind, 0, row, 0, self.tile, 1, False, offset, 0, offset, codes)
         if self.width > MAX_HEAD_DIM:
             raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} for codes, found {self.head_dim}")
         if axis == "channel":
@@ -158,37 +170,48 @@ class TileLayout:
                 raise ValueError(
                     f"{name}_group by token must be one of {legal} at head_dim {self.head_dim}, found {group}"
                 )
-        nbytes = codes + 4 * (self.tile * self.width // group)
+        params = 4 * (self.tile * self.width // group)
         parts = 1 if axis == "channel" else self.width // group
-        return Side(kind, nbytes, 0, codes, group, parts, (name == "k") == (axis == "token"), nbytes)
+        per_lane = (name == "k") == (axis == "token")
+        return Side(kind, 0, 0, 0, group, parts, per_lane, offset, params, offset + self.page_tiles * params, codes)
 
-    def empty_tile(self, *, short_lived: bool = False) -> Bytes:
-        """A tile of zeros: uint8 (nbytes,), aligned to 64 bytes.
+    def empty_page(self) -> Bytes:
+        """A page of zeros, uint8 (page_tiles * nbytes,), aligned to 64 bytes.
 
-        A tile that will not live long gets pages of its own, which go back to the system when it is dropped. The others
-        share large pages, which go back when all of their tiles are dropped (see ``Arena``).
+        It is memory straight from the system, which takes up room as it is written to, 4 kB at a time, and goes back
+        when it is dropped: a page that is half full costs half of it.
         """
-        if not hasattr(mmap, "MAP_PRIVATE"):
-            return aligned_zeros(self.nbytes)
-        if short_lived:
-            return np.frombuffer(_pages(self.nbytes), np.uint8)
-        return _ARENA.take(self.nbytes)
+        return _zeroed_memory(self.page_tiles * self.nbytes)
 
-    def k_heads(self, tile: Bytes) -> Bytes:
-        """The K part as uint8 (n_kv_heads, head_stride), a view."""
-        return tile[: self.k.head_stride * self.n_kv_heads].reshape(self.n_kv_heads, -1)
+    def _view(self, page: Bytes, offset: int, nbytes: int) -> Bytes:
+        heads = page.reshape(self.n_kv_heads, -1)[:, offset : offset + self.page_tiles * nbytes]
+        return heads.reshape(self.n_kv_heads, self.page_tiles, nbytes)
 
-    def v_heads(self, tile: Bytes) -> Bytes:
-        """The V part as uint8 (n_kv_heads, head_stride), a view."""
-        return tile[self.v_offset :].reshape(self.n_kv_heads, -1)
+    def codes(self, page: Bytes, side: Side) -> Bytes:
+        """The codes (or numbers) of one side: uint8 (n_kv_heads, page_tiles, bytes), a view."""
+        return self._view(page, side.codes, side.codes_nbytes)
 
-    def dense_k(self, tile: Bytes) -> NDArray[np.generic]:
-        """Dense K as (n_kv_heads, tile/16, width, 16), a view."""
-        return self.k_heads(tile).view(DENSE_DTYPES[self.k_kind]).reshape(self.n_kv_heads, -1, self.width, LANES)
+    def params(self, page: Bytes, side: Side) -> Bytes:
+        """Its scales and minima: uint8 (n_kv_heads, page_tiles, bytes), a view."""
+        return self._view(page, side.params, side.params_nbytes)
 
-    def dense_v(self, tile: Bytes) -> NDArray[np.generic]:
-        """Dense V as (n_kv_heads, tile, width), a view."""
-        return self.v_heads(tile).view(DENSE_DTYPES[self.v_kind]).reshape(self.n_kv_heads, self.tile, self.width)
+    def dense_k(self, page: Bytes) -> NDArray[np.generic]:
+        """Dense K as (n_kv_heads, page_tiles, width, tile), a view."""
+        numbers = self.codes(page, self.k).view(DENSE_DTYPES[self.k_kind])
+        return numbers.reshape(self.n_kv_heads, self.page_tiles, self.width, self.tile)
+
+    def dense_v(self, page: Bytes) -> NDArray[np.generic]:
+        """Dense V as (n_kv_heads, page_tiles, tile, width), a view."""
+        numbers = self.codes(page, self.v).view(DENSE_DTYPES[self.v_kind])
+        return numbers.reshape(self.n_kv_heads, self.page_tiles, self.tile, self.width)
+
+    def addresses(self, page: Bytes, slot: int) -> tuple[int, int, int, int]:
+        """What the kernels need to know of the tile in a slot of a page: see ``K_CODES`` and what follows it."""
+        k, v, base = self.k, self.v, page.ctypes.data
+        return (
+            base + k.codes + slot * k.codes_nbytes, base + k.params + slot * k.params_nbytes,
+            base + v.codes + slot * v.codes_nbytes, base + v.params + slot * v.params_nbytes,
+        )  # fmt: skip
 
 
 def aligned_zeros(nbytes: int) -> Bytes:
@@ -198,40 +221,11 @@ def aligned_zeros(nbytes: int) -> Bytes:
     return room[start : start + nbytes]
 
 
-def _pages(nbytes: int) -> mmap.mmap:
-    """Zeroed memory straight from the system, which takes up room page by page as it is written to."""
-    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
-class Arena:
-    """Hands out memory for tiles, one after the other, from large pages where the system has them (Linux: madvise).
-
-    A tile is a few kilobytes of every head; with pages of 4 kB each of them costs a walk through the page tables, which
-    took a quarter of the time of reading a cache from memory. Nothing is handed out twice: the pages go back to the system
-    when the last array that was taken from them is gone. At most one large page, 2 MiB, is in use beyond what was taken.
-    """
-
-    _LARGE_PAGE, _RESERVE = 1 << 21, 1 << 26
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._free: Bytes = np.zeros(0, np.uint8)
-
-    def take(self, nbytes: int) -> Bytes:
-        """Zeros, uint8 (nbytes,), aligned to 64 bytes."""
-        with self._lock:
-            if nbytes > len(self._free):
-                self._free = self._reserve(max(nbytes, self._RESERVE))
-            taken, self._free = self._free[:nbytes], self._free[-(-nbytes // _ALIGNMENT) * _ALIGNMENT :]
-            return taken
-
-    def _reserve(self, nbytes: int) -> Bytes:
-        pages = _pages(nbytes + self._LARGE_PAGE)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a system without them
-                pages.madvise(mmap.MADV_HUGEPAGE)
-        memory = np.frombuffer(pages, np.uint8)
-        return memory[-memory.ctypes.data % self._LARGE_PAGE :]
-
-
-_ARENA = Arena()
+def _zeroed_memory(nbytes: int) -> Bytes:
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return aligned_zeros(nbytes)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a large page would be taken up whole by its first tile, and reads no faster
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.uint8)

@@ -1,4 +1,4 @@
-"""The two products of attention, q . K and p . V, over one unpacked tile.
+"""The two products of attention, q . K and p . V, over one tile.
 
 Both are the same product here:
 
@@ -6,53 +6,57 @@ Both are the same product here:
 
 with x = q, lanes = tokens for K, and x = p, lanes = channels for V (see layout.py). There are two routes. The float32
 route multiplies with values. The integer route multiplies with codes, and never forms a value: with
-value = code * scale + minimum, scales that lie along the sum axis are folded into x before x is rounded to 16 bits, and
-scales that lie along the lane axis multiply the finished sum. Minima become one more sum a row.
+value = (code - middle) * scale + centre, scales that lie along the sum axis are folded into x before x is rounded to 16
+bits, and scales that lie along the lane axis multiply the finished sum. Centres become one more sum a row. The middle is
+half of the codes' range: what rounding x costs is multiplied with numbers around 0 then, not with large ones.
 """
 
 import numpy as np
+from numba import types
 
-from . import simd
-from .jit import inner
-from .layout import GROUP, KIND, PARTS, PER_LANE, Q2, Q4, Q8
-from .simd import LANES, ROWS, VECTORS
-from .tiles import VECTOR
+from . import microkernel, simd
+from .jit import inner, standalone
+from .layout import BF16, F16, F32, GROUP, KIND, PARTS, PER_LANE, Q2, Q3, Q4, Q8
+from .simd import LANES
 
+VECTOR = 4 * LANES  # bytes of a vector of words
 FOLDED = 16  # rows that are folded together, so that one need not wait for the other's maximum
 _LARGEST = 32767.0  # of a 16-bit factor
 _SMALLEST = 1e-33  # rows of smaller numbers count as zeros: 32767 / x would not be a float32
 
 
 @inner
-def _fold_rows(xs, x_offset, scales, scales_offset, minima_offset, rows, count, words, factors, offsets, scratch):  # type: ignore[no-untyped-def]
-    """Round x * scale of up to 16 rows to int16 at ``words``, with x * scale ~ word * factor and offset = x . minimum.
+def _fold_rows(  # type: ignore[no-untyped-def]
+    xs, x_offset, scales, scales_offset, centres_offset, rows, count, words, factors, offsets, scratch
+):
+    """Round x * scale of up to 16 rows to int16 at ``words``, with x * scale ~ word * factor and offset = x . centre.
 
-    xs, scales: addresses of int64, an address a row. scales_offset: -1 for scales and minima of 1. The pairs are those of
+    xs, scales: addresses of int64, an address a row. scales_offset: -1 for scales and centres of 1. The pairs are those of
     the codes, (i, i + count/2). ``scratch`` has room for 16 rows of ``count`` floats and 32 + 1 vectors.
     """
     simd.never_inline()
-    tops, totals = scratch, scratch + FOLDED * VECTOR
+    tops, sums = scratch, scratch + FOLDED * VECTOR
     folded = scratch + 2 * FOLDED * VECTOR
     for r in range(rows):
         row, target = simd.integer_at(xs + 8 * r) + x_offset, folded + 4 * r * count
         scale = simd.integer_at(scales + 8 * r) + scales_offset
-        minimum = simd.integer_at(scales + 8 * r) + minima_offset
+        centre = simd.integer_at(scales + 8 * r) + centres_offset
         top, total = simd.splat(np.float32(0)), simd.splat(np.float32(0))
         for i in range(0, 4 * count, VECTOR):
             value = simd.load_f32(row + i)
             if scales_offset >= 0:
-                total = simd.fma(value, simd.load_f32(minimum + i), total)
+                total = simd.fma(value, simd.load_f32(centre + i), total)
                 value = simd.mul(value, simd.load_f32(scale + i))
             else:
                 total = simd.add(value, total)
             simd.store_f32(target + i, value)
             top = simd.larger_magnitude(top, value)
         simd.store_f32(tops + r * VECTOR, top)
-        simd.store_f32(totals + r * VECTOR, total)
+        simd.store_f32(sums + r * VECTOR, total)
     largest, total = simd.splat(np.float32(0)), simd.splat(np.float32(0))
     for quad in range((rows + 3) // 4):
         largest = simd.replace_fourth(largest, simd.largest_four(tops + 4 * quad * VECTOR), quad)
-        total = simd.replace_fourth(total, simd.sum_four(totals + 4 * quad * VECTOR), quad)
+        total = simd.replace_fourth(total, simd.sum_four(sums + 4 * quad * VECTOR), quad)
     largest = simd.turn_quads(largest)  # now lane r belongs to row r
     simd.store_f32(factors, simd.mul(largest, simd.splat(np.float32(1 / _LARGEST))))
     simd.store_f32(offsets, simd.turn_quads(total))
@@ -61,7 +65,8 @@ def _fold_rows(xs, x_offset, scales, scales_offset, minima_offset, rows, count, 
     for r in range(rows):
         inverse, source, target = simd.splat_at(tops + 4 * r), folded + 4 * r * count, words + r * half
         for i in range(0, half, VECTOR):
-            simd.store_pairs(target + i, simd.load_f32(source + i), simd.load_f32(source + half + i), inverse)
+            pairs = simd.pair_factors(simd.load_f32(source + i), simd.load_f32(source + half + i), inverse)
+            simd.store_words(target + i, pairs)
 
 
 @inner
@@ -69,8 +74,8 @@ def fold(xs, scales, rows, lanes, steps, side, words, factors, offsets, scratch)
     """The integer route, first step: round what will be multiplied with codes.
 
     xs, scales: addresses of int64, the addresses of x and of the scales of the tile it meets, for each of ``rows``; after
-    the scales come the minima, as layout.py describes. side: the address of the Side's numbers. words: room for PARTS
-    times ``rows`` int16, as many each as a sum has steps, and one vector; factors, offsets: for PARTS times as many floats
+    the scales come the centres, in the same order. side: the address of the Side's numbers. words: room for PARTS times
+    ``rows`` int16, as many each as a sum has steps, and one vector; factors, offsets: for PARTS times as many floats
     as rows, rounded up to 16; scratch: see ``_fold_rows``.
     """
     simd.never_inline()
@@ -78,14 +83,14 @@ def fold(xs, scales, rows, lanes, steps, side, words, factors, offsets, scratch)
     per_lane = simd.integer_at(side + 8 * PER_LANE)
     length = group if per_lane else steps
     for part in range(parts):
-        x_offset, own_scales, own_minima = 0, np.int64(-1), np.int64(0)
+        x_offset, own_scales, own_centres = 0, np.int64(-1), np.int64(0)
         if per_lane:
             x_offset = 4 * part * length
         else:
-            own_scales, own_minima = 4 * part * steps, 4 * (parts + part) * steps
+            own_scales, own_centres = 4 * part * steps, 4 * (parts + part) * steps
         for i in range(0, rows, FOLDED):
             _fold_rows(
-                xs + 8 * i, x_offset, scales + 8 * i, own_scales, own_minima, min(FOLDED, rows - i), length,
+                xs + 8 * i, x_offset, scales + 8 * i, own_scales, own_centres, min(FOLDED, rows - i), length,
                 words + 2 * i * length, factors + 4 * i, offsets + 4 * i, scratch,
             )  # fmt: skip
         words, factors, offsets = _next_part(words, factors, offsets, rows, length)
@@ -98,134 +103,89 @@ def _next_part(words, factors, offsets, rows, length):  # type: ignore[no-untype
     return words + 2 * rows * length, factors + vectors, offsets + vectors
 
 
-@inner
-def multiply_codes(  # type: ignore[no-untyped-def]
-    words, factors, offsets, folded, first, active, rows, lanes, steps, codes, scales, side, fresh, target, target_stride,
-    tops, ahead, last, targets,
+@standalone(types.void(*[types.int64] * 15))
+def multiply_tile(  # type: ignore[no-untyped-def]
+    words, factors, offsets, folded, first, rows, lanes, steps, codes, scales, side, fresh, targets, column, tops
 ):  # fmt: skip
-    """The integer route, second step: the products of folded rows and the codes of one tile.
+    """The integer route, second step: the products of folded rows and the codes of one tile. All arguments are numbers.
 
     words, factors, offsets: of all ``folded`` rows (see ``fold``), of which those of this tile are ``rows``, from ``first``
-    on. active: address of the numbers of these rows, int64. codes: pairs of uint16 [lanes/16][steps/2][16]. fresh: the
-    target is written, not added to. tops: 0, or where a vector a row keeps the largest value written. ahead, last: cache
-    lines to ask for meanwhile. targets: address of room for 2 * rows int64.
+    on. codes: as stored. fresh: 1 if the targets are written, not added to. targets: address of int64, an address a row;
+    column: an offset of all of them. tops: the same of vectors that keep the largest values written, or 0.
     """
-    simd.never_inline()
-    group, parts = simd.integer_at(side + 8 * GROUP), simd.integer_at(side + 8 * PARTS)
-    per_lane = simd.integer_at(side + 8 * PER_LANE)
-    minima = scales + 4 * parts * (lanes if per_lane else steps)
-    length, span = (group, lanes) if per_lane else (steps, group)  # of a sum, and the lanes that share it, in each part
-    for i in range(rows):
-        row = simd.integer_at(active + 8 * i)
-        simd.store_integer(targets + 8 * i, target + row * target_stride)
-        simd.store_integer(targets + 8 * (rows + i), tops + row * VECTOR)
-    top_addresses = targets + 8 * rows if tops else 0
-    for part in range(parts):
-        first_step, first_lane = (part * length, 0) if per_lane else (0, part * span)
-        for lane in range(first_lane, first_lane + span, VECTORS * LANES):
-            blocks = min(VECTORS, (first_lane + span - lane) // LANES)
-            column = codes + (lane * steps // 32 + first_step // 2) * VECTOR
-            place = 4 * (part * lanes + lane)
-            lane_scales, lane_minima = (scales + place, minima + place) if per_lane else (0, 0)
-            for i in range(0, rows, ROWS):
-                row = first + i
-                simd.multiply_pairs(
-                    words + 2 * row * length, 2 * length, column, steps // 2 * VECTOR, length // 2, min(ROWS, rows - i),
-                    blocks, targets + 8 * i, 4 * lane, fresh and first_step == 0, factors + 4 * row,
-                    offsets + 4 * row, lane_scales, lane_minima, top_addresses + 8 * i if tops else 0, ahead, last,
-                )  # fmt: skip
-                ahead += length // 2 * VECTOR
-        words, factors, offsets = _next_part(words, factors, offsets, folded, length)
-
-
-@inner
-def packs_directly(kind, rows):  # type: ignore[no-untyped-def]
-    """Whether ``multiply_packed`` takes a format: few rows, and codes that lie in one plane."""
-    return rows <= ROWS and kind in (Q8, Q4, Q2)
-
-
-@inner
-def multiply_packed(  # type: ignore[no-untyped-def]
-    words, factors, offsets, folded, first, active, rows, lanes, steps, codes, scales, side, fresh, target, target_stride,
-    tops, ahead, last, sums,
-):  # fmt: skip
-    """``multiply_codes`` for up to 4 rows, on codes as they are stored. The integer sums are exact: the result is the same.
-
-    sums: room for 16 vectors.
-    """
-    simd.never_inline()
     group, parts = simd.integer_at(side + 8 * GROUP), simd.integer_at(side + 8 * PARTS)
     per_lane, kind = simd.integer_at(side + 8 * PER_LANE), simd.integer_at(side + 8 * KIND)
-    minima = scales + 4 * parts * (lanes if per_lane else steps)
-    length, span = (group, lanes) if per_lane else (steps, group)
-    a_word = 2 if kind == Q8 else 4 if kind == Q4 else 8
+    length, span = (group, lanes) if per_lane else (steps, group)  # of a sum, and the lanes that share it, in each part
+    a_word = 2 if kind == Q8 else 4 if kind == Q4 else 8  # pairs
+    stride, third_bits = steps // 2 // a_word * VECTOR, codes + lanes * steps // 32 // 8 * VECTOR
+    scale_step = VECTOR if per_lane else 0
     for part in range(parts):
         first_step, first_lane = (part * length, 0) if per_lane else (0, part * span)
-        for lane in range(first_lane, first_lane + span, VECTORS * LANES):
-            blocks = min(VECTORS, (first_lane + span - lane) // LANES)
-            column = codes + (lane * steps // 32 + first_step // 2) // a_word * VECTOR
-            stride = steps // 2 // a_word * VECTOR
-            x = words + 2 * first * length
+        pair = first_lane // LANES * (steps // 2) + first_step // 2
+        source = codes + first_lane // LANES * stride + first_step // 2 // a_word * VECTOR
+        own_scales = scales + 4 * part * lanes
+        own_centres = own_scales + 4 * parts * lanes
+        own_fresh = 1 if fresh and first_step == 0 else 0
+        i = 0
+        while i < rows:
+            row, count = first + i, microkernel.next_rows(rows - i)
+            at = words + 2 * row * length
+            common = (
+                length // 2, count, span // LANES, targets + 8 * i, column + 4 * first_lane, own_fresh, factors + 4 * row,
+                offsets + 4 * row, own_scales, own_centres, scale_step, tops + 8 * i if tops else 0,
+            )  # fmt: skip
             if kind == Q8:
-                simd.sum_packed8(x, 2 * length, column, stride, length // 2, rows, blocks, sums, ahead, last)
+                microkernel.multiply_codes8(at, 2 * length, source, stride, 0, 0, *common)
             elif kind == Q4:
-                simd.sum_packed4(x, 2 * length, column, stride, length // 2, rows, blocks, sums, ahead, last)
-            else:
-                simd.sum_packed2(x, 2 * length, column, stride, length // 2, rows, blocks, sums, ahead, last)
-            ahead += length // 2 * VECTOR
-            for i in range(rows):
-                row = simd.integer_at(active + 8 * i)
-                at, top = target + row * target_stride + 4 * lane, tops + row * VECTOR
-                factor, offset = simd.splat_at(factors + 4 * (first + i)), simd.splat_at(offsets + 4 * (first + i))
-                largest = simd.splat(np.float32(-np.inf))
-                for b in range(blocks):
-                    value, shift = simd.load_int32(sums + (i * VECTORS + b) * VECTOR), offset
-                    if per_lane:
-                        place = 4 * (part * lanes + lane + b * LANES)
-                        value = simd.mul(value, simd.load_f32(scales + place))
-                        shift = simd.mul(shift, simd.load_f32(minima + place))
-                    value = simd.fma(value, factor, shift)
-                    if not (fresh and first_step == 0):
-                        value = simd.add(simd.load_f32(at + b * VECTOR), value)
-                    largest = simd.larger(largest, value)
-                    simd.store_f32(at + b * VECTOR, value)
-                if tops:
-                    simd.store_f32(top, simd.larger(simd.load_f32(top), largest))
+                microkernel.multiply_codes4(at, 2 * length, source, stride, 0, 0, *common)
+            elif kind == Q3:
+                microkernel.multiply_codes3(at, 2 * length, source, stride, third_bits, pair, *common)
+            elif kind == Q2:
+                microkernel.multiply_codes2(at, 2 * length, source, stride, 0, 0, *common)
+            i += count
         words, factors, offsets = _next_part(words, factors, offsets, folded, length)
 
 
-@inner
-def score_floats(q, q_stride, first, stop, lanes, steps, keys, target, target_stride, ahead, last):  # type: ignore[no-untyped-def]
-    """The float32 route of q . K: logits of the rows first .. stop against one tile [lanes/16][steps][16]."""
-    simd.never_inline()
-    for lane in range(0, lanes, VECTORS * LANES):
-        blocks = min(VECTORS, (lanes - lane) // LANES)
-        for row in range(first, stop, ROWS):
-            count = min(ROWS, stop - row)
-            for i in range(count):
-                for b in range(blocks):
-                    at = target + (row + i) * target_stride + 4 * lane + b * VECTOR
-                    simd.store_f32(at, simd.splat(np.float32(0)))
-            simd.multiply_floats(
-                q + row * q_stride, q_stride, keys + lane // LANES * steps * VECTOR, steps * VECTOR, steps, count,
-                blocks, target + row * target_stride + 4 * lane, target_stride, VECTOR, ahead, last,
-            )  # fmt: skip
-            ahead += steps * VECTOR
+@standalone(types.void(*[types.int64] * 11))
+def multiply_dense(  # type: ignore[no-untyped-def]
+    kind, a, a_stride, b, step, stride, count, rows, vectors, target, row_stride
+):
+    """``microkernel.multiply_f32`` and so on, for any number of vectors; targets of a row lie side by side."""
+    v = 0
+    while v < vectors:
+        some, at, to = microkernel.next_vectors(vectors - v), b + v * stride, target + v * VECTOR
+        if kind == F32:
+            microkernel.multiply_f32(a, a_stride, at, step, stride, count, rows, some, to, row_stride, VECTOR)
+        elif kind == F16:
+            microkernel.multiply_f16(a, a_stride, at, step, stride, count, rows, some, to, row_stride, VECTOR)
+        elif kind == BF16:
+            microkernel.multiply_bf16(a, a_stride, at, step, stride, count, rows, some, to, row_stride, VECTOR)
+        v += some
+
+
+_multiply_dense = multiply_dense.call
 
 
 @inner
-def _add_values(p, p_stride, rows, values, low, high, tile, width, out, ahead, last):  # type: ignore[no-untyped-def]
-    """Out += p . V of ``rows`` rows over the tokens low .. high of the tile, in their order."""
+def score_floats(  # type: ignore[no-untyped-def]
+    dense_address, q, q_stride, first, stop, lanes, channels, kind, keys, step, stride, target, target_stride
+):
+    """The float32 route of q . K: logits of the rows first .. stop against one tile.
+
+    dense_address: of ``multiply_dense``. keys: numbers of a dense ``kind``, 16 tokens together; step and stride: bytes from
+    one channel, and from 16 tokens, to the next.
+    """
     simd.never_inline()
-    if low < high:
-        for c in range(0, width, VECTORS * LANES):
-            blocks = min(VECTORS, (width - c) // LANES)
-            simd.multiply_floats(
-                p + 4 * low, p_stride, values + (c // LANES * tile + low) * VECTOR, tile * VECTOR, high - low, rows,
-                blocks, out + 4 * c, 4 * width, VECTOR, ahead, last,
-            )  # fmt: skip
-            ahead += (high - low) * VECTOR
-    return ahead
+    most = microkernel.most_dense_rows()
+    for row in range(first, stop, most):
+        count, at = min(most, stop - row), target + row * target_stride
+        for i in range(count):
+            for lane in range(0, 4 * lanes, VECTOR):
+                simd.store_f32(at + i * target_stride + lane, simd.splat(np.float32(0)))
+        _multiply_dense(
+            dense_address, kind, q + row * q_stride, q_stride, keys, step, stride, channels, count, lanes // LANES, at,
+            target_stride,
+        )  # fmt: skip
 
 
 @inner
@@ -236,18 +196,30 @@ def _seen(starts, stops, row, origin, tile):  # type: ignore[no-untyped-def]
 
 
 @inner
-def weigh_floats(  # type: ignore[no-untyped-def]
-    p, p_stride, first, stop, starts, stops, origin, tile, width, values, out, ahead, last
-):
-    """The float32 route of p . V: adds one tile [width/16][tile][16] to the rows first .. stop of ``out``.
+def _add_values(dense_address, kind, p, p_stride, rows, values, step, stride, low, high, width, out):  # type: ignore[no-untyped-def]
+    """Out += p . V of ``rows`` rows over the tokens low .. high of the tile, in their order."""
+    if low < high:
+        _multiply_dense(
+            dense_address, kind, p + 4 * low, p_stride, values + low * step, step, stride, high - low, rows,
+            width // LANES, out, 4 * width,
+        )  # fmt: skip
 
-    Rows go in groups of 4 over the range they share; what only some of them see comes before and after, row by row. A
-    token outside a row's range is never touched, so whatever lies there (NaN even) cannot reach the row.
+
+@inner
+def weigh_floats(  # type: ignore[no-untyped-def]
+    dense_address, p, p_stride, first, stop, starts, stops, origin, tile, width, kind, values, step, stride, out
+):
+    """The float32 route of p . V: adds one tile to the rows first .. stop of ``out``.
+
+    dense_address: of ``multiply_dense``. values: numbers of a dense ``kind``, 16 channels together; step and stride: bytes
+    from one token, and from 16 channels, to the next. Rows go in groups over the range they share; what only some of them
+    see comes before and after, row by row. A token outside a row's range is never touched, so whatever lies there (NaN
+    even) cannot reach the row.
     """
     simd.never_inline()
-    one = np.int64(1)
-    for row in range(first, stop, ROWS):
-        count = min(ROWS, stop - row)
+    one, most = np.int64(1), microkernel.most_dense_rows()
+    for row in range(first, stop, most):
+        count = min(most, stop - row)
         low, high = 0, tile
         for i in range(count):
             own_low, own_high = _seen(starts, stops, row + i, origin, tile)
@@ -258,10 +230,12 @@ def weigh_floats(  # type: ignore[no-untyped-def]
             own_low, own_high = _seen(starts, stops, row + i, origin, tile)
             end = low if shared else own_high
             own, own_target = weights + i * p_stride, target + i * width * 4
-            ahead = _add_values(own, p_stride, one, values, own_low, end, tile, width, own_target, ahead, last)
+            _add_values(dense_address, kind, own, p_stride, one, values, step, stride, own_low, end, width, own_target)
         if shared:
-            ahead = _add_values(weights, p_stride, count, values, low, high, tile, width, target, ahead, last)
+            _add_values(dense_address, kind, weights, p_stride, count, values, step, stride, low, high, width, target)
             for i in range(count):
                 _, own_high = _seen(starts, stops, row + i, origin, tile)
                 own, own_target = weights + i * p_stride, target + i * width * 4
-                ahead = _add_values(own, p_stride, one, values, high, own_high, tile, width, own_target, ahead, last)
+                _add_values(
+                    dense_address, kind, own, p_stride, one, values, step, stride, high, own_high, width, own_target
+                )

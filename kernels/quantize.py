@@ -9,25 +9,39 @@ from numpy.typing import NDArray
 
 from . import simd
 from .jit import inner, kernel
-from .layout import DENSE_DTYPES, GROUP, HEAD, KIND, KIND_BITS, PARAMS, PER_LANE, ROW, Bytes, TileLayout, side_numbers
+from .layout import (
+    ADDRESSES,
+    DENSE_DTYPES,
+    GROUP,
+    HEAD,
+    K_CODES,
+    KIND,
+    KIND_BITS,
+    PER_LANE,
+    ROW,
+    V_CODES,
+    Bytes,
+    TileLayout,
+    side_numbers,
+)
 from .simd import LANES
 from .tiles import VECTOR, unpack_dense_k, unpack_dense_v
 
 Float32 = NDArray[np.float32]
 
 
-def store_rows(layout: TileLayout, tile: Bytes, first: int, k: Float32, v: Float32) -> None:
-    """Write k, v (T, n_kv_heads, head_dim) as the tokens first .. first + T of a dense tile.
+def store_rows(layout: TileLayout, page: Bytes, first: int, k: Float32, v: Float32) -> None:
+    """Write k, v (T, n_kv_heads, head_dim) as the tokens first .. first + T of a dense page.
 
     Raises:
-        OverflowError: a finite value that the tile's dtype cannot hold.
+        OverflowError: a finite value that the page's dtype cannot hold.
 
     """
-    rows = np.arange(first, first + len(k))
-    # The two index arrays stand around a slice, so NumPy puts their axis first: (T, n_kv_heads, head_dim), as k is.
+    tiles, rows = np.divmod(np.arange(first, first + len(k)), layout.tile)
     narrow_k, narrow_v = narrow(k, layout.k_kind), narrow(v, layout.v_kind)  # both, before either is written
-    layout.dense_k(tile)[:, rows // LANES, : layout.head_dim, rows % LANES] = narrow_k
-    layout.dense_v(tile)[:, rows, : layout.head_dim] = narrow_v.swapaxes(0, 1)
+    # Index arrays that stand around a slice put their axis first: (T, n_kv_heads, head_dim), as k is.
+    layout.dense_k(page)[:, tiles, : layout.head_dim, rows] = narrow_k
+    layout.dense_v(page)[:, tiles, rows, : layout.head_dim] = narrow_v.swapaxes(0, 1)
 
 
 def narrow(x: Float32, kind: int) -> NDArray[np.generic]:
@@ -43,32 +57,40 @@ def narrow(x: Float32, kind: int) -> NDArray[np.generic]:
     return narrowed
 
 
-def quantize_tile(source: Bytes, dense: TileLayout, target: TileLayout, dead: int = 0) -> Bytes:
-    """A new tile in the layout ``target`` from one in the layout ``dense``.
+def quantize_tile(
+    source: Bytes, dense: TileLayout, target: TileLayout, dead: int = 0, page: Bytes | None = None, slot: int = 0
+) -> Bytes:
+    """A tile in the layout ``target`` from one in the layout ``dense``.
 
     Args:
-        source: the dense tile, all of its tokens present.
+        source: a dense page of one tile, all of its tokens present.
         dense, target: layouts of the same heads, head_dim and tile.
         dead: how many of the first tokens no query will ever see (they are sinks); they widen no range by channel.
+        page, slot: where to write it; slot 0 of a new page unless given.
+
+    Returns:
+        the page.
 
     Raises:
-        OverflowError: a scale or minimum beyond float16.
+        OverflowError: a scale or minimum beyond float16. What has been written to the slot then is of no use.
 
     """
-    tile = target.empty_tile()
-    for is_k, side in ((True, target.k), (False, target.v)):
+    page = target.empty_page() if page is None else page
+    addresses = np.array([*dense.addresses(source, 0), *target.addresses(page, slot)])
+    for is_k, wide, side in ((True, dense.k, target.k), (False, dense.v, target.v)):
         if side.kind in DENSE_DTYPES:
-            wide, narrowed = (layout.dense_k if is_k else layout.dense_v for layout in (dense, target))
-            narrowed(tile)[...] = narrow(wide(source).astype(np.float32), side.kind)
+            views = (layout.dense_k if is_k else layout.dense_v for layout in (dense, target))
+            numbers, kept = (view(x) for view, x in zip(views, (source, page), strict=True))
+            same = side.kind == wide.kind
+            kept[:, slot] = numbers[:, 0] if same else narrow(numbers[:, 0].astype(np.float32), side.kind)
             continue
-        offset = 0 if is_k else dense.v_offset, 0 if is_k else target.v_offset
         found = _quantize_side(
-            source, offset[0], side_numbers(dense.k if is_k else dense.v), tile, offset[1], side_numbers(side),
-            KIND_BITS[side.kind], is_k, target.n_kv_heads, target.head_dim, target.tile, dead,
+            addresses, side_numbers(wide), side_numbers(side), KIND_BITS[side.kind], is_k, target.n_kv_heads,
+            target.head_dim, target.tile, dead,
         )  # fmt: skip
         if not found:
             raise OverflowError("a scale or minimum is beyond the largest float16, or not a number")
-    return tile
+    return page
 
 
 @inner
@@ -176,6 +198,7 @@ def _pack(values, lanes, steps, group, per_lane, divisors, minima, bits, target)
         for first in range(0, steps, length):
             for step in range(first, first + half):
                 codes = _pair(values, block, step, half, lanes, steps, group, per_lane, divisors, minima, largest)
+                codes = simd.flip_bits(codes, (largest + 1) // 2)  # code - middle, in two's complement
                 words = simd.insert_codes(words, codes, 0, plane_bits, place)
                 place += plane_bits
                 if place == 16:
@@ -190,10 +213,11 @@ def _pack(values, lanes, steps, group, per_lane, divisors, minima, bits, target)
 
 
 @kernel
-def _quantize_side(  # type: ignore[no-untyped-def]
-    source, source_offset, dense, target, target_offset, coded, bits, is_k, heads, head_dim, tile, dead
-):
-    """K (or V) of every head of a tile; False if a scale or minimum does not fit float16."""
+def _quantize_side(addresses, dense, coded, bits, is_k, heads, head_dim, tile, dead):  # type: ignore[no-untyped-def]
+    """K (or V) of every head of a tile; False if a scale or minimum does not fit float16.
+
+    addresses: of the dense tile and of the coded one, as a segment's table has them. dense, coded: their Sides.
+    """
     width = (head_dim + LANES - 1) // LANES * LANES
     lanes, steps = (tile, width) if is_k else (width, tile)
     group, per_lane = coded[GROUP], coded[PER_LANE] != 0
@@ -203,12 +227,14 @@ def _quantize_side(  # type: ignore[no-untyped-def]
     lows = values + 4 * tile * width
     highs, divisors, minima = lows + 4 * count, lows + 8 * count, lows + 12 * count
     scratch = lows + 16 * count
+    which = K_CODES if is_k else V_CODES
     fits = True
     for head in range(heads):
-        at = source.ctypes.data + source_offset + head * dense[HEAD]
-        out = target.ctypes.data + target_offset + head * coded[HEAD]
+        at = addresses[which] + head * dense[HEAD]
+        codes = addresses[ADDRESSES + which] + head * coded[HEAD]
+        params = addresses[ADDRESSES + which + 1] + head * coded[HEAD]
         if is_k:
-            unpack_dense_k(at, dense[KIND], dense[ROW], width, 0, tile, values, scratch)
+            unpack_dense_k(at, dense[KIND], dense[ROW], np.int64(0), width, tile, 0, tile, values, scratch)
         else:
             unpack_dense_v(at, dense[KIND], dense[ROW], width, tile, 0, tile, values)
         _fill_padding(values, is_k, per_lane, head_dim, width, tile)
@@ -218,7 +244,7 @@ def _quantize_side(  # type: ignore[no-untyped-def]
             _range_along_sum(values, lanes, steps, group, live, lows, highs)
         else:
             _range_along_lanes(values, lanes, steps, group, live, lows, highs)
-        fits &= _store_params(lows, highs, count, (1 << bits) - 1, out + coded[PARAMS], divisors, minima)
-        _pack(values, lanes, steps, group, per_lane, divisors, minima, bits, out)
+        fits &= _store_params(lows, highs, count, (1 << bits) - 1, params, divisors, minima)
+        _pack(values, lanes, steps, group, per_lane, divisors, minima, bits, codes)
     memory[0] = 0  # Numba frees an array after its last mention, and the addresses above do not count as one
     return fits

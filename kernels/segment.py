@@ -10,10 +10,23 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from .attention import FIRST_TILE
-from .layout import DENSE_DTYPES, F16, F32, KIND_OF_BITS, Bytes, Side, TileLayout, side_numbers
+from .layout import (
+    ADDRESSES,
+    DENSE_DTYPES,
+    F16,
+    F32,
+    K_CODES,
+    KIND_OF_BITS,
+    PAGE,
+    V_CODES,
+    Bytes,
+    Side,
+    TileLayout,
+    side_numbers,
+)
 from .quantize import Float32, quantize_tile, store_rows
 from .simd import LANES
+from .tables import FIRST_TILE
 
 Int64 = NDArray[np.int64]
 
@@ -25,8 +38,7 @@ _KIND_OF_DTYPE = {dtype: kind for kind, dtype in DENSE_DTYPES.items()}
 class Segment:
     """Consecutive positions of one layer. ``owner`` holds whatever keeps the memory behind the addresses alive."""
 
-    k_table: Int64  # address of the K part of each tile
-    v_table: Int64
+    table: Int64  # (tiles or more, 4) addresses of each tile, of the first head: see layout.py, ``K_CODES``
     geometry: Int64
     start: int  # first and last + 1 absolute position that may be attended to
     stop: int
@@ -64,11 +76,16 @@ def segment_of_arrays(k: object, v: object) -> Segment:
     n, heads, head_dim = k.shape
     k, v = _rows(k), _rows(v)
     width = k.shape[2]
-    sides = [Side(_KIND_OF_DTYPE[x.dtype], x.strides[1], x.strides[0], 0, ARRAY_TILE, 1, False, 0) for x in (k, v)]
+    kinds, strides = [_KIND_OF_DTYPE[x.dtype] for x in (k, v)], ((k.itemsize, k.strides[0]), (v.strides[0], 0))
+    sides = [
+        Side(kind, x.strides[1], row, token, ARRAY_TILE, 1, False, 0, 0, 0, 0)
+        for kind, x, (row, token) in zip(kinds, (k, v), strides, strict=True)
+    ]
     tiles = np.arange(-(-n // ARRAY_TILE), dtype=np.int64) * ARRAY_TILE
-    tables = [x.ctypes.data + tiles * x.strides[0] for x in (k, v)]
+    table = np.zeros((len(tiles), ADDRESSES), np.int64)
+    table[:, K_CODES], table[:, V_CODES] = (x.ctypes.data + tiles * x.strides[0] for x in (k, v))
     geometry = make_geometry(ARRAY_TILE, 0, width, heads, *sides)
-    return Segment(tables[0], tables[1], geometry, 0, n, heads, head_dim, (k, v))
+    return Segment(table, geometry, 0, n, heads, head_dim, (k, v))
 
 
 def _rows(x: NDArray[Any]) -> NDArray[Any]:
@@ -83,16 +100,16 @@ def _rows(x: NDArray[Any]) -> NDArray[Any]:
 
 
 class TileStore:
-    """Tiles of one layout, from tile ``first`` on without a gap, with the tables that the kernel reads.
+    """Tiles of one layout, from tile ``first`` on without a gap, in their pages, with the table that the kernels read.
 
-    Growing by one tile allocates nothing but the tile. Every change becomes visible by one assignment or list
-    operation, so that an interrupt finds the store either before or after it.
+    Every change becomes visible by one assignment, so that an interrupt finds the store either before or after it.
     """
 
     def __init__(self, layout: TileLayout) -> None:
         self.layout = layout
         self._geometry = make_geometry(layout.tile, 0, layout.width, layout.n_kv_heads, layout.k, layout.v)
-        self._held: tuple[int, list[Bytes], Int64] = 0, [], np.zeros((2, 16), np.int64)  # first, tiles, addresses
+        # First tile, one past the last, the pages that hold them by number, a row of the table for each tile from the first
+        self._held: tuple[int, int, dict[int, Bytes], Int64] = 0, 0, {}, np.zeros((16, ADDRESSES), np.int64)
 
     @property
     def first(self) -> int:
@@ -102,38 +119,44 @@ class TileStore:
     @property
     def stop(self) -> int:
         """One past the last tile held."""
-        return self._held[0] + len(self._held[1])
+        return self._held[1]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tiles."""
-        return len(self._held[1]) * self.layout.nbytes
+        return (self.stop - self.first) * self.layout.nbytes
 
-    def __getitem__(self, tile: int) -> Bytes:
-        """The tile of this absolute number, from ``first`` to ``stop`` - 1."""
-        return self._held[1][tile - self._held[0]]
+    def place(self, tile: int) -> tuple[Bytes, int]:
+        """The page and the slot of a tile that is held, or of the next one, which ``append`` will hold."""
+        number, slot = divmod(tile, self.layout.page_tiles)
+        pages = self._held[2]
+        if number not in pages and tile == self.stop:
+            pages[number] = self.layout.empty_page()
+        return pages[number], slot
 
-    def append(self, tile: Bytes) -> None:
-        """Hold one more tile, the next one."""
-        first, tiles, tables = self._held
-        n = len(tiles)
-        if n == tables.shape[1]:
-            tables = np.concatenate([tables, np.zeros_like(tables)], axis=1)
-            self._held = first, tiles, tables
-        address = tile.ctypes.data
-        tables[:, n] = address, address + self.layout.v_offset
-        tiles.append(tile)
+    def append(self) -> None:
+        """Hold one more tile: what was written to the place of tile ``stop``."""
+        first, stop, pages, table = self._held
+        if stop - first == len(table):
+            table = np.concatenate([table, np.zeros_like(table)])
+        page, slot = self.place(stop)
+        table[stop - first] = self.layout.addresses(page, slot)
+        self._held = first, stop + 1, pages, table
 
-    def forget_before(self, stop: int) -> None:
-        """Drop the tiles before tile ``stop``."""
-        first, tiles, tables = self._held
-        count = stop - first
-        if count > 0:
-            self._held = stop, tiles[count:], np.roll(tables, -count, axis=1)
+    def forget_before(self, tile: int) -> None:
+        """Drop the tiles before this one, and the pages that are wholly before it."""
+        first, stop, pages, table = self._held
+        if tile > first:
+            kept = {number: page for number, page in pages.items() if number >= tile // self.layout.page_tiles}
+            self._held = tile, max(stop, tile), kept, np.roll(table, first - tile, axis=0)
 
-    def forget_from(self, stop: int) -> None:
-        """Drop the tiles from tile ``stop`` on."""
-        del self._held[1][max(0, stop - self._held[0]) :]
+    def forget_from(self, tile: int) -> None:
+        """Drop this tile and those after it, and the pages that are wholly after it."""
+        first, stop, pages, table = self._held
+        if tile < stop:
+            tile = max(tile, first)
+            kept = {number: page for number, page in pages.items() if number * self.layout.page_tiles < tile}
+            self._held = first, tile, kept, table
 
     def __reduce_ex__(self, _: object) -> NoReturn:
         """Refuse: a copy would keep the addresses of memory that it does not own."""
@@ -141,10 +164,10 @@ class TileStore:
 
     def segment(self, start: int, stop: int) -> Segment:
         """The positions start .. stop as a segment. Valid until the next change."""
-        first, tiles, (k_table, v_table) = self._held
+        first, _, pages, table = self._held
         self._geometry[FIRST_TILE] = first
         layout = self.layout
-        return Segment(k_table, v_table, self._geometry, start, stop, layout.n_kv_heads, layout.head_dim, tiles)
+        return Segment(table, self._geometry, start, stop, layout.n_kv_heads, layout.head_dim, list(pages.values()))
 
 
 def quantize(
@@ -181,11 +204,15 @@ def quantize(
     plain = segment_of_arrays(k, v)
     n, heads, head_dim = k.shape
     dense = TileLayout(heads, head_dim, tile, F32, F32)
-    target = TileLayout(heads, head_dim, tile, kinds[k_bits], kinds[v_bits], k_axis, v_axis, k_group, v_group)
+    target = TileLayout(
+        heads, head_dim, tile, kinds[k_bits], kinds[v_bits], k_axis, v_axis, k_group, v_group, page_tiles=PAGE // tile
+    )
     store = TileStore(target)
     for first in range(0, n, tile):
-        source = dense.empty_tile()
+        source = dense.empty_page()
         rows = np.minimum(np.arange(first, first + tile), n - 1)  # a last, partial tile repeats its last token
         store_rows(dense, source, 0, k[rows].astype(np.float32), v[rows].astype(np.float32))
-        store.append(quantize_tile(source, dense, target))
+        page, slot = store.place(store.stop)
+        quantize_tile(source, dense, target, page=page, slot=slot)
+        store.append()
     return store.segment(plain.start, plain.stop)

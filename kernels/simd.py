@@ -161,12 +161,6 @@ def load_bf16(context: Any, builder: Any, address: Any) -> Any:
     return builder.bitcast(builder.shl(wide, _const(_V_I32, 16)), _V_F32)
 
 
-@_operation(i32x16, types.intp)
-def load_words(context: Any, builder: Any, address: Any) -> Any:
-    """16 words of four bytes at ``address``."""
-    return _load(builder, address, _V_I32)
-
-
 @_operation(types.void, types.intp, f32x16)
 def store_f32(context: Any, builder: Any, address: Any, value: Any) -> None:
     """Write 16 float32 at ``address``."""
@@ -278,15 +272,9 @@ def replace_fourth(context: Any, builder: Any, a: Any, b: Any, place: Any) -> An
     return builder.select(chosen, b, a)
 
 
-@_operation(f32x16, types.intp)
-def load_int32(context: Any, builder: Any, address: Any) -> Any:
-    """16 int32 at ``address``, as float32."""
-    return builder.sitofp(_load(builder, address, _V_I32), _V_F32)
-
-
-@_operation(types.void, types.intp, f32x16, f32x16, f32x16)
-def store_pairs(context: Any, builder: Any, address: Any, low: Any, high: Any, factor: Any) -> None:
-    """Write 16 pairs of int16, (low * factor, high * factor), products of at most 32767, rounded to the nearest.
+@_operation(i32x16, f32x16, f32x16, f32x16)
+def pair_factors(context: Any, builder: Any, low: Any, high: Any, factor: Any) -> Any:
+    """16 pairs of int16, (low * factor, high * factor), products of at most 32767, rounded to the nearest.
 
     What is not a number becomes any.
     """
@@ -297,8 +285,7 @@ def store_pairs(context: Any, builder: Any, address: Any, low: Any, high: Any, f
         upper = builder.asm(shift, "vpslld $$16, $1, $0", "=v,v", [halves[1]], False)
     else:
         upper = builder.shl(halves[1], _const(_V_I32, 16))
-    words = builder.or_(builder.and_(halves[0], _const(_V_I32, 0xFFFF)), upper)
-    builder.store(words, _pointer(builder, address, _V_I32)).align = 4
+    return builder.or_(builder.and_(halves[0], _const(_V_I32, 0xFFFF)), upper)
 
 
 @_operation(f32x16, types.intp)
@@ -313,23 +300,15 @@ def load_high(context: Any, builder: Any, address: Any) -> Any:
     return builder.uitofp(builder.lshr(_load(builder, address, _V_I32), _const(_V_I32, 16)), _V_F32)
 
 
-@_operation(types.void, types.intp)
-def prefetch(context: Any, builder: Any, address: Any) -> None:
-    """Ask for the cache line at ``address``; any address will do, even one that is not ours."""
-    _prefetch(builder, address)
-
-
-def _prefetch(builder: Any, address: Any) -> None:
-    pointer = builder.inttoptr(address, _I8.as_pointer())
-    signature = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
-    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
-    builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
-
-
 def _fields(builder: Any, words: Any, bits: int, count: int) -> list[Any]:
-    """The ``count`` codes of ``bits`` bits of each half of every word, one vector of pairs a code."""
+    """The ``count`` fields of ``bits`` bits of each half of every word, one vector of pairs a field."""
     mask = _const(_V_I32, ((1 << bits) - 1) * 0x10001)
     return [builder.and_(builder.lshr(words, _const(_V_I32, bits * i)), mask) for i in range(count)]
+
+
+def _add_middle(builder: Any, pairs: list[Any], bits: int) -> list[Any]:
+    """Codes less the middle one, of ``bits`` bits in two's complement, as the codes that they stand for."""
+    return [builder.xor(pair, _const(_V_I32, (1 << bits >> 1) * 0x10001)) for pair in pairs]
 
 
 def _store_pairs(builder: Any, target: Any, vectors: list[Any]) -> None:
@@ -341,19 +320,19 @@ def _store_pairs(builder: Any, target: Any, vectors: list[Any]) -> None:
 @_operation(types.void, types.intp, types.intp)
 def spread8(context: Any, builder: Any, source: Any, target: Any) -> None:
     """16 words of 8-bit codes into 2 vectors of 16 pairs of uint16: code i of the lower and of the upper half."""
-    _store_pairs(builder, target, _fields(builder, _load(builder, source, _V_I32), 8, 2))
+    _store_pairs(builder, target, _add_middle(builder, _fields(builder, _load(builder, source, _V_I32), 8, 2), 8))
 
 
 @_operation(types.void, types.intp, types.intp)
 def spread4(context: Any, builder: Any, source: Any, target: Any) -> None:
     """16 words of 4-bit codes into 4 vectors of 16 pairs of uint16."""
-    _store_pairs(builder, target, _fields(builder, _load(builder, source, _V_I32), 4, 4))
+    _store_pairs(builder, target, _add_middle(builder, _fields(builder, _load(builder, source, _V_I32), 4, 4), 4))
 
 
 @_operation(types.void, types.intp, types.intp)
 def spread2(context: Any, builder: Any, source: Any, target: Any) -> None:
     """16 words of 2-bit codes into 8 vectors of 16 pairs of uint16."""
-    _store_pairs(builder, target, _fields(builder, _load(builder, source, _V_I32), 2, 8))
+    _store_pairs(builder, target, _add_middle(builder, _fields(builder, _load(builder, source, _V_I32), 2, 8), 2))
 
 
 @_operation(types.void, types.intp, types.intp, types.intp)
@@ -364,7 +343,9 @@ def spread3(context: Any, builder: Any, source: Any, tops: Any, target: Any) -> 
         words = _load(builder, builder.add(source, ir.Constant(source.type, 64 * half)), _V_I32)
         lows, highs = _fields(builder, words, 2, 8), _fields(builder, upper, 1, 16)[8 * half : 8 * half + 8]
         pairs = [builder.or_(x, builder.shl(y, _const(_V_I32, 2))) for x, y in zip(lows, highs, strict=True)]
-        _store_pairs(builder, builder.add(target, ir.Constant(target.type, 64 * 8 * half)), pairs)
+        _store_pairs(
+            builder, builder.add(target, ir.Constant(target.type, 64 * 8 * half)), _add_middle(builder, pairs, 3)
+        )
 
 
 @_operation(i32x16)
@@ -378,6 +359,12 @@ def pair_codes(context: Any, builder: Any, low: Any, high: Any) -> Any:
     """Two codes 0 <= x < 2^16 of every lane, rounded to the nearest (half to even), as a pair of uint16."""
     low, high = (builder.bitcast(builder.fadd(x, _const(_V_F32, _ROUND)), _V_I32) for x in (low, high))
     return builder.or_(builder.and_(low, _const(_V_I32, 0xFFFF)), builder.shl(high, _const(_V_I32, 16)))
+
+
+@_operation(i32x16, i32x16, types.int32)
+def flip_bits(context: Any, builder: Any, pairs: Any, bits: Any) -> Any:
+    """Pairs of uint16, each with the bits that ``bits`` has inverted."""
+    return builder.xor(pairs, _broadcast(builder, builder.mul(bits, _I32(0x10001)), _V_I32))
 
 
 @_operation(i32x16, i32x16, i32x16, types.int32, types.int32, types.int32)
@@ -483,12 +470,6 @@ def max_lanes(context: Any, builder: Any, x: Any) -> Any:
     return _fold(context, builder, x, _maximum)
 
 
-@_operation(types.float32, f32x16)
-def largest_lane(context: Any, builder: Any, x: Any) -> Any:
-    """The largest of 16 numbers, in half the instructions; where one is NaN, any of them or NaN."""
-    return _fold(context, builder, x, lambda _, b, p, q: b.select(b.fcmp_ordered(">", p, q), p, q))
-
-
 _LOG2_E = 1.4426950408889634
 _ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer that stands in the low bits
 # 2^r on |r| <= 1/2, highest first: fitted to least relative error (9.2e-8), with 2^0 exactly 1
@@ -538,22 +519,6 @@ def tanh_from_exp(context: Any, builder: Any, y: Any, e: Any) -> Any:
     return builder.select(is_small, small, large)
 
 
-# --- The microkernel ------------------------------------------------------------------------------------------------------
-#
-# sum[r][v] = sum over i < count of a[r][i] * b[v][i], for up to ROWS rows and VECTORS vectors. a holds one number (or pair
-# of int16) a step, b a vector of 16 of them; the accumulators stay in registers for the whole sum. It is written as IR and
-# not as Python loops over tuples, so that nothing depends on what the optimizer makes of them.
-
-ROWS, VECTORS = 4, 4
-
-
-def _register_block(context: Any) -> tuple[int, int]:
-    """Rows and vectors whose accumulators, with the operands of a step, fit the registers of the CPU compiled for."""
-    if cpu_has(context, "avx512f"):
-        return 4, 4
-    return (2, 2) if cpu_has(context, "avx2") else (1, 2)
-
-
 def _pieces(builder: Any, x: Any, count: int) -> list[Any]:
     """A vector of 16 words cut into ``count`` vectors of int16."""
     lanes = LANES // count
@@ -589,197 +554,6 @@ def _dot_pairs(context: Any, builder: Any, acc: Any, a: Any, b: Any) -> Any:
     return builder.add(acc, builder.add(builder.mul(*low), builder.mul(*high)))
 
 
-def _at(builder: Any, base: Any, *offsets: tuple[int, Any]) -> Any:
-    """The address base + count * stride + ..., for constant counts."""
-    for count, stride in offsets:
-        base = builder.add(base, builder.mul(ir.Constant(base.type, count), stride))
-    return base
-
-
-def _emit_sums(
-    context: Any, builder: Any, a_rows: list[Any], b_vectors: list[Any], count: Any, initial: list[Any],
-    ahead: Any, last: Any, step: Callable[..., Any], unroll: int, bits: int = 16,
-) -> list[Any]:  # fmt: skip
-    """The loop over ``count`` steps, a positive multiple of ``unroll``: one sum for every row and vector.
-
-    b has a vector a step, or, of ``bits`` fewer than 16, words that hold ``unroll`` steps. A step asks for one cache line
-    that will be read later, from ``ahead`` on, up to ``last``.
-    """
-    llvm, word = initial[0].type, count.type
-    before, loop, after = builder.block, builder.append_basic_block("step"), builder.append_basic_block("sums")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    i = builder.phi(word)
-    i.add_incoming(ir.Constant(word, 0), before)
-    accumulators = [builder.phi(llvm) for _ in initial]
-    sums = list(accumulators)
-    line = builder.add(ahead, builder.mul(i, ir.Constant(word, 64)))
-    line = builder.select(builder.icmp_signed("<", line, last), line, last)
-    packed: list[Any] = []
-    if bits < 16:
-        offset = builder.mul(i, ir.Constant(word, 64 // unroll))
-        packed = [_load(builder, builder.add(x, offset), llvm) for x in b_vectors]
-    for u in range(unroll):
-        _prefetch(builder, builder.add(line, ir.Constant(word, 64 * u)))
-        place = builder.add(i, ir.Constant(word, u))
-        if packed:
-            mask = _const(_V_I32, ((1 << bits) - 1) * 0x10001)
-            columns = [builder.and_(builder.lshr(x, _const(_V_I32, bits * u)), mask) for x in packed]
-        else:
-            at = builder.mul(place, ir.Constant(word, 64))
-            columns = [_load(builder, builder.add(x, at), llvm) for x in b_vectors]
-        for r, row in enumerate(a_rows):
-            number = _load(builder, builder.add(row, builder.mul(place, ir.Constant(word, 4))), llvm.element)
-            for v, column in enumerate(columns, r * len(columns)):
-                sums[v] = step(context, builder, sums[v], _broadcast(builder, number, llvm), column)
-    following = builder.add(i, ir.Constant(word, unroll))
-    i.add_incoming(following, loop)
-    for phi, start, total in zip(accumulators, initial, sums, strict=True):
-        phi.add_incoming(start, before)
-        phi.add_incoming(total, loop)
-    builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
-    builder.position_at_end(after)
-    return sums
-
-
-def _blocks(context: Any, builder: Any, rows: Any, vectors: Any) -> Any:
-    """For every size that a call may have, position ``builder`` where its code goes and give the parts of the block.
-
-    Yields (first row, first vector, rows, vectors); what the registers cannot hold is cut into several parts.
-    """
-    most_rows, most_vectors = _register_block(context)
-    done = builder.append_basic_block("done")
-    chosen = builder.add(builder.mul(rows, ir.Constant(rows.type, VECTORS + 1)), vectors)
-    switch = builder.switch(chosen, done)
-    for r in range(1, ROWS + 1):
-        for v in range(1, VECTORS + 1):
-            block = builder.append_basic_block(f"rows{r}vectors{v}")
-            switch.add_case(ir.Constant(rows.type, r * (VECTORS + 1) + v), block)
-            builder.position_at_end(block)
-            for r0 in range(0, r, most_rows):
-                for v0 in range(0, v, most_vectors):
-                    yield r0, v0, min(most_rows, r - r0), min(most_vectors, v - v0)
-            builder.branch(done)
-    builder.position_at_end(done)
-
-
-@_operation(types.void, *[types.intp] * 12)
-def multiply_floats(context: Any, builder: Any, *args: Any) -> None:
-    """target[r][v] += sum of a[r][i] * b[v][i], all float32.
-
-    Arguments: a, its row stride, b, its vector stride, count, rows, vectors, target, its row and vector strides, and
-    ``ahead`` and ``last``, the cache lines to ask for meanwhile. Sums run in the order of the steps, one after the other,
-    from what is in the target: its bits do not depend on the block that a row is computed in, nor on where a sum is
-    interrupted and continued.
-    """
-    a, a_stride, b, b_stride, count, rows, vectors, target, row_stride, vector_stride, ahead, last = args
-    for r0, v0, n_rows, n_vectors in _blocks(context, builder, rows, vectors):
-        a_rows = [_at(builder, a, (r0 + r, a_stride)) for r in range(n_rows)]
-        b_vectors = [_at(builder, b, (v0 + v, b_stride)) for v in range(n_vectors)]
-        cells = [(r0 + r, v0 + v) for r in range(n_rows) for v in range(n_vectors)]
-        targets = [_at(builder, target, (r, row_stride), (v, vector_stride)) for r, v in cells]
-        initial = [_load(builder, at, _V_F32) for at in targets]
-        sums = _emit_sums(
-            context, builder, a_rows, b_vectors, count, initial, ahead, last,
-            lambda context, builder, acc, x, y: _fma(context, builder, x, y, acc), 1,
-        )  # fmt: skip
-        for at, total in zip(targets, sums, strict=True):
-            builder.store(total, _pointer(builder, at, _V_F32)).align = 4
-
-
-@_operation(types.void, *[types.intp] * 17)
-def multiply_pairs(context: Any, builder: Any, *args: Any) -> None:
-    """target[r][v] += (sum of a[r][i] . b[v][i]) * scales[v] * factors[r] + minima[v] * offsets[r].
-
-    a and b are pairs of int16 and their sums exact, in int32; the rest is float32. Arguments: a, its row stride, b, its
-    vector stride, count (a multiple of 4), rows, vectors, the addresses of the rows' targets (int64, one a row), the
-    targets' offset, whether they are fresh (then they are written, not added to), factors, offsets (float32, one a
-    row), scales, minima (vectors; address 0 for ones), the addresses of vectors that keep the largest values written, one a
-    row (int64; address 0 for none), ``ahead``, ``last``.
-    """
-    a, a_stride, b, b_stride, count, rows, vectors, targets, column, fresh = args[:10]
-    factors, offsets, scales, minima, tops, ahead, last = args[10:]
-    word = a.type
-    # Where the dot product is two instructions, LLVM would move additions across the steps, out of the registers.
-    unroll = 4 if not _IS_X86 or cpu_has(context, "avx512vnni") else 1
-    is_fresh, per_lane, has_tops = (builder.icmp_unsigned("!=", x, ir.Constant(word, 0)) for x in (fresh, scales, tops))
-
-    def note_largest(row: int, values: list[Any]) -> None:
-        with builder.if_then(has_tops):
-            at = _load(builder, _at(builder, tops, (row, ir.Constant(word, 8))), word)
-            top = _load(builder, at, _V_F32)
-            for value in values:
-                top = _larger(builder, top, value)
-            builder.store(top, _pointer(builder, at, _V_F32)).align = 4
-
-    def finish(sums: list[Any], part: tuple[int, int, int, int], writes: bool, has_scales: bool) -> None:
-        r0, v0, n_rows, n_vectors = part
-        values: list[Any] = []
-        for r in range(n_rows):
-            place = ir.Constant(word, r0 + r)
-            row = builder.add(_load(builder, _at(builder, targets, (r0 + r, ir.Constant(word, 8))), word), column)
-            own = builder.mul(place, ir.Constant(word, 4))
-            factor, offset = (
-                _broadcast(builder, _load(builder, builder.add(x, own), _F32), _V_F32) for x in (factors, offsets)
-            )
-            for v in range(n_vectors):
-                at = ir.Constant(word, 64 * (v0 + v))
-                value, shift = sums[r * n_vectors + v], offset
-                if has_scales:
-                    value = builder.fmul(value, _load(builder, builder.add(scales, at), _V_F32))
-                    shift = builder.fmul(shift, _load(builder, builder.add(minima, at), _V_F32))
-                value = _fma(context, builder, value, factor, shift)
-                to = builder.add(row, at)
-                if not writes:
-                    value = builder.fadd(_load(builder, to, _V_F32), value)
-                builder.store(value, _pointer(builder, to, _V_F32)).align = 4
-                values.append(value)
-            if writes:
-                note_largest(r0 + r, values[-n_vectors:])
-
-    for part in _blocks(context, builder, rows, vectors):
-        r0, v0, n_rows, n_vectors = part
-        a_rows = [_at(builder, a, (r0 + r, a_stride)) for r in range(n_rows)]
-        b_vectors = [_at(builder, b, (v0 + v, b_stride)) for v in range(n_vectors)]
-        initial = [_const(_V_I32, 0)] * (n_rows * n_vectors)
-        sums = _emit_sums(context, builder, a_rows, b_vectors, count, initial, ahead, last, _dot_pairs, unroll)
-        sums = [builder.sitofp(total, _V_F32) for total in sums]
-        with builder.if_else(is_fresh) as branches:
-            for writes, branch in zip((True, False), branches, strict=True):
-                with branch, builder.if_else(per_lane) as inner_branches:
-                    for has_scales, inner_branch in zip((True, False), inner_branches, strict=True):
-                        with inner_branch:
-                            finish(sums, part, writes, has_scales)
-
-
-def _sum_packed(bits: int) -> Any:
-    def body(context: Any, builder: Any, *args: Any) -> None:
-        a, a_stride, b, b_stride, count, rows, vectors, target, ahead, last = args
-        for r0, v0, n_rows, n_vectors in _blocks(context, builder, rows, vectors):
-            a_rows = [_at(builder, a, (r0 + r, a_stride)) for r in range(n_rows)]
-            b_vectors = [_at(builder, b, (v0 + v, b_stride)) for v in range(n_vectors)]
-            initial = [_const(_V_I32, 0)] * (n_rows * n_vectors)
-            sums = _emit_sums(
-                context, builder, a_rows, b_vectors, count, initial, ahead, last, _dot_pairs, 16 // bits, bits
-            )
-            for i, total in enumerate(sums):
-                place = (r0 + i // n_vectors) * VECTORS + v0 + i % n_vectors
-                at = builder.add(target, ir.Constant(a.type, 64 * place))
-                builder.store(total, _pointer(builder, at, _V_I32)).align = 4
-
-    body.__name__ = f"sum_packed{bits}"
-    body.__doc__ = f"""target[r][v] = sum of a[r][i] . b[v][i] in int32, with b in words of {bits}-bit codes (layout.py).
-
-    For few rows, where storing the pairs and loading them again costs more than taking them apart once more. Arguments: a,
-    its row stride, b, its vector stride, count (of pairs), rows, vectors, target (ROWS * VECTORS vectors), ``ahead``,
-    ``last``.
-    """
-    return _operation(types.void, *[types.intp] * 10)(body)
-
-
-sum_packed8, sum_packed4, sum_packed2 = (_sum_packed(bits) for bits in (8, 4, 2))
-
-
 def _reduce_four(builder: Any, source: Any, combine: Callable[[Any, Any], Any]) -> Any:
     """Reduce each of four vectors in memory as ``_fold`` does; lanes 4i .. 4i + 3 get the result of vector i."""
 
@@ -808,7 +582,7 @@ def sum_four(context: Any, builder: Any, source: Any) -> Any:
 
 @_operation(f32x16, types.intp)
 def largest_four(context: Any, builder: Any, source: Any) -> Any:
-    """The largest lanes of four vectors at ``source``: lanes 4i .. 4i + 3 hold ``largest_lane`` of vector i."""
+    """The largest lanes of four vectors at ``source``: lanes 4i .. 4i + 3 hold vector i's; where one is NaN, any."""
     return _reduce_four(builder, source, lambda x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))
 
 

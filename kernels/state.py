@@ -58,8 +58,8 @@ def merge_rows(outs, M, S, others, other_M, other_S, rows, size, scratch):  # ty
     """Merge partial attentions into others, row by row. All arguments are numbers, or addresses of arrays.
 
     outs, others: int64, the address of every row's ``size`` float32, a multiple of 16. M, S, other_M, other_S: float32, as
-    many as rows, rounded up to 16. What a row without keys (S = 0) has in ``outs`` must be finite; in ``others`` it is
-    never read. scratch: room for two vectors.
+    many as rows, rounded up to 16. What a row without keys (S = 0) has in ``outs`` or ``others`` is never read. scratch:
+    room for two vectors.
     """
     for first in range(0, rows, LANES):
         at = 4 * first
@@ -79,6 +79,10 @@ def merge_rows(outs, M, S, others, other_M, other_S, rows, size, scratch):  # ty
             if simd.scalar_at(other_S + at + 4 * i) != 0:
                 share, other_share = simd.splat_at(scratch + 4 * i), simd.splat_at(scratch + 4 * LANES + 4 * i)
                 target, source = simd.integer_at(outs + 2 * at + 8 * i), simd.integer_at(others + 2 * at + 8 * i)
+                if simd.scalar_at(scratch + 4 * i) == 0:  # whatever is in a target that does not count
+                    for c in range(0, 4 * size, 4 * LANES):
+                        simd.store_f32(target + c, simd.mul(simd.load_f32(source + c), other_share))
+                    continue
                 for c in range(0, 4 * size, 4 * LANES):
                     more = simd.mul(simd.load_f32(source + c), other_share)
                     simd.store_f32(target + c, simd.fma(simd.load_f32(target + c), share, more))

@@ -1,9 +1,10 @@
-"""Reading a tile: from any format into a small buffer that stays in the first-level cache.
+"""Reading a tile into a small buffer of float32 that stays in the first-level cache, [lanes/16][sum axis][16 lanes].
 
-Codes become pairs of uint16, [lanes/16][pairs][16 lanes], for the integer route. Everything else, and codes on the
-float32 route, become float32, [lanes/16][sum axis][16 lanes]: in both, one vector a step of the product that follows (see
-products.py). It is done once for all query heads of a KV head and for all queries of a block.
+Codes with precision="f32" go that way, and dense numbers where many rows share the work or K is a plain array. Otherwise
+the microkernels read a tile as it is stored.
 """
+
+import numpy as np
 
 from . import simd
 from .jit import inner
@@ -20,43 +21,37 @@ def is_dense(kind):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _ask(ahead, vector):  # type: ignore[no-untyped-def]
-    """For every third vector that is read, ask for a cache line from ``ahead`` on."""
-    if vector % 3 == 0:
-        simd.prefetch(ahead + vector // 3 * VECTOR)
+def middle_code(kind):  # type: ignore[no-untyped-def]
+    """The code in the middle of a format's range, which products are taken around (see products.py)."""
+    return np.float32(128 if kind == Q8 else 8 if kind == Q4 else 4 if kind == Q3 else 2)
 
 
 @inner
-def unpack_codes(base, kind, vectors, target, ahead):  # type: ignore[no-untyped-def]
-    """The codes of one head and tile at ``base`` into ``vectors`` vectors of 16 pairs of uint16.
-
-    Asks for a third as many bytes from ``ahead`` on.
-    """
+def unpack_codes(base, kind, vectors, target):  # type: ignore[no-untyped-def]
+    """The codes of one head and tile at ``base`` into ``vectors`` vectors of 16 pairs of uint16."""
     simd.never_inline()
     if kind == Q8:
         for i in range(vectors // 2):
-            _ask(ahead, i)
             simd.spread8(base + i * VECTOR, target + 2 * i * VECTOR)
     elif kind == Q4:
         for i in range(vectors // 4):
-            _ask(ahead, i)
             simd.spread4(base + i * VECTOR, target + 4 * i * VECTOR)
     elif kind == Q3:
         tops = base + vectors // 8 * VECTOR
         for i in range(vectors // 16):
-            _ask(ahead, 3 * i)
             simd.spread3(base + 2 * i * VECTOR, tops + i * VECTOR, target + 16 * i * VECTOR)
     elif kind == Q2:
         for i in range(vectors // 8):
-            _ask(ahead, i)
             simd.spread2(base + i * VECTOR, target + 8 * i * VECTOR)
 
 
 @inner
-def unpack_scales(source, count, target):  # type: ignore[no-untyped-def]
-    """``count`` scales and as many minima, float16, as float32."""
-    for i in range(0, 2 * count, LANES):
-        simd.store_f32(target + 4 * i, simd.load_f16(source + 2 * i))
+def unpack_scales(source, count, middle, target):  # type: ignore[no-untyped-def]
+    """``count`` scales as float32, and then as many centres: the value of the code ``middle``."""
+    for i in range(0, count, LANES):
+        scale, minimum = simd.load_f16(source + 2 * i), simd.load_f16(source + 2 * (count + i))
+        simd.store_f32(target + 4 * i, scale)
+        simd.store_f32(target + 4 * (count + i), simd.fma(scale, simd.splat(middle), minimum))
 
 
 @inner
@@ -95,31 +90,34 @@ def _load(kind, address):  # type: ignore[no-untyped-def]
 
 
 @inner
-def unpack_dense_k(base, kind, row_stride, width, first, stop, target, scratch):  # type: ignore[no-untyped-def]
+def unpack_dense_k(base, kind, step, token_stride, width, tile, first, stop, target, scratch):  # type: ignore[no-untyped-def]
     """Tokens first .. stop of dense K at ``base`` into ``target`` [tile/16][width][16 tokens].
 
-    Lanes of a block of 16 that lie outside are undefined: nothing may read them. ``scratch`` has room for 256 floats.
+    step: bytes from one channel to the next; token_stride: from one token to the next, or 0 where 16 tokens lie side by
+    side, as in tiles. Lanes of a block of 16 that lie outside are undefined: nothing may read them. ``scratch`` has room
+    for 256 floats.
     """
     simd.never_inline()
     size = 4 if kind == F32 else 2
-    if row_stride == 0:
-        for i in range(first // LANES * width, (stop + LANES - 1) // LANES * width):
-            simd.store_f32(target + i * VECTOR, _load(kind, base + i * LANES * size))
-        return
     for block in range(first // LANES, (stop + LANES - 1) // LANES):
+        if token_stride == 0:
+            for c in range(width):
+                value = _load(kind, base + c * step + block * LANES * size)
+                simd.store_f32(target + (block * width + c) * VECTOR, value)
+            continue
         for c in range(0, width, LANES):
             for i in range(max(first - block * LANES, 0), min(stop - block * LANES, LANES)):
-                value = _load(kind, base + (block * LANES + i) * row_stride + c * size)
+                value = _load(kind, base + (block * LANES + i) * token_stride + c * size)
                 simd.store_f32(scratch + i * VECTOR, value)
             simd.transpose(scratch, target + (block * width + c) * VECTOR)
 
 
 @inner
-def unpack_dense_v(base, kind, row_stride, width, tile, first, stop, target):  # type: ignore[no-untyped-def]
-    """Tokens first .. stop of dense V at ``base`` into ``target`` [width/16][tile][16 channels]."""
+def unpack_dense_v(base, kind, step, width, tile, first, stop, target):  # type: ignore[no-untyped-def]
+    """Tokens first .. stop of dense V at ``base``, ``step`` bytes apart, into ``target`` [width/16][tile][16 channels]."""
     simd.never_inline()
     size = 4 if kind == F32 else 2
     for token in range(first, stop):
         for c in range(0, width, LANES):
-            value = _load(kind, base + token * row_stride + c * size)
+            value = _load(kind, base + token * step + c * size)
             simd.store_f32(target + (c // LANES * tile + token) * VECTOR, value)

@@ -44,8 +44,9 @@ def test_the_check_notices_a_wrong_code(benchmarks: dict[str, ModuleType], side:
     segment = check.quantize_as(case, *(check.normal(rng, 64, 3, 64) for _ in range(2)))
     stored = check.oracle.read_segment(segment, ("q8c", "q8t"), 64)
     assert check.check_attend(case, (segment, *stored)).right
-    layout, tile = check.layout_of(case), segment.owner[0]
-    codes = (layout.k_heads if side == "k" else layout.v_heads)(tile)[0, : 64 * 64]
+    layout, page = check.layout_of(case), segment.owner[0]
+    codes = layout.codes(page, layout.k if side == "k" else layout.v)[0, 0]
+    assert codes.size == 64 * 64
     codes ^= 0x80
     assert not check.check_attend(case, (segment, *stored)).right
 
@@ -73,11 +74,13 @@ def test_copies_are_equal_and_apart(benchmarks: dict[str, ModuleType]) -> None:
     """What is timed on a copy of the keys gives the bits that the keys themselves give."""
     check, timing = benchmarks["check"], benchmarks["timing"]
     case = next(case for case in benchmarks["cases"].CASES if case.name == "decode-d64-h9/3-n4096-q4")
-    case = check.reduced(case, 130, 1)
+    case = check.reduced(case, 600, 1)
     rng = np.random.default_rng(0)
-    segment = check.quantize_as(case, *(check.normal(rng, 130, 3, 64) for _ in range(2)))
+    segment = check.quantize_as(case, *(check.normal(rng, 600, 3, 64) for _ in range(2)))
     copy = timing.copy_segment(case, segment)
-    assert not np.intersect1d(copy.k_table[:3], segment.k_table[:3]).size
+    assert not np.intersect1d(copy.table[:10], segment.table[:10]).size
+    assert len(copy.owner) == len(segment.owner) == 2
+    assert not any(np.shares_memory(a, b) for a in copy.owner for b in segment.owner)
     q = check.normal(rng, 1, 9, 64)
     np.testing.assert_array_equal(timing.attend_once(case, q, copy), timing.attend_once(case, q, segment))
 

@@ -12,6 +12,8 @@ from mixkv.engine.policy import CachePolicy
 from mixkv.kernels.layout import LANES, TileLayout
 from mixkv.models.errors import NumericalError
 
+from .stored import held_tiles
+
 N, HEADS, DIM = 500, 2, 32
 BITS = [(4, 4), (8, 8), (8, 4), (4, 8), (16, 16), (32, 32), (4, 16), (3, 2), (2, 3)]
 
@@ -27,14 +29,10 @@ def cuts(size: int, n: int = N) -> list[int]:
     return [*range(0, n, size), n]
 
 
-def old_bytes(cache: LayerCache) -> bytes:
-    """Every byte of the old segment: codes, scales and minima."""
-    return b"".join(cache.old[t].tobytes() for t in range(cache.old.first, cache.old.stop))
-
-
-def scales_of_k(layout: TileLayout, tile: NDArray[np.uint8]) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-    """Scales and minima (heads, width) that a coded tile stores for K."""
-    pairs = layout.k_heads(tile)[:, layout.k.params :].copy().view(np.float16)
+def scales_of_k(cache: LayerCache, t: int) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+    """Scales and minima (heads, width) that an old tile stores for K."""
+    layout, (page, slot) = cache.old.layout, cache.old.place(t)
+    pairs = layout.params(page, layout.k)[:, slot].copy().view(np.float16)
     return pairs[:, : layout.width], pairs[:, layout.width :]
 
 
@@ -56,7 +54,7 @@ def test_chunks_change_neither_the_codes_nor_a_bit_of_the_output(
         outs = feed(cache, qkv, cuts(size))
         np.testing.assert_allclose(outs, expected, rtol=0, atol=1e-5)
         assert outs.tobytes() == expected.tobytes(), f"chunks of {size}: same to 1e-5, but not bit for bit"
-        assert old_bytes(cache) == old_bytes(once)
+        assert held_tiles(cache.old) == held_tiles(once.old)
         assert cache.nbytes() == once.nbytes()
 
 
@@ -103,7 +101,7 @@ def test_every_token_is_quantized_exactly_once(
     original, seen = mixkv.engine.cache.quantize_tile, []
 
     def recording(source: NDArray[np.uint8], dense: TileLayout, *rest: object) -> NDArray[np.uint8]:
-        seen.append(dense.dense_k(source)[0, :, 0].astype(int).ravel().tolist())
+        seen.append(dense.dense_k(source)[0, 0, 0].astype(int).tolist())
         return original(source, dense, *rest)
 
     monkeypatch.setattr(mixkv.engine.cache, "quantize_tile", recording)
@@ -117,9 +115,15 @@ def test_every_token_is_quantized_exactly_once(
 
 
 def test_nothing_is_quantized_where_the_old_segment_is_as_precise(draw_qkv: Draw, feed: Feed) -> None:
-    cache = LayerCache(CachePolicy.full(), HEADS, DIM)
-    feed(cache, draw_qkv(4, 200), cuts(7, 200))
+    """Its tiles are copies of the dense ones."""
+    cache, (q, k, v) = LayerCache(CachePolicy.full(), HEADS, DIM), draw_qkv(4, 200)
+    feed(cache, (q, k, v), cuts(7, 200))
     assert cache.tiles_quantized == 0 and cache.old.stop == 200 // 64
+    for t in range(3):
+        layout, (page, slot) = cache.old.layout, cache.old.place(t)
+        rows = slice(64 * t, 64 * (t + 1))
+        np.testing.assert_array_equal(layout.dense_k(page)[:, slot], k[rows].transpose(1, 2, 0))
+        np.testing.assert_array_equal(layout.dense_v(page)[:, slot], v[rows].transpose(1, 0, 2))
 
 
 def test_the_dense_form_is_forgotten_when_no_query_can_see_it_any_more(draw_qkv: Draw, feed: Feed) -> None:
@@ -147,16 +151,16 @@ def test_sinks_are_dead_in_their_tile_and_do_not_widen_the_scales_of_k(draw_qkv:
     loud[:5] = np.float32(60_000) * np.sign(k[:5])
     cache = LayerCache(policy, HEADS, DIM)
     feed(cache, (q, loud, v), [0, 200])
-    for ours, theirs in zip(*(scales_of_k(c.old.layout, c.old[0]) for c in (cache, ordinary)), strict=True):
+    for ours, theirs in zip(*(scales_of_k(c, 0) for c in (cache, ordinary)), strict=True):
         assert ours.tobytes() == theirs.tobytes()
     # And they are those of the live tokens alone.
     live = k[5:64].astype(np.float16).astype(np.float32)
-    scale, minimum = scales_of_k(cache.old.layout, cache.old[0])
+    scale, minimum = scales_of_k(cache, 0)
     assert np.array_equal(minimum, live.min(axis=0).astype(np.float16))
     assert np.array_equal(scale, ((live.max(axis=0) - live.min(axis=0)) / (2**bits - 1)).astype(np.float16))
     # In the next tile nothing is dead.
     live = k[64:128].astype(np.float16).astype(np.float32)
-    assert np.array_equal(scales_of_k(cache.old.layout, cache.old[1])[1], live.min(axis=0).astype(np.float16))
+    assert np.array_equal(scales_of_k(cache, 1)[1], live.min(axis=0).astype(np.float16))
 
 
 def test_a_tile_of_nothing_but_sinks_is_harmless(draw_qkv: Draw, feed: Feed) -> None:

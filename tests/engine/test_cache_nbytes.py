@@ -1,5 +1,8 @@
 """nbytes says what is really held, and that is less than a third of a float16 cache at 4 bits."""
 
+import ctypes
+import mmap
+import sys
 import tracemalloc
 import weakref
 from collections.abc import Callable
@@ -11,8 +14,8 @@ from numpy.typing import NDArray
 import mixkv.engine.cache
 from mixkv.engine.cache import Cache, LayerCache
 from mixkv.engine.policy import CachePolicy
-from mixkv.kernels import layout as layout_module
-from mixkv.kernels.layout import Arena
+from mixkv.kernels.layout import TileLayout
+from mixkv.kernels.segment import TileStore
 
 Float32 = NDArray[np.float32]
 Feed = Callable[..., Float32]
@@ -29,15 +32,24 @@ POLICIES = [
 ]
 
 
+def pages_of(store: TileStore) -> dict[int, tuple[np.ndarray, int]]:
+    """By address, the pages of the tiles that a store holds, and how many of them each has."""
+    found: dict[int, tuple[np.ndarray, int]] = {}
+    for t in range(store.first, store.stop):
+        page, slot = store.place(t)
+        assert page.nbytes == store.layout.page_tiles * store.layout.nbytes and slot == t % store.layout.page_tiles
+        found[page.ctypes.data] = page, found.get(page.ctypes.data, (page, 0))[1] + 1
+    return found
+
+
 def held(cache: LayerCache) -> dict[str, int]:
-    """Bytes of the arrays that a layer's cache holds, each counted once though two segments may share it."""
-    old = {cache.old[t].ctypes.data: cache.old[t].nbytes for t in range(cache.old.first, cache.old.stop)}
-    recent = {cache.recent[t].ctypes.data: cache.recent[t].nbytes for t in range(cache.recent.first, cache.recent.stop)}
+    """Bytes of the tiles in use in the pages of a layer's cache, and of its arrays of sinks."""
+    old, recent = pages_of(cache.old), pages_of(cache.recent)
     assert not old.keys() & recent.keys()
     return {
         "sink": cache.sink_k.nbytes + cache.sink_v.nbytes,
-        "old": sum(old.values()),
-        "recent": sum(recent.values()),
+        "old": sum(tiles for _, tiles in old.values()) * cache.old.layout.nbytes,
+        "recent": sum(tiles for _, tiles in recent.values()) * cache.recent.layout.nbytes,
     }
 
 
@@ -55,19 +67,19 @@ def test_nbytes_is_the_sum_of_the_buffers_that_are_held(draw_qkv: Draw, feed: Fe
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_nbytes_is_what_the_allocators_were_asked_for(
+def test_nbytes_is_what_was_asked_of_the_system(
     draw_qkv: Draw, feed: Feed, policy: CachePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is left that nbytes does not know of: not in the arena of tiles, nor in the buffers that tracemalloc sees."""
+    """Nothing is left that nbytes does not know of: no page of tiles, nor a buffer that tracemalloc sees."""
     taken: list[weakref.ref] = []
+    original = TileLayout.empty_page
 
-    class Watched(Arena):
-        def take(self, nbytes: int) -> np.ndarray:
-            tile = super().take(nbytes)
-            taken.append(weakref.ref(tile))
-            return tile
+    def watched(self: TileLayout) -> np.ndarray:
+        page = original(self)
+        taken.append(weakref.ref(page))
+        return page
 
-    monkeypatch.setattr(layout_module, "_ARENA", Watched())
+    monkeypatch.setattr(TileLayout, "empty_page", watched)
     qkv = draw_qkv(2, 2000, head_dim=64)
     cuts = [*range(0, 2000, 500), 2000]
     feed(LayerCache(policy, 2, 64), qkv, cuts)  # what is allocated once and for all
@@ -80,13 +92,42 @@ def test_nbytes_is_what_the_allocators_were_asked_for(
         grown = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    counted = cache.nbytes()
-    in_arena = counted["old"] + (counted["recent"] if cache.recent.layout == cache.old.layout else 0)
-    assert sum(tile.nbytes for ref in taken if (tile := ref()) is not None) == in_arena
-    # Dense tiles of another layout are pages of the system, which test_memory.py counts. Beside the buffers: for each tile
-    # a few Python objects and two addresses, under 600 bytes.
-    tiles = cache.old.stop + cache.recent.stop - cache.recent.first
-    assert counted["sink"] <= grown <= counted["sink"] + 600 * tiles + 16_000
+    counted, old, recent = cache.nbytes(), pages_of(cache.old), pages_of(cache.recent)
+    alive = [page for ref in taken if (page := ref()) is not None]
+    assert {page.ctypes.data for page in alive} == old.keys() | recent.keys()
+    # All of them are full, but for the last one of old tiles, which costs what has been written to it: see below.
+    partial = cache.old.stop % cache.old.layout.page_tiles
+    unused = (cache.old.layout.page_tiles - partial) * cache.old.layout.nbytes if partial else 0
+    assert sum(page.nbytes for page in alive) == counted["old"] + counted["recent"] + unused
+    # Beside pages and sinks: for each tile a few Python objects and four addresses, under 600 bytes.
+    many = cache.old.stop + cache.recent.stop - cache.recent.first
+    assert counted["sink"] <= grown <= counted["sink"] + 600 * many + 16_000
+
+
+def resident(page: np.ndarray) -> int:
+    """Bytes of a page of tiles that are in memory."""
+    steps = -(-page.nbytes // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * steps)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mincore.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
+    assert libc.mincore(page.ctypes.data, page.nbytes, found) == 0
+    return sum(x & 1 for x in found) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which memory is in use")
+@pytest.mark.parametrize("tiles", range(9))
+def test_a_page_takes_up_room_as_it_is_written_to(draw_qkv: Draw, feed: Feed, tiles: int) -> None:
+    """In whole steps of the system's memory: scales and codes of K and of V are four runs for each head."""
+    policy, heads = CachePolicy(window=0, sinks=0), 4
+    cache = LayerCache(policy, heads, 128)
+    n = tiles * policy.tile
+    if n:
+        feed(cache, draw_qkv(6, n, heads, 1, 128), [0, n])
+    page, _ = cache.old.place(0)
+    assert page.nbytes == 8 * cache.old.layout.nbytes
+    used = cache.nbytes()["old"]
+    assert used == tiles * cache.old.layout.nbytes
+    assert used <= resident(page) <= min(used + bool(n) * 4 * heads * mmap.PAGESIZE, page.nbytes + mmap.PAGESIZE)
 
 
 def test_a_cache_sums_its_layers(draw_qkv: Draw) -> None:

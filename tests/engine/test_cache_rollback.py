@@ -21,6 +21,8 @@ from mixkv.engine.policy import CachePolicy
 from mixkv.engine.session import Session
 from mixkv.models.transformer import Step
 
+from .stored import held_tiles
+
 LAYERS, HEADS, DIM, VOCAB = 2, 1, 16, 50
 # Sinks end inside of tile 1, so that the steps below write sinks, dense tiles and codes.
 POLICY = CachePolicy(window=20, sinks=40, tile=32)
@@ -71,13 +73,14 @@ def everything_held(session: Session) -> list[bytes]:
     """What the cache holds that a later query may see: coded tiles whole, dense tiles as far as they are filled."""
     held = []
     for layer in session.cache.layers:
-        held += [layer.old[t].tobytes() for t in range(layer.old.first, layer.old.stop)]
+        held += held_tiles(layer.old)
         filled = min(session.position, session.policy.sinks)
         held += [layer.sink_k[:filled].tobytes(), layer.sink_v[:filled].tobytes()]
         held += [str((layer.old.first, layer.old.stop, layer.recent.first, layer.recent.stop)).encode()]
         for t in range(layer.recent.first, layer.recent.stop):
             rows = slice(0, min(session.position - t * layer.policy.tile, layer.policy.tile))
-            held += [layer.recent.layout.dense_v(layer.recent[t])[:, rows].tobytes()]
+            layout, (page, slot) = layer.recent.layout, layer.recent.place(t)
+            held += [layout.dense_k(page)[:, slot, :, rows].tobytes(), layout.dense_v(page)[:, slot, rows].tobytes()]
     return held
 
 

@@ -86,8 +86,8 @@ def test_defaults_and_full() -> None:
     assert CachePolicy() == CachePolicy(window=128, sinks=4, k_bits=4, v_bits=4, tile=64, dense="f16")
     full = CachePolicy.full()
     assert (full.k_bits, full.v_bits, full.dense) == (32, 32, "f32")
-    layouts = full.old_layout(2, 16), full.dense_layout(2, 16)
-    assert layouts[0] == layouts[1] and layouts[0].k_kind == layouts[0].v_kind == F32
+    old, dense = full.old_layout(2, 16), full.dense_layout(2, 16)
+    assert dataclasses.replace(old, page_tiles=1) == dense and old.k_kind == old.v_kind == F32
     assert mixkv.CachePolicy is CachePolicy
 
 
@@ -110,6 +110,12 @@ def test_every_field_can_be_read_in_its_text() -> None:
     policy = CachePolicy(window=11, sinks=3, k_bits=8, v_bits=16, tile=32, dense="bf16")
     found = dict(re.findall(r"(\w+)=(\w+)", str(policy)))
     assert found == {name: str(getattr(policy, name)) for name in CachePolicy.__slots__}
+
+
+@pytest.mark.parametrize("tile", [32, 64, 128])
+def test_old_tiles_lie_in_pages_of_512_positions_and_recent_ones_alone(tile: int) -> None:
+    policy = CachePolicy(tile=tile)
+    assert policy.old_layout(2, 16).page_tiles * tile == 512 and policy.dense_layout(2, 16).page_tiles == 1
 
 
 def test_kinds_of_the_old_segment() -> None:

@@ -1,5 +1,6 @@
 """Sessions: what forward returns, that chunks do not matter, what is refused, and how it survives faults."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 import mixkv
+import mixkv.engine.cache
 from mixkv import CachePolicy, Session
 from mixkv.engine.cache import Cache
 from mixkv.models.errors import PromptError, UsageError
@@ -108,14 +110,14 @@ def test_no_more_sinks_are_held_than_the_context_has_tokens(toy: Model) -> None:
 
 
 @pytest.mark.parametrize("logits", ["all", "last"])
-def test_two_sequences_in_one_step_give_the_same_as_each_alone(model: Model, logits: Any) -> None:
+def test_two_sequences_in_one_step_give_the_same_as_each_alone(
+    model: Model, logits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One has 70 tokens behind it and brings 3, the other none and brings 40: nothing of one reaches the other."""
     config = model.config
 
     def new_cache() -> Cache:
         return Cache(MIXED, config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
-
-    first, second, past = ids_for(model, 3, 1), ids_for(model, 40, 2), ids_for(model, 70, 3)
 
     def run(*parts: tuple[Cache, NDArray[np.int64], int]) -> NDArray[np.float32]:
         ends = np.cumsum([len(ids) for _, ids, _ in parts]).tolist()
@@ -125,15 +127,28 @@ def test_two_sequences_in_one_step_give_the_same_as_each_alone(model: Model, log
         assert out is not None
         return out
 
-    def after_the_past() -> Cache:
+    def after(past: NDArray[np.int64]) -> Cache:
         cache = new_cache()
         run((cache, past, 0))
         cache.commit(70)
         return cache
 
-    together = run((after_the_past(), first, 70), (new_cache(), second, 0))
-    alone = np.concatenate([run((after_the_past(), first, 70)), run((new_cache(), second, 0))])
+    first, second, past = ids_for(model, 3, 1), ids_for(model, 40, 2), ids_for(model, 70, 3)
+    rows = 3 if logits == "all" else 1
+    together = run((after(past), first, 70), (new_cache(), second, 0))
     assert together.shape == ((43 if logits == "all" else 2), config.vocab_size)
+    # Beside another sequence as long, not a bit changes.
+    other = run((after(past), first, 70), (new_cache(), ids_for(model, 40, 4), 0))
+    np.testing.assert_array_equal(other[:rows], together[:rows])
+    assert (other[rows:] != together[rows:]).any()
+    other = run((after(ids_for(model, 70, 5)), ids_for(model, 3, 6), 70), (new_cache(), second, 0))
+    np.testing.assert_array_equal(other[rows:], together[rows:])
+    assert (other[:rows] != together[:rows]).any()
+    # Alone, the products of the weights round differently, and 16-bit factors would turn that into a whole step here and
+    # there: so attention is float32 here.
+    monkeypatch.setattr(mixkv.engine.cache, "attend", functools.partial(mixkv.engine.cache.attend, exact=True))
+    together = run((after(past), first, 70), (new_cache(), second, 0))
+    alone = np.concatenate([run((after(past), first, 70)), run((new_cache(), second, 0))])
     np.testing.assert_allclose(together, alone, rtol=0, atol=TOLERANCE)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from mixkv.kernels import Segment, empty_state, flash_attention
 
-from .oracle import alibi_slopes, expected, make_store, normal, read_tiles
+from .oracle import alibi_slopes, expected, make_store, normal, read_store
 
 # What is promised of o: the largest error, relative to the largest |o| of the call, and what is added to it for every
 # unit of the largest |scale * q . k| of any key that a query sees. S (relative to itself) is held to the same. M (absolute)
@@ -28,7 +28,7 @@ def coded_segment(
     full = -(-max(n, 1) // tile) * tile
     k, v = normal(rng, full, heads, d), normal(rng, full, heads, d)
     store = make_store(k, v, kinds, tile)
-    k, v = read_tiles([store[i] for i in range(full // tile)], kinds, tile, heads, d)
+    k, v = read_store(store, kinds)
     store.forget_before(first // tile)
     return store.segment(first, n), k[:n], v[:n]
 
@@ -73,9 +73,9 @@ def allowed(
     """The largest errors, given the ``sizes_of_logits``.
 
     Among many keys some are nearly parallel to the query, and the largest logit tells how large q and k are. A few keys may
-    all be nearly at right angles to it: then half of the largest logit that their lengths allow takes its place.
+    all be nearly at right angles to it: then a quarter of the largest logit that their lengths allow takes its place.
     """
-    largest = product if many_keys else max(product, lengths / 2)
+    largest = product if many_keys else max(product, lengths / 4)
     of_unit = {"o": largest, "S": largest, "M": lengths}
     units = BOUNDS[precision]
     return {name: constant + a_unit * of_unit[name] + ROUNDING * logit for name, (constant, a_unit) in units.items()}

@@ -100,7 +100,7 @@ def assert_attention(
     np.testing.assert_allclose(state[..., 1], S, rtol=TOLERANCE["S", of_state] + 2 * more, atol=0)
 
 
-# --- The layout of a tile, read back from the description in kernels/layout.py -----------------------------------------
+# --- The layout of tiles and pages, read back from the description in kernels/layout.py ---------------------------------
 
 
 def padded_width(head_dim: int) -> int:
@@ -144,24 +144,26 @@ class Format:
         """Pairs (scale, minimum) of one head in one tile."""
         return width if self.axis == "channel" else tile * width // self.group(width)
 
-    def nbytes(self, tile: int, width: int) -> int:
-        """Bytes of one head in one tile."""
+    def sizes(self, tile: int, width: int) -> tuple[int, int]:
+        """Bytes of one head in one tile: of scales and minima, and of codes or numbers."""
         values = tile * width
         if self.kind in DTYPES:
-            return values * DTYPES[self.kind].itemsize
-        return values * self.bits // 8 + 2 * 2 * self.pairs(tile, width)
+            return 0, values * DTYPES[self.kind].itemsize
+        return 2 * 2 * self.pairs(tile, width), values * self.bits // 8
 
     def coded(self, raw: np.ndarray, tile: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Codes of one head, and the scale and minimum of each code; all float64 (tile, width)."""
-        pairs = self.pairs(tile, width)
-        codes, params = raw[: len(raw) - 4 * pairs], raw[len(raw) - 4 * pairs :].view(np.float16).astype(np.float64)
+        first_code, _ = self.sizes(tile, width)
+        params, codes = raw[:first_code].view(np.float16).astype(np.float64), raw[first_code:]
         lanes, steps = (tile, width) if self.side == "k" else (width, tile)
         scales_along_lanes = (self.side == "k") == (self.axis == "token")
         length = (self.group(width) if self.side == "k" else tile) if scales_along_lanes else steps
         halves = self.halves(codes, lanes * steps // 32).reshape(2, lanes // 16, steps // length, length // 2, 16)
         # What stands at [half][block][part][i][lane] is the code of lane 16 block + lane and step part * length + half *
         # length/2 + i.
-        values = halves.transpose(1, 4, 2, 0, 3).reshape(lanes, steps).astype(np.float64)
+        stored = halves.transpose(1, 4, 2, 0, 3).reshape(lanes, steps)
+        middle = 2 ** (self.bits - 1)
+        values = ((stored + middle) % 2**self.bits).astype(np.float64)  # stored is the code less the middle one
         values = values if self.side == "k" else values.T
         if self.axis == "channel":
             return values, *(np.repeat(x[None], tile, axis=0) for x in params.reshape(2, width))
@@ -169,7 +171,7 @@ class Format:
         return values, *(np.repeat(x.T, group, axis=1) for x in params.reshape(2, width // group, tile))
 
     def halves(self, codes: np.ndarray, count: int) -> np.ndarray:
-        """The codes of the lower and of the upper halves of the words: (2, count, 16 lanes)."""
+        """What is stored in the lower and in the upper halves of the words, unsigned: (2, count, 16 lanes)."""
 
         def plane(part: np.ndarray, bits: int) -> np.ndarray:
             words = part.view("<u2").reshape(-1, 16, 2).astype(np.int64)
@@ -182,41 +184,68 @@ class Format:
         return plane(codes[:two_thirds], 2) + 4 * plane(codes[two_thirds:], 1)
 
     def read(self, raw: np.ndarray, tile: int, width: int) -> np.ndarray:
-        """K or V of one head, float64 (tile, width)."""
+        """K or V of one head, float64 (tile, width): scales and minima come first, then codes."""
         if self.kind not in DTYPES:
             codes, scales, minima = self.coded(raw, tile, width)
             return codes * scales + minima
-        if self.side == "v":
-            return raw.view(DTYPES[self.kind]).reshape(tile, width).astype(np.float64)
-        blocks = raw.view(DTYPES[self.kind]).reshape(tile // 16, width, 16)
-        return blocks.transpose(0, 2, 1).reshape(tile, width).astype(np.float64)
+        numbers = raw.view(DTYPES[self.kind]).astype(np.float64)
+        return numbers.reshape(tile, width) if self.side == "v" else numbers.reshape(width, tile).T
 
 
 def formats(kinds: tuple[str, str]) -> tuple[Format, Format]:
     return Format(kinds[0], "k"), Format(kinds[1], "v")
 
 
-def layout_of(kinds: tuple[str, str], tile: int, heads: int, head_dim: int) -> TileLayout:
+def layout_of(kinds: tuple[str, str], tile: int, heads: int, head_dim: int, page_tiles: int = 1) -> TileLayout:
     """The layout that the package makes of two names."""
     k, v = formats(kinds)
     axes = [x.axis if x.kind not in DTYPES else "token" for x in (k, v)]
     groups = [x.given_group if x.kind not in DTYPES else 0 for x in (k, v)]
-    return TileLayout(heads, head_dim, tile, k.number(), v.number(), *axes, *groups)
+    return TileLayout(heads, head_dim, tile, k.number(), v.number(), *axes, *groups, page_tiles=page_tiles)
+
+
+def part_sizes(kinds: tuple[str, str], tile: int, head_dim: int) -> tuple[int, int, int, int]:
+    """Bytes of one head in one tile, in their order: scales and minima of K, its codes, those of V, its codes."""
+    k, v = (x.sizes(tile, padded_width(head_dim)) for x in formats(kinds))
+    return *k, *v
+
+
+def part_offsets(
+    kinds: tuple[str, str], tile: int, head_dim: int, page_tiles: int, head: int, slot: int
+) -> tuple[int, int, int, int]:
+    """Where these parts of one head of the tile in a slot begin in a page."""
+    sizes = part_sizes(kinds, tile, head_dim)
+    at, offsets = head * page_tiles * sum(sizes), []
+    for size in sizes:
+        offsets.append(at + slot * size)
+        at += page_tiles * size
+    return tuple(offsets)
+
+
+def page_tile(page: np.ndarray, slot: int, kinds: tuple[str, str], tile: int, heads: int, head_dim: int) -> np.ndarray:
+    """The bytes of the tile in a slot of a page, as a page of one tile has them."""
+    assert page.dtype == np.uint8 and page.ndim == 1 and page.ctypes.data % 64 == 0
+    sizes = part_sizes(kinds, tile, head_dim)
+    page_tiles, rest = divmod(len(page), heads * sum(sizes))
+    assert rest == 0 and 0 <= slot < page_tiles
+    parts = []
+    for head in range(heads):
+        offsets = part_offsets(kinds, tile, head_dim, page_tiles, head, slot)
+        parts += [page[at : at + size] for at, size in zip(offsets, sizes, strict=True)]
+    return np.concatenate(parts)
 
 
 def head_parts(raw: np.ndarray, kinds: tuple[str, str], tile: int, heads: int, head_dim: int) -> tuple[list, list]:
-    """The bytes of K, and those of V, of every head in one tile."""
-    width = padded_width(head_dim)
-    k_size, v_size = (x.nbytes(tile, width) for x in formats(kinds))
-    v_offset = math.ceil(k_size * heads / 64) * 64
-    assert len(raw) == v_offset + v_size * heads and raw.ctypes.data % 64 == 0
-    assert not raw[k_size * heads : v_offset].any()
-    k = [raw[h * k_size : (h + 1) * k_size] for h in range(heads)]
-    return k, [raw[v_offset + h * v_size : v_offset + (h + 1) * v_size] for h in range(heads)]
+    """The bytes of K, and those of V, of every head of a page of one tile; of each the scales and minima first."""
+    sizes = part_sizes(kinds, tile, head_dim)
+    k_size, size = sizes[0] + sizes[1], sum(sizes)
+    assert len(raw) == heads * size
+    rows = raw.reshape(heads, size)
+    return [row[:k_size] for row in rows], [row[k_size:] for row in rows]
 
 
 def read_tile(raw: np.ndarray, kinds: tuple[str, str], tile: int, heads: int, head_dim: int) -> tuple[Any, Any]:
-    """K and V of one tile, float64 (tile, Hkv, D): first K of every head, then V, from a 64-byte boundary on."""
+    """K and V of a page of one tile, float64 (tile, Hkv, D)."""
     width = padded_width(head_dim)
     k_parts, v_parts = head_parts(raw, kinds, tile, heads, head_dim)
     k_format, v_format = formats(kinds)
@@ -231,29 +260,58 @@ def read_tile(raw: np.ndarray, kinds: tuple[str, str], tile: int, heads: int, he
 def read_tiles(
     tiles: Sequence[np.ndarray], kinds: tuple[str, str], tile: int, heads: int, head_dim: int
 ) -> tuple[Any, Any]:
-    """K and V of consecutive tiles, float64 (N, Hkv, D)."""
+    """K and V of consecutive tiles, each as a page of one has it, float64 (N, Hkv, D)."""
     if not tiles:
         return np.zeros((0, heads, head_dim)), np.zeros((0, heads, head_dim))
     pairs = [read_tile(raw, kinds, tile, heads, head_dim) for raw in tiles]
     return np.concatenate([k for k, _ in pairs]), np.concatenate([v for _, v in pairs])
 
 
-def make_store(k: np.ndarray, v: np.ndarray, kinds: tuple[str, str], tile: int = 64, dead: int = 0) -> TileStore:
-    """k, v (N, Hkv, D), N a multiple of the tile, stored in the formats ``kinds``."""
+def make_store(
+    k: np.ndarray, v: np.ndarray, kinds: tuple[str, str], tile: int = 64, dead: int = 0, page_tiles: int = 0
+) -> TileStore:
+    """k, v (N, Hkv, D), N a multiple of the tile, stored in the formats ``kinds``, in pages of 512 unless told."""
     n, heads, head_dim = k.shape
     dense = TileLayout(heads, head_dim, tile, F32, F32)
-    target = layout_of(kinds, tile, heads, head_dim)
+    target = layout_of(kinds, tile, heads, head_dim, page_tiles or 512 // tile)
     store = TileStore(target)
     for first in range(0, n, tile):
-        source = dense.empty_tile()
+        source = dense.empty_page()
         store_rows(dense, source, 0, k[first : first + tile], v[first : first + tile])
-        store.append(quantize_tile(source, dense, target, dead if first == 0 else 0))
+        page, slot = store.place(store.stop)
+        assert quantize_tile(source, dense, target, dead if first == 0 else 0, page, slot) is page
+        store.append()
     return store
+
+
+def store_tiles(store: TileStore, kinds: tuple[str, str]) -> list[np.ndarray]:
+    """Every tile that a store holds, as a page of one has it."""
+    layout = store.layout
+    return [
+        page_tile(*store.place(t), kinds, layout.tile, layout.n_kv_heads, layout.head_dim)
+        for t in range(store.first, store.stop)
+    ]
+
+
+def read_store(store: TileStore, kinds: tuple[str, str]) -> tuple[Any, Any]:
+    """K and V of all tiles that a store holds, float64 (N, Hkv, D)."""
+    layout = store.layout
+    return read_tiles(store_tiles(store, kinds), kinds, layout.tile, layout.n_kv_heads, layout.head_dim)
+
+
+def segment_tiles(segment: Segment, kinds: tuple[str, str], tile: int) -> list[np.ndarray]:
+    """The tiles of a segment made by ``quantize``, in pages of 512 positions, each as a page of one has it."""
+    page_tiles, heads, head_dim = 512 // tile, segment.n_kv_heads, segment.head_dim
+    return [
+        page_tile(segment.owner[t // page_tiles], t % page_tiles, kinds, tile, heads, head_dim)
+        for t in range(-(-segment.stop // tile))
+    ]
 
 
 def read_segment(segment: Segment, kinds: tuple[str, str], tile: int) -> tuple[Any, Any]:
     """K and V of a segment made by ``quantize``, float64 (N, Hkv, D)."""
-    k, v = read_tiles(segment.owner, kinds, tile, segment.n_kv_heads, segment.head_dim)
+    tiles = segment_tiles(segment, kinds, tile)
+    k, v = read_tiles(tiles, kinds, tile, segment.n_kv_heads, segment.head_dim)
     return k[: segment.stop], v[: segment.stop]
 
 

@@ -3,7 +3,6 @@
 Every function returns a dictionary that JSON can hold; the tests call the same functions in their own process too.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -15,7 +14,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from .oracle import CODED, DTYPES, expected, normal, quantize_as, read_segment
+from .microkernels import summary
+from .oracle import CODED, DTYPES, expected, normal, quantize_as, read_segment, segment_tiles
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,7 +104,7 @@ def cpu() -> dict[str, Any]:
     features = {name: simd.cpu_has(context, name) for name in ("f16c", "fma", "avx2", "avx512f")}
     errors = {
         "halves": wrong_halves(), "stored halves": wrong_stored_halves(), "exp": exp_error(),
-        "attention": attention_errors(), "products": wrong_products(), "codes": wrong_codes(),
+        "attention": attention_errors(), "microkernels": summary(), "codes": wrong_codes(),
     }  # fmt: skip
     return {"features": features, "bits": attention_bits(), "tiles": tile_hashes(), **errors}
 
@@ -142,7 +142,8 @@ def tile_hashes() -> dict[str, str]:
         for kind in CODED:
             for axis in "ct":
                 for tile in (32, 64, 128):
-                    tiles = quantize_as((kind + axis, kind + axis), k, v, tile).owner
+                    kinds = (kind + axis, kind + axis)
+                    tiles = segment_tiles(quantize_as(kinds, k, v, tile), kinds, tile)
                     digest = hashlib.sha256(b"".join(x.tobytes() for x in tiles)).hexdigest()
                     hashes[f"{kind}{axis} {d} {tile}"] = digest
     return hashes
@@ -196,7 +197,7 @@ def wrong_stored_halves() -> list[str]:
 def spread(bits: int, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The pairs that a spread makes of one or three (3 bits) vectors of words, and those that it should make.
 
-    Both are uint16 (pairs, 16, 2).
+    Both are uint16 (pairs, 16, 2). What a word holds are codes less the middle one; what comes out are the codes.
     """
     from mixkv.kernels import simd
     from mixkv.kernels.jit import kernel
@@ -215,59 +216,12 @@ def spread(bits: int, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     (spread_planes if bits == 3 else spread_one)(words, found)
     halves = np.stack([words & 0xFFFF, words >> 16], axis=-1)
     if bits != 3:
-        want = np.stack([halves[0] >> (bits * i) & (2**bits - 1) for i in range(16 // bits)])
-        assert (found[len(want) :] == 7).all()
-        return found[: len(want)], want
-    low = [halves[i // 8] >> (2 * (i % 8)) & 3 for i in range(16)]
-    return found, np.stack([x + 4 * (halves[2] >> i & 1) for i, x in enumerate(low)])
-
-
-def pair_sums(a: np.ndarray, b: np.ndarray, rows: int, blocks: int) -> np.ndarray:
-    """Sums of a (4, steps) times b (4, 16, steps), both int16, by ``multiply_pairs``: float32 (4, 4, 16), else 7."""
-    steps = a.shape[1]
-    words = np.ascontiguousarray(a.reshape(4, 2, steps // 2).transpose(0, 2, 1)).reshape(4, steps)
-    pairs = np.ascontiguousarray(b.reshape(4, 16, 2, steps // 2).transpose(0, 3, 1, 2))
-    found = np.full((4, 4, 16), 7, np.float32)
-    targets = found.ctypes.data + np.arange(4, dtype=np.int64) * found.strides[0]
-    ones, zeros = np.ones(16, np.float32), np.zeros(16, np.float32)
-    _pair_kernel()(words, pairs, targets, ones, zeros, rows, blocks)
-    return found
-
-
-@functools.cache
-def _pair_kernel() -> Any:
-    from mixkv.kernels import simd
-    from mixkv.kernels.jit import kernel
-
-    @kernel
-    def multiply(a, b, targets, factors, offsets, rows, blocks):
-        simd.multiply_pairs(
-            a.ctypes.data, 2 * a.shape[1], b.ctypes.data, 64 * b.shape[1], a.shape[1] // 2, rows, blocks,
-            targets.ctypes.data, 0, 1, factors.ctypes.data, offsets.ctypes.data, 0, 0, 0, a.ctypes.data, a.ctypes.data,
-        )  # fmt: skip
-
-    return multiply
-
-
-def wrong_products() -> list[str]:
-    """Sums of pairs that are not exact: random ones of every shape, and the largest of either sign."""
-    rng = np.random.default_rng(16)
-    wrong = []
-    for steps in (8, 64, 256):
-        for name, low, high, codes in (
-            ("random", -32767, 32767, 0),
-            ("top", 32767, 32767, 255),
-            ("bottom", -32767, -32767, 255),
-        ):
-            a = rng.integers(low, high + 1, (4, steps)).astype(np.int16)
-            b = rng.integers(codes, 256, (4, 16, steps)).astype(np.int16)
-            want = np.einsum("ri,vli->rvl", a.astype(np.int64), b.astype(np.int64)).astype(np.float32)
-            for rows in range(1, 5):
-                for blocks in range(1, 5):
-                    found = pair_sums(a, b, rows, blocks)[:rows, :blocks]
-                    if not np.array_equal(found, want[:rows, :blocks]):
-                        wrong.append(f"{name} {steps} {rows} {blocks}")
-    return wrong
+        stored = np.stack([halves[0] >> (bits * i) & (2**bits - 1) for i in range(16 // bits)])
+        assert (found[len(stored) :] == 7).all()
+    else:
+        low = [halves[i // 8] >> (2 * (i % 8)) & 3 for i in range(16)]
+        stored = np.stack([x + 4 * (halves[2] >> i & 1) for i, x in enumerate(low)])
+    return found[: len(stored)], (stored + 2 ** (bits - 1)) % 2**bits
 
 
 def wrong_codes() -> list[int]:

@@ -5,7 +5,7 @@ import pytest
 
 from mixkv.kernels import empty_state, flash_attention
 
-from .oracle import DTYPES, expected, layout_of, make_keys, make_store, normal
+from .oracle import DTYPES, expected, make_keys, make_store, normal, part_offsets
 
 
 def whole_numbers(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -121,13 +121,13 @@ def test_a_dead_token_of_a_coded_tile_never_shows(kind: str, precision: str) -> 
     """Its scales and minima may be any float16 number; those of V a finite one, as quantizing makes no other."""
     rng = np.random.default_rng(26)
     q, (segment,) = normal(rng, 5, 2, 16), make_keys(rng, 64, 1, 16, kind)[0]
-    (raw,) = segment.owner
-    layout = layout_of((kind, kind), 64, 1, 16)
+    (page,) = segment.owner
     start = np.array([0, 4, 4, 20, 4])
     clean = flash_attention(q, segment, start=start, precision=precision)
+    k_params, _, v_params, _ = part_offsets((kind, kind), 64, 16, 512 // 64, 0, 0)
     pairs = 2 * 64 * 2  # bytes of a scale and a minimum for every token: both sides have one group of 16 channels
-    for end, numbers in ((layout.k.nbytes, (np.nan, np.inf, -np.inf, 7)), (layout.nbytes, (65504, -65504, 65504, 0))):
-        raw[end - pairs : end].view(np.float16).reshape(2, 64)[:, :4] = numbers
+    for at, numbers in ((k_params, (np.nan, np.inf, -np.inf, 7)), (v_params, (65504, -65504, 65504, 0))):
+        page[at : at + pairs].view(np.float16).reshape(2, 64)[:, :4] = numbers
     found = flash_attention(q, segment, start=start, precision=precision)
     assert np.isnan(found[0]).all()
     np.testing.assert_array_equal(found[1:], clean[1:])

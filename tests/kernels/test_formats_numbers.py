@@ -6,7 +6,7 @@ import pytest
 from mixkv.kernels import empty_state, flash_attention
 
 from .contract import BOUNDS, allowed, assert_within, check, coded_segment, sizes_of_logits
-from .oracle import CODED, expected, make_store, normal, quantize_as, read_segment, read_tiles
+from .oracle import CODED, expected, make_store, normal, quantize_as, read_segment, read_store
 
 AXES = [(kind + k, kind + v) for kind in CODED for k in "ct" for v in "ct"]
 PRECISIONS = tuple(BOUNDS)
@@ -68,7 +68,7 @@ def test_ties_share_alike(kinds: tuple[str, str]) -> None:
     k, v = np.repeat(normal(rng, 1, 2, 20), 640, axis=0), normal(rng, 640, 2, 20)
     store = make_store(k, v, kinds, 64)
     segment = store.segment(0, 600)
-    _, stored = read_tiles([store[i] for i in range(10)], kinds, 64, 2, 20)
+    _, stored = read_store(store, kinds)
     mean = np.repeat(stored[:600].mean(axis=0), 2, axis=0)
     q = 30 * normal(rng, 3, 4, 20)
     for precision in PRECISIONS:
@@ -102,7 +102,7 @@ def test_one_huge_channel(kinds: tuple[str, str], channel: str, d: int) -> None:
     else:
         q[:, :, 5] *= 1000
     store = make_store(k, v, kinds, 64)
-    stored = read_tiles([store[i] for i in range(4)], kinds, 64, 2, d)
+    stored = read_store(store, kinds)
     check(q, store.segment(0, 256), stored, {}, f"{kinds} {channel}", many_keys=True)
 
 
@@ -114,7 +114,7 @@ def test_channels_far_from_zero(kinds: tuple[str, str]) -> None:
     k[:, :, ::7] += 100
     v[:, :, ::5] -= 100
     store = make_store(k, v, kinds, 64)
-    stored = read_tiles([store[i] for i in range(4)], kinds, 64, 2, 64)
+    stored = read_store(store, kinds)
     check(q, store.segment(0, 256), stored, {}, f"{kinds}", many_keys=True)
 
 

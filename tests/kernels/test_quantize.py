@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixkv.kernels import quantize
-from mixkv.kernels.attention import TILE
+from mixkv.kernels.tables import TILE
 
 from .oracle import (
     CODED,
@@ -20,6 +20,8 @@ from .oracle import (
     padded_width,
     quantize_as,
     read_tile,
+    segment_tiles,
+    store_tiles,
 )
 
 AXES = tuple(kind + axis for kind in CODED for axis in "ct")
@@ -52,7 +54,7 @@ def plain(x: np.ndarray, form: Format, dead: int = 0) -> Codes:
 
 
 def coded(raw: np.ndarray, kinds: tuple[str, str], tile: int, heads: int, d: int) -> tuple[list[Codes], list[Codes]]:
-    """(codes, scales, minima) of K and of V of every head, as the tile has them."""
+    """(codes, scales, minima) of K and of V of every head, as a page of one tile has them."""
     width = padded_width(d)
     sides = zip(formats(kinds), head_parts(raw, kinds, tile, heads, d), strict=True)
     return tuple([tuple(x[:, :d] for x in form.coded(part, tile, width)) for part in parts] for form, parts in sides)
@@ -60,7 +62,7 @@ def coded(raw: np.ndarray, kinds: tuple[str, str], tile: int, heads: int, d: int
 
 def one_tile(k: np.ndarray, v: np.ndarray, kinds: tuple[str, str], dead: int = 0) -> np.ndarray:
     """k, v (tile, Hkv, D) as one coded tile."""
-    return make_store(k, v, kinds, tile=len(k), dead=dead)[0]
+    return store_tiles(make_store(k, v, kinds, tile=len(k), dead=dead), kinds)[0]
 
 
 def check_tile(k: np.ndarray, v: np.ndarray, kinds: tuple[str, str], raw: np.ndarray, dead: int = 0) -> None:
@@ -133,14 +135,18 @@ def test_every_format_at_the_usual_head_dims(kind: str, tile: int, d: int) -> No
 @pytest.mark.parametrize("kinds", [("q4", "q4"), ("q8", "q8"), ("q4", "q8"), ("q3t", "q2c"), ("q2", "q3")])
 @pytest.mark.parametrize("tile", [32, 64, 128])
 def test_quantize_cuts_keys_into_tiles(kinds: tuple[str, str], tile: int) -> None:
+    """And these into pages of 512 positions."""
     rng = np.random.default_rng(1)
-    k, v = normal(rng, 2 * tile + 5, 2, 40), normal(rng, 2 * tile + 5, 2, 40)
-    segment = quantize_as(kinds, k, v, tile)
-    assert (segment.start, segment.stop, segment.n_kv_heads, segment.head_dim) == (0, 2 * tile + 5, 2, 40)
-    assert segment.geometry[TILE] == tile and len(segment.owner) == 3
-    for i, raw in enumerate(segment.owner):
-        rows = np.minimum(np.arange(i * tile, (i + 1) * tile), len(k) - 1)  # the last tile's own five tokens only
-        check_tile(k[rows], v[rows], kinds, raw)
+    for n, pages in ((2 * tile + 5, 1), (512, 1), (512 + tile + 5, 2)):
+        k, v = normal(rng, n, 2, 40), normal(rng, n, 2, 40)
+        segment = quantize_as(kinds, k, v, tile)
+        assert (segment.start, segment.stop, segment.n_kv_heads, segment.head_dim) == (0, n, 2, 40)
+        assert segment.geometry[TILE] == tile and len(segment.owner) == pages
+        tiles = segment_tiles(segment, kinds, tile)
+        assert len(tiles) == -(-n // tile)
+        for i, raw in enumerate(tiles):
+            rows = np.minimum(np.arange(i * tile, (i + 1) * tile), n - 1)  # the last tile's own five tokens only
+            check_tile(k[rows], v[rows], kinds, raw)
 
 
 def test_quantize_takes_half_precision_and_any_layout() -> None:
@@ -171,7 +177,7 @@ def test_sixteen_and_thirty_two_bits_are_kept_as_numbers(bits: int, dtype: type)
     for kinds, options in (((f"f{bits}", "q4"), {"k_bits": bits}), (("q4", f"f{bits}"), {"v_bits": bits})):
         segment = quantize(k, v, **options)
         side = kinds.index(f"f{bits}")
-        found = read_tile(segment.owner[1], kinds, 64, 2, 20)[side]
+        found = read_tile(segment_tiles(segment, kinds, 64)[1], kinds, 64, 2, 20)[side]
         np.testing.assert_array_equal(found, (k, v)[side][rows].astype(dtype).astype(np.float64))
 
 
@@ -185,8 +191,9 @@ def test_a_tile_takes_as_many_bytes_as_its_codes_and_pairs(kind: str, d: int) ->
             group = next((g for g in (64, 48, 32) if width % g == 0), width)
             pairs = width if form.axis == "channel" else tile * width // group
             sizes.append(heads * (tile * width * form.bits // 8 + 4 * pairs))
-        layout = layout_of((kind, kind), tile, heads, d)
-        assert layout.nbytes == -(-sizes[0] // 64) * 64 + sizes[1]
+        for page_tiles in (1, 3, 8):
+            layout = layout_of((kind, kind), tile, heads, d, page_tiles)
+            assert layout.nbytes == sum(sizes) and len(layout.empty_page()) == page_tiles * sum(sizes)
 
 
 # --- Numbers that break quantizers ---------------------------------------------------------------------------------------
@@ -356,4 +363,5 @@ def test_heads_wider_than_sums_can_hold_are_refused() -> None:
     with pytest.raises(ValueError, match="head_dim must be at most 256 for codes, found 257"):
         quantize(x, x)
     x = normal(np.random.default_rng(12), 40, 1, 256)
-    check_tile(x[:32], x[:32], ("q8", "q8t256"), quantize_as(("q8", "q8t256"), x[:32], x[:32], 32).owner[0])
+    kinds = ("q8", "q8t256")
+    check_tile(x[:32], x[:32], kinds, segment_tiles(quantize_as(kinds, x[:32], x[:32], 32), kinds, 32)[0])

@@ -143,12 +143,25 @@ def test_more_threads_than_cores_give_the_same_bits(threads: int) -> None:
     assert run_process("bits", {"NUMBA_NUM_THREADS": str(threads)}) == {"threads": threads, **attention_bits()}
 
 
-def test_a_segment_of_a_store_equals_the_arrays_it_came_from() -> None:
+@pytest.mark.parametrize("page_tiles", [1, 3, 8])
+def test_a_segment_of_a_store_equals_the_arrays_it_came_from(page_tiles: int) -> None:
     """Tiles of float32 and plain arrays hold the same numbers on the same grid."""
     q, (k, v) = normal(np.random.default_rng(9), 5, H, D), make_keys("f32", n=1280)
-    segment = make_store(k, v, ("f32", "f32")).segment(0, 1280)
+    segment = make_store(k, v, ("f32", "f32"), page_tiles=page_tiles).segment(0, 1280)
     assert isinstance(segment, Segment)
     assert_same_bits(attention(q, (segment,), causal=True), attention(q, (k, v), causal=True))
+
+
+@pytest.mark.parametrize("kinds", CODED_PAIRS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_how_many_tiles_a_page_has_changes_nothing(kinds: tuple[str, str], precision: str) -> None:
+    q, (k, v) = normal(np.random.default_rng(10), 5, H, D), make_keys("f32", n=1280)
+    found = [
+        attention(q, (make_store(k, v, kinds, page_tiles=n).segment(0, 1250),), causal=True, precision=precision)
+        for n in (1, 3, 8)
+    ]
+    for other in found[1:]:
+        assert_same_bits(other, found[0])
 
 
 def test_the_other_processes_see_this_package() -> None:

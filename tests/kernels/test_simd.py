@@ -1,4 +1,7 @@
-"""The vector operations against NumPy, on this CPU. Those on lesser ones are in test_other_cpus.py."""
+"""The vector operations against NumPy, on this CPU. Those on lesser ones are in test_other_cpus.py.
+
+The microkernels, which are made of some of them, are in test_microkernel.py.
+"""
 
 import numpy as np
 import pytest
@@ -6,9 +9,7 @@ import pytest
 from mixkv.kernels import simd
 from mixkv.kernels.jit import kernel
 
-from .other_process import exp_error, exponentials, pair_sums, spread, wrong_halves, wrong_stored_halves
-
-ROUND_FACTOR = 1.0 / 32767
+from .other_process import exp_error, exponentials, spread, wrong_halves, wrong_stored_halves
 
 
 def vectors(seed: int, *shape: int) -> np.ndarray:
@@ -85,21 +86,19 @@ def test_every_bfloat16_is_the_upper_half_of_a_float32() -> None:
 
 
 @kernel
-def _from_integers(source, lows, highs, whole):
+def _from_integers(source, lows, highs):
     simd.store_f32(lows.ctypes.data, simd.load_low(source.ctypes.data))
     simd.store_f32(highs.ctypes.data, simd.load_high(source.ctypes.data))
-    simd.store_f32(whole.ctypes.data, simd.load_int32(source.ctypes.data))
 
 
 def test_integers_become_floats() -> None:
-    """Pairs of unsigned 16 bits, low and high, and signed 32 bits."""
+    """Pairs of unsigned 16 bits, low and high."""
     words = np.random.default_rng(1).integers(0, 1 << 32, 16, dtype=np.uint32)
     words[:3] = 0xFFFFFFFF, 0x8000FFFF, 0xFFFF0000
-    lows, highs, whole = np.zeros((3, 16), np.float32)
-    _from_integers(words, lows, highs, whole)
+    lows, highs = np.zeros((2, 16), np.float32)
+    _from_integers(words, lows, highs)
     np.testing.assert_array_equal(lows, words & 0xFFFF)
     np.testing.assert_array_equal(highs, words >> 16)
-    np.testing.assert_array_equal(whole, words.view(np.int32).astype(np.float32))
 
 
 # --- Codes ---------------------------------------------------------------------------------------------------------------
@@ -108,7 +107,11 @@ def test_integers_become_floats() -> None:
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_codes_come_out_of_their_words(bits: int) -> None:
     rng = np.random.default_rng(bits)
-    for words in (rng.integers(0, 1 << 32, (3, 16), dtype=np.uint32), np.full((3, 16), 0xFFFFFFFF, np.uint32)):
+    for words in (
+        rng.integers(0, 1 << 32, (3, 16), dtype=np.uint32),
+        np.full((3, 16), 0xFFFFFFFF, np.uint32),
+        np.zeros((3, 16), np.uint32),
+    ):
         found, want = spread(bits, words)
         np.testing.assert_array_equal(found, want)
 
@@ -125,7 +128,6 @@ def _codes_to_words(values, bits, words):
         high = simd.insert_codes(high, pairs, 2, 1, i)
     simd.store_words(words.ctypes.data, low)
     simd.store_words(words.ctypes.data + 64, high)
-    simd.store_words(words.ctypes.data + 128, simd.load_words(words.ctypes.data))
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
@@ -137,7 +139,7 @@ def test_codes_go_into_their_words(bits: int) -> None:
     halves = rng.choice(np.array([-0.5, -0.49, 0, 0.49, 0.5]), codes.shape)
     values = np.clip(codes + halves, 0, 2**bits - 1).astype(np.float32)
     rounded = np.rint(values).astype(np.uint32)
-    words = np.zeros((3, 16), np.uint32)
+    words = np.zeros((2, 16), np.uint32)
     _codes_to_words(values, bits, words)
     low, high = np.zeros((2, 16), np.uint32)
     for i in range(count):
@@ -146,30 +148,58 @@ def test_codes_go_into_their_words(bits: int) -> None:
             low |= (rounded[i, half] & ((1 << plane) - 1)) << (16 * half + plane * i)
             high |= (rounded[i, half] >> 2 & 1) << (16 * half + i)
     np.testing.assert_array_equal(words[0], low)
-    np.testing.assert_array_equal(words[2], low)
     if bits == 3:
         np.testing.assert_array_equal(words[1], high)
 
 
 @kernel
-def _store_pairs(low, high, factor, target):
+def _flip(low, high, bits, words):
+    pairs = simd.pair_codes(simd.load_f32(low.ctypes.data), simd.load_f32(high.ctypes.data))
+    simd.store_words(words.ctypes.data, simd.flip_bits(pairs, bits))
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2, 4, 8, 128, 0xFFFF, 0x8001])
+def test_bits_are_inverted_in_both_halves(bits: int) -> None:
+    codes = np.random.default_rng(bits).integers(0, 1 << 16, (2, 16))
+    codes[:, :2] = [0, 0xFFFF]
+    words = np.zeros((16, 2), np.uint16)
+    _flip(*codes.astype(np.float32), bits, words)
+    np.testing.assert_array_equal(words, codes.T ^ bits)
+
+
+@kernel
+def _pair_factors(low, high, factor, target):
     for i in range(low.shape[0]):
         at = 64 * i
-        simd.store_pairs(
-            target.ctypes.data + at, simd.load_f32(low.ctypes.data + at), simd.load_f32(high.ctypes.data + at),
-            simd.splat(np.float32(factor)),
-        )  # fmt: skip
+        pairs = simd.pair_factors(
+            simd.load_f32(low.ctypes.data + at), simd.load_f32(high.ctypes.data + at), simd.splat(np.float32(factor))
+        )
+        simd.store_words(target.ctypes.data + at, pairs)
 
 
-def test_pairs_are_rounded_to_the_nearest_and_to_even() -> None:
+def test_pairs_of_factors_are_rounded_to_the_nearest_and_to_even() -> None:
     whole = np.arange(-32767, 32768, dtype=np.float64)
     x = np.concatenate([whole, whole[:-1] + 0.5, whole[:-1] + 0.25, whole[1:] - 0.25])
     x = np.resize(x, -(-len(x) // 32) * 32).astype(np.float32)
     for factor in (1.0, 4.0, -0.125):  # exact, so that a fused and a separate multiplication agree
         low, high = (x / np.float32(factor)).reshape(2, -1, 16)
         found = np.zeros((len(low), 16, 2), np.int16)
-        _store_pairs(low, high, factor, found)
+        _pair_factors(low, high, factor, found)
         want = np.stack([np.rint(low * np.float32(factor)), np.rint(high * np.float32(factor))], axis=-1)
+        np.testing.assert_array_equal(found, want)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_a_factor_that_is_not_a_number_leaves_the_other_ones_alone(number: float) -> None:
+    low, high = np.arange(-8, 8, dtype=np.float32).reshape(1, 16), np.full((1, 16), 5, np.float32)
+    want, found = np.zeros((2, 1, 16, 2), np.int16)
+    _pair_factors(low, high, 3.0, want)
+    for side, half in ((low, 0), (high, 1)):
+        kept = side[0, 6]
+        side[0, 6] = number
+        _pair_factors(low, high, 3.0, found)
+        side[0, 6] = kept
+        found[0, 6, half] = want[0, 6, half]  # it may be any
         np.testing.assert_array_equal(found, want)
 
 
@@ -264,12 +294,12 @@ def test_the_other_operations_lane_by_lane(place: int) -> None:
 @kernel
 def _reduce(x, first, stop, kept, sums):
     values = simd.load_f32(x.ctypes.data)
-    sums[0], sums[1], sums[2] = simd.sum_lanes(values), simd.max_lanes(values), simd.largest_lane(values)
+    sums[0], sums[1] = simd.sum_lanes(values), simd.max_lanes(values)
     simd.store_f32(kept.ctypes.data, simd.keep_lanes(values, np.int32(first), np.int32(stop), np.float32(-np.inf)))
 
 
 def reduce(x: np.ndarray, first: int = 0, stop: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    kept, sums = np.zeros(16, np.float32), np.zeros(3, np.float32)
+    kept, sums = np.zeros(16, np.float32), np.zeros(2, np.float32)
     _reduce(x, first, stop, kept, sums)
     return kept, sums
 
@@ -278,14 +308,13 @@ def test_sum_and_maximum_of_the_lanes() -> None:
     rng = np.random.default_rng(2)
     for _ in range(20):
         x = rng.integers(-1000, 1000, 16).astype(np.float32)
-        np.testing.assert_array_equal(reduce(x)[1], (x.sum(), x.max(), x.max()))
+        np.testing.assert_array_equal(reduce(x)[1], (x.sum(), x.max()))
     x = np.full(16, -np.inf, np.float32)
-    np.testing.assert_array_equal(reduce(x)[1], np.full(3, -np.inf))
+    np.testing.assert_array_equal(reduce(x)[1], np.full(2, -np.inf))
     for lane in range(16):
         x = np.arange(16, dtype=np.float32)
         x[lane] = np.nan
-        total, top, largest = reduce(x)[1]
-        assert np.isnan(total) and np.isnan(top) and (np.isnan(largest) or largest in x)
+        assert np.isnan(reduce(x)[1]).all()
 
 
 @pytest.mark.parametrize(("first", "stop"), [(0, 16), (-5, 40), (3, 9), (15, 16), (0, 0), (7, 7), (16, 20), (-9, -1)])
@@ -301,8 +330,7 @@ def _reduce_four(x, sums, largest, alone):
     simd.store_f32(sums.ctypes.data, simd.sum_four(x.ctypes.data))
     simd.store_f32(largest.ctypes.data, simd.largest_four(x.ctypes.data))
     for i in range(4):
-        vector = simd.load_f32(x.ctypes.data + 64 * i)
-        alone[i], alone[4 + i] = simd.sum_lanes(vector), simd.largest_lane(vector)
+        alone[i] = simd.sum_lanes(simd.load_f32(x.ctypes.data + 64 * i))
 
 
 def test_four_vectors_are_reduced_as_each_alone() -> None:
@@ -311,15 +339,27 @@ def test_four_vectors_are_reduced_as_each_alone() -> None:
     for size in (1.0, 1e10, 1e-40):
         x = (size * rng.standard_normal((4, 16))).astype(np.float32)
         x[2, :15] = -np.inf
-        sums, largest, alone = np.zeros(16, np.float32), np.zeros(16, np.float32), np.zeros(8, np.float32)
+        sums, largest, alone = np.zeros(16, np.float32), np.zeros(16, np.float32), np.zeros(4, np.float32)
         _reduce_four(x, sums, largest, alone)
-        np.testing.assert_array_equal(sums, np.repeat(alone[:4], 4))
-        np.testing.assert_array_equal(largest, np.repeat(alone[4:], 4))
-        np.testing.assert_array_equal(alone[4:], x.max(axis=1))
+        np.testing.assert_array_equal(sums, np.repeat(alone, 4))
+        np.testing.assert_array_equal(largest, np.repeat(x.max(axis=1), 4))
         finite = [0, 1, 3]
         sum_of_magnitudes = np.abs(x[finite].astype(np.float64)).sum(axis=1)
         error = np.abs(alone[finite] - x[finite].astype(np.float64).sum(axis=1))
         assert (error <= 5 * 2.0**-24 * sum_of_magnitudes).all()
+
+
+@pytest.mark.parametrize("lane", range(16))
+def test_the_largest_of_lanes_of_which_one_is_not_a_number(lane: int) -> None:
+    """It is any of them, and the other three vectors' are their own."""
+    x = np.arange(64, dtype=np.float32).reshape(4, 16)
+    x[1, lane] = np.nan
+    sums, largest, alone = np.zeros(16, np.float32), np.zeros(16, np.float32), np.zeros(4, np.float32)
+    _reduce_four(x, sums, largest, alone)
+    assert np.isnan(sums[4:8]).all() and np.isnan(alone[1])
+    assert all(np.isnan(found) or found in x[1] for found in largest[4:8])
+    others = [0, 2, 3]
+    np.testing.assert_array_equal(largest.reshape(4, 4)[others], np.repeat(x[others].max(axis=1)[:, None], 4, axis=1))
 
 
 @kernel
@@ -348,154 +388,3 @@ def test_a_square_of_lanes_is_transposed() -> None:
     found = np.zeros_like(x)
     _transpose(x, found)
     np.testing.assert_array_equal(found, x.T)
-
-
-# --- The microkernels ----------------------------------------------------------------------------------------------------
-
-SHAPES = [(rows, blocks) for rows in range(1, 5) for blocks in range(1, 5)]
-
-
-@kernel
-def _multiply_floats(a, b, target, count, rows, blocks):
-    """Rows of ``a`` times vectors of ``b``, added to ``target``; the strides are those of larger arrays."""
-    simd.multiply_floats(
-        a.ctypes.data, 4 * a.shape[1], b.ctypes.data, 64 * b.shape[1], count, rows, blocks, target.ctypes.data,
-        64 * target.shape[1], 64, a.ctypes.data, a.ctypes.data + 4 * a.size,
-    )  # fmt: skip
-
-
-def multiply_floats(a: np.ndarray, b: np.ndarray, target: np.ndarray, count: int, rows: int, blocks: int) -> np.ndarray:
-    found = target.copy()
-    _multiply_floats(a, b, found, count, rows, blocks)
-    return found
-
-
-@pytest.mark.parametrize("count", [1, 7, 64])
-@pytest.mark.parametrize(("rows", "blocks"), SHAPES)
-def test_products_in_float32(count: int, rows: int, blocks: int) -> None:
-    rng = np.random.default_rng(4)
-    a, b = rng.standard_normal((4, 70), np.float32), vectors(5, 4, 66)
-    target = vectors(6, 4, 5)
-    found = multiply_floats(a, b, target, count, rows, blocks)
-    want = target.astype(np.float64)
-    want[:rows, :blocks] += np.einsum("ri,vil->rvl", a[:rows, :count], b[:blocks, :count], dtype=np.float64)
-    np.testing.assert_allclose(found, want, rtol=0, atol=2e-5)
-    untouched = np.ones((4, 5), bool)
-    untouched[:rows, :blocks] = False
-    np.testing.assert_array_equal(found[untouched], target[untouched])
-    for row in range(rows):  # a row's bits are its own
-        alone = multiply_floats(a[row:], b, target[row:], count, 1, 1)[0, 0]
-        np.testing.assert_array_equal(found[row, 0], alone)
-    begun = multiply_floats(a, b, target, count // 2, rows, blocks) if count > 1 else target
-    rest, columns = np.roll(a, -(count // 2), axis=1), np.roll(b, -(count // 2), axis=1)
-    np.testing.assert_array_equal(multiply_floats(rest, columns, begun, count - count // 2, rows, blocks), found)
-
-
-@pytest.mark.parametrize("steps", [8, 16, 64, 256])
-@pytest.mark.parametrize(("rows", "blocks"), SHAPES)
-def test_products_of_pairs_are_exact(steps: int, rows: int, blocks: int) -> None:
-    """Any 16-bit factors times any codes of 8 bits."""
-    rng = np.random.default_rng(steps)
-    a = rng.integers(-32767, 32768, (4, steps)).astype(np.int16)
-    b = rng.integers(0, 256, (4, 16, steps)).astype(np.int16)
-    found = pair_sums(a, b, rows, blocks)
-    want = np.einsum("ri,vli->rvl", a.astype(np.int64), b.astype(np.int64))
-    np.testing.assert_array_equal(found[:rows, :blocks], want[:rows, :blocks].astype(np.float32))
-    untouched = np.ones((4, 4), bool)
-    untouched[:rows, :blocks] = False
-    np.testing.assert_array_equal(found[untouched], 7)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_the_largest_sum_of_pairs_that_there_can_be_is_exact(sign: int) -> None:
-    """256 times 255 * 32767 just fits 32 bits; where a sum saturates or wraps it would show."""
-    a = np.full((4, 256), sign * 32767, np.int16)
-    b = np.full((4, 16, 256), 255, np.int16)
-    np.testing.assert_array_equal(pair_sums(a, b, 4, 4), np.float32(sign * 256 * 255 * 32767))
-    a[:, ::2] *= -1
-    np.testing.assert_array_equal(pair_sums(a, b, 4, 4), 0)
-
-
-@kernel
-def _sum_packed(bits, a, b, rows, blocks, target):
-    x, y, z = a.ctypes.data, b.ctypes.data, target.ctypes.data
-    strides = 4 * a.shape[1], 64 * b.shape[1]  # a word a pair, a vector of words a step
-    if bits == 8:
-        simd.sum_packed8(x, strides[0], y, strides[1], a.shape[1], rows, blocks, z, x, x)
-    elif bits == 4:
-        simd.sum_packed4(x, strides[0], y, strides[1], a.shape[1], rows, blocks, z, x, x)
-    else:
-        simd.sum_packed2(x, strides[0], y, strides[1], a.shape[1], rows, blocks, z, x, x)
-    return a.size + b.size + target.size
-
-
-@pytest.mark.parametrize("bits", [8, 4, 2])
-@pytest.mark.parametrize("pairs", [8, 40, 128])
-def test_sums_over_packed_codes_are_exact(bits: int, pairs: int) -> None:
-    """For every size of block; codes that are all ones and factors of the largest size are among them."""
-    rng = np.random.default_rng(bits)
-    factors = rng.integers(-32767, 32768, (4, pairs, 2)).astype(np.int16)
-    factors[0] = 32767
-    codes = rng.integers(0, 1 << bits, (4, pairs, 16, 2))  # vector, pair, lane, half
-    codes[1] = (1 << bits) - 1
-    per_word = 16 // bits
-    places = codes.reshape(4, pairs // per_word, per_word, 16, 2) << (bits * np.arange(per_word)[:, None, None])
-    words = np.ascontiguousarray(places.sum(axis=2).astype(np.uint16)).view(np.uint32)[..., 0]
-    want = np.einsum("rpk,vplk->rvl", factors.astype(np.int64), codes)
-    for rows in range(1, 5):
-        for blocks in range(1, 5):
-            found = np.full((4, 4, 16), 7, np.int32)
-            _sum_packed(bits, factors.view(np.int32)[..., 0], words, rows, blocks, found)
-            np.testing.assert_array_equal(found[:rows, :blocks], want[:rows, :blocks])
-            assert (found[rows:] == 7).all() and (found[:, blocks:] == 7).all()
-
-
-@kernel
-def _multiply_pairs(a, b, targets, column, fresh, factors, offsets, scales, minima, per_lane, tops, rows, blocks):
-    simd.multiply_pairs(
-        a.ctypes.data, 2 * a.shape[1], b.ctypes.data, 64 * b.shape[1], a.shape[1] // 2, rows, blocks, targets.ctypes.data,
-        column, fresh, factors.ctypes.data, offsets.ctypes.data, scales.ctypes.data if per_lane else 0,
-        minima.ctypes.data if per_lane else 0, tops.ctypes.data if tops.size else 0, a.ctypes.data, a.ctypes.data + 64,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("noted", [False, True])
-@pytest.mark.parametrize("fresh", [0, 1])
-@pytest.mark.parametrize("per_lane", [False, True])
-@pytest.mark.parametrize(("rows", "blocks"), SHAPES)
-def test_sums_of_pairs_are_scaled_and_added(rows: int, blocks: int, per_lane: bool, fresh: int, noted: bool) -> None:
-    """(sum * scale * factor) + minimum * offset; the rows' targets are anywhere. What is written is noted if larger."""
-    rng = np.random.default_rng(6)
-    a = rng.integers(-32767, 32768, (4, 32)).astype(np.int16)
-    b = rng.integers(0, 256, (4, 16, 32)).astype(np.int16)
-    pairs = np.ascontiguousarray(b.reshape(4, 16, 2, 16).transpose(0, 3, 1, 2))  # step i and i + 16, lane by lane
-    words = np.ascontiguousarray(a.reshape(4, 2, 16).transpose(0, 2, 1)).reshape(4, 32)
-    factors, offsets = np.zeros(16, np.float32), np.zeros(16, np.float32)
-    factors[:4], offsets[:4] = 1e-8 * vectors(7)[:4], vectors(8)[:4]
-    scales, minima = vectors(9, 4), vectors(10, 4)
-    before = vectors(11, 4, 6)
-    target = before.copy()
-    order = np.array([2, 0, 3, 1])
-    targets = target.ctypes.data + order.astype(np.int64) * 6 * 64
-    tops = vectors(12, 4)
-    tops[2] = -np.inf
-    before_tops = tops.copy()
-    top_addresses = tops.ctypes.data + order.astype(np.int64) * 64
-    _multiply_pairs(
-        words, pairs.reshape(4, 16, 32), targets, 64, fresh, factors, offsets, scales, minima, per_lane,
-        top_addresses if noted else top_addresses[:0], rows, blocks,
-    )  # fmt: skip
-    sums = np.einsum("ri,vli->rvl", a.astype(np.float64), b.astype(np.float64))
-    scale, minimum = (scales, minima) if per_lane else (np.ones((4, 16)), np.ones((4, 16)))
-    product = sums * scale * factors[:4, None, None] + minimum * offsets[:4, None, None].astype(np.float64)
-    want = before.astype(np.float64)
-    for r in range(rows):
-        old = 0 if fresh else want[order[r], 1 : 1 + blocks]
-        want[order[r], 1 : 1 + blocks] = old + product[r, :blocks]
-    np.testing.assert_allclose(target, want, rtol=0, atol=2e-6)
-    untouched = want == before
-    np.testing.assert_array_equal(target[untouched], before[untouched])
-    want_tops = before_tops.copy()
-    for r in range(rows if noted and fresh else 0):
-        want_tops[order[r]] = np.maximum(before_tops[order[r]], target[order[r], 1 : 1 + blocks].max(axis=0))
-    np.testing.assert_array_equal(tops, want_tops)

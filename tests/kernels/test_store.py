@@ -1,4 +1,4 @@
-"""Dense tiles, and the store that keeps tiles; read back by the description of the layout alone (oracle.py)."""
+"""Pages of tiles, dense and coded, and the store that keeps them; read back by the description of the layout alone."""
 
 import copy
 
@@ -7,41 +7,94 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixkv.kernels.attention import FIRST_TILE
-from mixkv.kernels.layout import F16, F32, TileLayout, aligned_zeros
+from mixkv.kernels.layout import F16, F32, K_CODES, K_PARAMS, V_CODES, V_PARAMS, TileLayout, aligned_zeros
 from mixkv.kernels.quantize import narrow, quantize_tile, store_rows
 from mixkv.kernels.segment import TileStore
+from mixkv.kernels.tables import FIRST_TILE
 
 from .oracle import (
+    CODED,
     DTYPES,
     layout_of,
     make_store,
     normal,
+    page_tile,
+    part_offsets,
+    part_sizes,
     read_tile,
+    read_tiles,
+    store_tiles,
 )
+
+# --- The layout of a page ------------------------------------------------------------------------------------------------
+
+ANY_FORMAT = (*DTYPES, *(kind + axis for kind in CODED for axis in ("c", "t", "t16")))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(ANY_FORMAT), st.sampled_from(ANY_FORMAT), st.sampled_from((32, 64, 128)), st.integers(1, 3),
+    st.sampled_from((16, 20, 64, 112)), st.sampled_from((1, 3, 8)),
+)  # fmt: skip
+def test_every_part_of_a_tile_is_where_the_description_says(
+    k_kind: str, v_kind: str, tile: int, heads: int, d: int, page_tiles: int
+) -> None:
+    """For each head the scales of K of all tiles, their codes, then the same of V; no byte is unused or used twice."""
+    kinds = (k_kind, v_kind)
+    layout = layout_of(kinds, tile, heads, d, page_tiles)
+    page = layout.empty_page()
+    assert page.shape == (page_tiles * layout.nbytes,) and not page.any() and page.ctypes.data % 64 == 0
+    assert layout.nbytes == heads * sum(part_sizes(kinds, tile, d))
+    views = (
+        layout.params(page, layout.k), layout.codes(page, layout.k), layout.params(page, layout.v),
+        layout.codes(page, layout.v),
+    )  # fmt: skip
+    number = 0
+    for head in range(heads):
+        for slot in range(page_tiles):
+            offsets = part_offsets(kinds, tile, d, page_tiles, head, slot)
+            for view, size, offset in zip(views, part_sizes(kinds, tile, d), offsets, strict=True):
+                assert view.shape == (heads, page_tiles, size)
+                number += 1
+                view[head, slot] = number
+                assert (page[offset : offset + size] == number).all()
+            if head == 0:
+                want = np.empty(4, np.int64)
+                want[[K_PARAMS, K_CODES, V_PARAMS, V_CODES]] = page.ctypes.data + np.array(offsets)
+                np.testing.assert_array_equal(layout.addresses(page, slot), want)
+    assert page.all() and np.bincount(page)[1:].sum() == len(page)
+
+
+def test_a_page_is_new_memory_each_time() -> None:
+    layout = layout_of(("q4", "q4"), 64, 2, 64, 8)
+    one, other = layout.empty_page(), layout.empty_page()
+    one[:] = 255
+    assert not other.any() and not np.shares_memory(one, other)
+
 
 # --- Dense tiles ---------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(list(DTYPES)), st.sampled_from(list(DTYPES)), st.sampled_from((16, 20, 64)), st.integers(0, 64),
-    st.integers(0, 64), st.integers(0, 2**32),
+    st.sampled_from(list(DTYPES)), st.sampled_from(list(DTYPES)), st.sampled_from((16, 20, 64)),
+    st.sampled_from((1, 1, 4)), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**32),
 )  # fmt: skip
 def test_rows_are_stored_at_any_offset_and_touch_no_other(
-    k_kind: str, v_kind: str, d: int, first: int, stop: int, seed: int
+    k_kind: str, v_kind: str, d: int, page_tiles: int, first: float, stop: float, seed: int
 ) -> None:
-    first, stop = sorted((first, stop))
+    """Across the tiles of a page, too."""
+    kinds, n = (k_kind, v_kind), 64 * page_tiles
+    first, stop = sorted((round(first * n), round(stop * n)))
     rng = np.random.default_rng(seed)
-    layout = layout_of((k_kind, v_kind), 64, 3, d)
-    tile = layout.empty_tile()
-    assert len(tile) == layout.nbytes and not tile.any()
-    k, v = normal(rng, 64, 3, d), normal(rng, 64, 3, d)
-    store_rows(layout, tile, 0, k, v)
+    layout = layout_of(kinds, 64, 3, d, page_tiles)
+    page = layout.empty_page()
+    k, v = normal(rng, n, 3, d), normal(rng, n, 3, d)
+    store_rows(layout, page, 0, k, v)
     new_k, new_v = normal(rng, stop - first, 3, d), normal(rng, stop - first, 3, d)
-    store_rows(layout, tile, first, new_k, new_v)
+    store_rows(layout, page, first, new_k, new_v)
     k[first:stop], v[first:stop] = new_k, new_v
-    read_k, read_v = read_tile(tile, (k_kind, v_kind), 64, 3, d)
+    read_k, read_v = read_tiles([page_tile(page, i, kinds, 64, 3, d) for i in range(page_tiles)], kinds, 64, 3, d)
     np.testing.assert_array_equal(read_k, k.astype(DTYPES[k_kind]).astype(np.float64))
     np.testing.assert_array_equal(read_v, v.astype(DTYPES[v_kind]).astype(np.float64))
 
@@ -52,7 +105,7 @@ def test_a_number_beyond_the_dtype_is_an_error_and_nothing_is_written(
     part: int, kind: str, largest: float, beyond: float
 ) -> None:
     layout = layout_of((kind, kind), 32, 2, 16)
-    tile = layout.empty_tile()
+    tile = layout.empty_page()
     x = np.ones((3, 2, 16), np.float32), np.ones((3, 2, 16), np.float32)
     x[part][2, 1, 15] = -beyond
     with pytest.raises(OverflowError, match=rf"{beyond:.6g}".replace("+", r"\+") + " is beyond the largest"):
@@ -76,7 +129,7 @@ def test_a_tile_may_be_dense_on_one_side(kinds: tuple[str, str]) -> None:
     rng = np.random.default_rng(11)
     k, v = normal(rng, 32, 2, 20), normal(rng, 32, 2, 20)
     source_layout = layout_of(("f32", "f32"), 32, 2, 20)
-    source = source_layout.empty_tile()
+    source = source_layout.empty_page()
     store_rows(source_layout, source, 0, k, v)
     before = source.tobytes()
     found = quantize_tile(source, source_layout, layout_of(kinds, 32, 2, 20))
@@ -86,6 +139,46 @@ def test_a_tile_may_be_dense_on_one_side(kinds: tuple[str, str]) -> None:
             np.testing.assert_array_equal(values, wanted.astype(DTYPES[kind]).astype(np.float64))
         else:
             np.testing.assert_allclose(values, wanted, atol={"q8": 0.02, "q4": 0.3, "q3": 0.6, "q2": 1.3}[kind[:2]])
+
+
+@pytest.mark.parametrize("kinds", [("q4", "q4"), ("q3", "q2t16"), ("q8t", "q3c"), ("f16", "q4"), ("bf16", "f32")])
+@pytest.mark.parametrize("source_kind", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("slot", [0, 2, 4])
+def test_a_tile_is_written_to_its_slot_as_to_a_page_of_its_own(
+    kinds: tuple[str, str], source_kind: str, slot: int
+) -> None:
+    """And no byte beside it."""
+    rng = np.random.default_rng(12)
+    source_layout = layout_of((source_kind, source_kind), 32, 2, 20)
+    source = source_layout.empty_page()
+    store_rows(source_layout, source, 0, normal(rng, 32, 2, 20), normal(rng, 32, 2, 20))
+    alone = quantize_tile(source, source_layout, layout_of(kinds, 32, 2, 20), 3)
+    layout = layout_of(kinds, 32, 2, 20, 5)
+    page = layout.empty_page()
+    page[:] = rng.integers(0, 256, page.shape, np.uint8)
+    before = page.copy()
+    assert quantize_tile(source, source_layout, layout, 3, page, slot) is page
+    for i in range(5):
+        want = alone if i == slot else page_tile_of_copy(before, i, kinds)
+        np.testing.assert_array_equal(page_tile(page, i, kinds, 32, 2, 20), want)
+
+
+def page_tile_of_copy(page: np.ndarray, slot: int, kinds: tuple[str, str]) -> np.ndarray:
+    """One tile of 32 tokens, 2 heads and head_dim 20 in a copy of a page."""
+    room = aligned_zeros(len(page))
+    room[:] = page
+    return page_tile(room, slot, kinds, 32, 2, 20)
+
+
+@pytest.mark.parametrize("source_kind", DTYPES)
+def test_the_bytes_of_a_dense_tile_of_the_same_formats_are_kept(source_kind: str) -> None:
+    rng = np.random.default_rng(13)
+    kinds = (source_kind, source_kind)
+    layout, target = layout_of(kinds, 64, 2, 20), layout_of(kinds, 64, 2, 20, 8)
+    source, page = layout.empty_page(), target.empty_page()
+    source[:] = rng.integers(0, 256, source.shape, np.uint8)  # infinities and what is not a number among them
+    quantize_tile(source, layout, target, 0, page, 5)
+    np.testing.assert_array_equal(page_tile(page, 5, kinds, 64, 2, 20), source)
 
 
 def test_a_tile_starts_on_a_cache_line() -> None:
@@ -102,51 +195,102 @@ def test_a_layout_of_another_tile_is_refused() -> None:
 # --- The store of tiles --------------------------------------------------------------------------------------------------
 
 
-def assert_holds(store: TileStore, first: int, tiles: list[np.ndarray]) -> None:
-    """Everything that can be asked of the store says: these tiles, from this one on."""
-    assert (store.first, store.stop, store.nbytes) == (first, first + len(tiles), len(tiles) * store.layout.nbytes)
-    assert all(store[first + i] is tile for i, tile in enumerate(tiles))
-    segment = store.segment(first * 32, first * 32 + 5)
-    assert (segment.start, segment.stop) == (first * 32, first * 32 + 5)
-    assert segment.geometry[FIRST_TILE] == first
-    addresses = [tile.ctypes.data for tile in tiles]
-    np.testing.assert_array_equal(segment.k_table[: len(tiles)], addresses)
-    np.testing.assert_array_equal(segment.v_table[: len(tiles)], np.array(addresses, np.int64) + store.layout.v_offset)
+class Held:
+    """What a store of tiles of 32 tokens, one head and head_dim 16 has to hold: a number written all over each tile."""
+
+    kinds = ("q4", "q4")
+
+    def __init__(self, page_tiles: int) -> None:
+        self.store = TileStore(layout_of(self.kinds, 32, 1, 16, page_tiles))
+        self.first = 0
+        self.numbers: list[int] = []
+        self.written = 0
+
+    @property
+    def stop(self) -> int:
+        return self.first + len(self.numbers)
+
+    def write_next(self) -> int:
+        """Write to the place of the next tile, which is not held by that."""
+        self.written = self.written % 255 + 1
+        page, slot = self.store.place(self.store.stop)
+        layout = self.store.layout
+        for side in (layout.k, layout.v):
+            layout.codes(page, side)[:, slot] = self.written
+            layout.params(page, side)[:, slot] = self.written
+        return self.written
+
+    def append(self) -> None:
+        number = self.write_next()
+        self.store.append()
+        self.numbers.append(number)
+
+    def assert_holds(self) -> None:
+        """Everything that can be asked of the store says: these tiles, from this one on."""
+        store, layout = self.store, self.store.layout
+        count = len(self.numbers)
+        assert (store.first, store.stop, store.nbytes) == (self.first, self.stop, count * layout.nbytes)
+        for number, raw in zip(self.numbers, store_tiles(store, self.kinds), strict=True):
+            assert raw.size == layout.nbytes and (raw == number).all()
+        segment = store.segment(self.first * 32, self.first * 32 + 5)
+        assert (segment.start, segment.stop) == (self.first * 32, self.first * 32 + 5)
+        assert segment.geometry[FIRST_TILE] == self.first
+        # The pages are those of the tiles held, in order.
+        pages: dict[int, np.ndarray] = {}
+        for i, t in enumerate(range(self.first, self.stop)):
+            page, slot = store.place(t)
+            assert pages.setdefault(t // layout.page_tiles, page) is page and slot == t % layout.page_tiles
+            offsets = part_offsets(self.kinds, 32, 16, layout.page_tiles, 0, slot)
+            row = segment.table[i]
+            assert row[[K_PARAMS, K_CODES, V_PARAMS, V_CODES]].tolist() == [page.ctypes.data + at for at in offsets]
+        if len(segment.owner) > len(pages):  # the next tile has been written to, in a page that holds no other
+            pages[self.stop // layout.page_tiles] = store.place(self.stop)[0]
+        assert all(a is b for a, b in zip(segment.owner, pages.values(), strict=True))
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(("append", "append", "before", "from")), st.integers(0, 40)), max_size=12))
-def test_a_store_holds_what_was_appended_and_not_forgotten(steps: list[tuple[str, int]]) -> None:
-    store = TileStore(layout_of(("q4", "q4"), 32, 1, 16))
-    first, tiles = 0, []
-    assert_holds(store, first, tiles)
+STEPS = ("append", "append", "write", "before", "from")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from((1, 3, 16)), st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 40)), max_size=12)
+)  # fmt: skip
+def test_a_store_holds_what_was_appended_and_not_forgotten(page_tiles: int, steps: list[tuple[str, int]]) -> None:
+    held = Held(page_tiles)
+    held.assert_holds()
     for step, number in steps:
-        if step == "append":  # so many at once: the tables have to grow
+        if step == "append":  # so many at once: the table has to grow
             for _ in range(number):
-                tiles = [*tiles, store.layout.empty_tile()]
-                store.append(tiles[-1])
+                held.append()
+        elif step == "write":  # what is written and not held is as if it had not been
+            held.write_next()
         elif step == "before":
-            store.forget_before(number)
-            tiles = tiles[max(0, number - first) :]
-            first = max(first, number)
+            held.store.forget_before(number)
+            held.numbers = held.numbers[max(0, number - held.first) :]
+            held.first = max(held.first, number)
         else:
-            store.forget_from(number)
-            tiles = tiles[: max(0, number - first)]
-        assert_holds(store, first, tiles)
+            held.store.forget_from(number)
+            held.numbers = held.numbers[: max(0, number - held.first)]
+        held.assert_holds()
 
 
-def test_a_segment_keeps_its_tiles_alive() -> None:
-    store = make_store(np.ones((64, 1, 16), np.float32), np.ones((64, 1, 16), np.float32), ("f32", "f32"), tile=32)
-    tiles = [store[0], store[1]]
-    segment = store.segment(0, 64)
-    store.forget_before(2)
-    assert segment.owner[0] is tiles[0] and segment.owner[1] is tiles[1]
+def test_a_segment_keeps_its_pages_alive() -> None:
+    rng = np.random.default_rng(14)
+    k, v = normal(rng, 128, 1, 16), normal(rng, 128, 1, 16)
+    store = make_store(k, v, ("f32", "f32"), tile=32, page_tiles=2)
+    pages = [store.place(0)[0], store.place(2)[0]]
+    segment = store.segment(0, 128)
+    store.forget_before(3)
+    assert len(store.segment(96, 128).owner) == 1
+    store.forget_before(4)
+    assert store.segment(128, 128).owner == []
+    assert len(segment.owner) == 2 and all(a is b for a, b in zip(segment.owner, pages, strict=True))
 
 
 def test_addresses_are_not_copied() -> None:
     """A copied or pickled segment would point into memory that it does not own."""
     store = TileStore(layout_of(("f32", "f32"), 32, 1, 16))
-    store.append(store.layout.empty_tile())
+    store.append()
     for thing in (store, store.segment(0, 32)):
         with pytest.raises(TypeError, match="cannot be copied"):
             copy.deepcopy(thing)

@@ -1,0 +1,375 @@
+"""The two microkernels: sums of products whose accumulators stay in registers from the first step to the last.
+
+    sum[r][v] = sum over i < count of a[r][i] * b[v][i]
+
+for a few rows r of numbers (queries, or weights) and vectors v of 16 lanes (keys, or channels). ``multiply_dense`` takes
+dense numbers and sums in float32. ``multiply_codes`` takes codes as they are stored and pairs of int16, and sums exactly in
+int32. They are written as LLVM IR and not as Python loops over tuples, so that nothing depends on what an optimizer makes
+of them. Rows and vectors of one call are constants in the loop; so there is a loop for each number of them.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from .simd import (
+    _F32,
+    _I16,
+    _I32,
+    _IS_X86,
+    _V_F16,
+    _V_F32,
+    _V_I16,
+    _V_I32,
+    LANES,
+    _broadcast,
+    _const,
+    _dot_pairs,
+    _fma,
+    _half_bits_to_float,
+    _larger,
+    _load,
+    _operation,
+    _pointer,
+    cpu_has,
+)
+
+VECTOR = 4 * LANES  # bytes of a vector of words
+CHAINS = {1: 4, 2: 2, 3: 2, 4: 2, 8: 1}  # sums of a row, by rows: together at least the cycles that a dot product takes
+# Bytes, and how near a cache (3: the first level): tiles are read in the order of memory, but the processor's own
+# prefetcher stops whenever something else is computed for a while.
+AHEAD = ((8192, 1), (2048, 3))
+_V_I16_PAIRS = ir.VectorType(_I16, 2 * LANES)
+
+
+def dense_block(context: Any) -> tuple[int, int]:
+    """Rows and vectors whose sums, with the operands of a step, fit the registers of the CPU compiled for."""
+    if cpu_has(context, "avx512f"):
+        return 4, 4
+    return (2, 2) if cpu_has(context, "avx2") else (1, 2)
+
+
+def _dense_vectors(context: Any) -> tuple[int, ...]:
+    most = dense_block(context)[1]
+    return tuple(count for count in (1, 2, 4) if count <= most)
+
+
+def code_rows(context: Any) -> tuple[int, ...]:
+    """The numbers of rows that ``multiply_codes`` has a loop for."""
+    if cpu_has(context, "avx512f"):
+        return 1, 2, 3, 4, 8
+    return (1, 2) if cpu_has(context, "avx2") else (1,)
+
+
+@_operation(types.int64)
+def most_dense_rows(context: Any, builder: Any) -> Any:
+    """Rows that a call of ``multiply_f32`` and its like may have on the CPU compiled for."""
+    return ir.Constant(ir.IntType(64), dense_block(context)[0])
+
+
+def _largest_of(builder: Any, counts: tuple[int, ...], most: Any) -> Any:
+    """The largest of some numbers, in rising order, that is at most ``most``, and at least the first."""
+    taken = _number(most, counts[0])
+    for count in counts[1:]:
+        number = _number(most, count)
+        taken = builder.select(builder.icmp_signed(">=", most, number), number, taken)
+    return taken
+
+
+@_operation(types.int64, types.int64)
+def next_vectors(context: Any, builder: Any, vectors: Any) -> Any:
+    """How many of so many vectors, 1 or more, the next call of ``multiply_f32`` and its like takes."""
+    return _largest_of(builder, _dense_vectors(context), vectors)
+
+
+@_operation(types.int64, types.int64)
+def next_rows(context: Any, builder: Any, rows: Any) -> Any:
+    """How many of so many rows, 1 or more, the next call of ``multiply_codes8`` and its like takes."""
+    return _largest_of(builder, code_rows(context), rows)
+
+
+def _number(like: Any, value: int) -> ir.Constant:
+    return ir.Constant(like.type, value)
+
+
+def _at(builder: Any, base: Any, *offsets: tuple[int, Any]) -> Any:
+    """The address base + count * stride + ..., for constant counts."""
+    for count, stride in offsets:
+        if count:
+            base = builder.add(base, stride if count == 1 else builder.mul(_number(base, count), stride))
+    return base
+
+
+class _Loop:
+    """A loop that counts up to ``stop`` by ``step``, at least once: ``with _Loop(...) as loop`` is its body."""
+
+    def __init__(self, builder: Any, stop: Any, step: int, name: str) -> None:
+        self.builder, self.stop, self.step = builder, stop, step
+        self._before = builder.block
+        self._body = builder.append_basic_block(name)
+        self.after = builder.append_basic_block(name + ".after")
+        builder.branch(self._body)
+        builder.position_at_end(self._body)
+        self.i = builder.phi(stop.type)
+        self.i.add_incoming(_number(stop, 0), self._before)
+        self._carried: list[Any] = []
+
+    def carry(self, initial: Any) -> Any:
+        """A value that goes from one turn to the next; ``turn`` says what it is then."""
+        phi = self.builder.phi(initial.type)
+        phi.add_incoming(initial, self._before)
+        self._carried.append(phi)
+        return phi
+
+    def turn(self, values: list[Any]) -> None:
+        """End of the body, with the new values of what is carried, in the order of ``carry``."""
+        following = self.builder.add(self.i, _number(self.i, self.step))
+        end = self.builder.block
+        self.i.add_incoming(following, end)
+        for phi, value in zip(self._carried, values, strict=True):
+            phi.add_incoming(value, end)
+        self.builder.cbranch(self.builder.icmp_signed("<", following, self.stop), self._body, self.after)
+        self.builder.position_at_end(self.after)
+
+
+def _choose(builder: Any, value: Any, cases: Iterator[int]) -> Iterator[int]:
+    """For each case, position ``builder`` where the code for ``value`` == case goes; afterwards, behind all of them."""
+    start, done = builder.block, builder.append_basic_block("done")
+    blocks = []
+    for case in cases:
+        block = builder.append_basic_block(f"case{case}")
+        blocks.append((case, block))
+        builder.position_at_end(block)
+        yield case
+        builder.branch(done)
+    builder.position_at_end(start)
+    switch = builder.switch(value, done)
+    for case, block in blocks:
+        switch.add_case(_number(value, case), block)
+    builder.position_at_end(done)
+
+
+def _ask_ahead(builder: Any, address: Any) -> None:
+    """Ask for the cache lines that lie AHEAD of an address; any will do, even one that is not ours."""
+    byte = ir.IntType(8).as_pointer()
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32]), "llvm.prefetch.p0"
+    )
+    for distance, locality in AHEAD:
+        pointer = builder.inttoptr(builder.add(address, _number(address, distance)), byte)
+        builder.call(function, [pointer, _I32(0), _I32(locality), _I32(1)])
+
+
+# --- Dense numbers --------------------------------------------------------------------------------------------------------
+
+
+def _load_dense(context: Any, builder: Any, address: Any, kind: str) -> Any:
+    """16 numbers of a dense format, as float32."""
+    if kind == "f32":
+        return _load(builder, address, _V_F32)
+    if kind == "f16" and cpu_has(context, "f16c"):
+        return builder.fpext(_load(builder, address, _V_F16), _V_F32)
+    bits = builder.zext(_load(builder, address, _V_I16), _V_I32)
+    if kind == "f16":
+        return _half_bits_to_float(builder, bits)
+    return builder.bitcast(builder.shl(bits, _const(_V_I32, 16)), _V_F32)
+
+
+def _dense(kind: str) -> Any:
+    def body(context: Any, builder: Any, *args: Any) -> None:
+        a, a_stride, b, step, stride, count, rows, vectors, target, row_stride, vector_stride = args
+        cases = (r * 8 + v for r in range(1, dense_block(context)[0] + 1) for v in _dense_vectors(context))
+        chosen = builder.add(builder.mul(rows, _number(rows, 8)), vectors)
+        for case in _choose(builder, chosen, cases):
+            n_rows, n_vectors = divmod(case, 8)
+            a_rows = [_at(builder, a, (r, a_stride)) for r in range(n_rows)]
+            b_vectors = [_at(builder, b, (v, stride)) for v in range(n_vectors)]
+            targets = [
+                _at(builder, target, (r, row_stride), (v, vector_stride))
+                for r in range(n_rows)
+                for v in range(n_vectors)
+            ]
+            initial = [_load(builder, at, _V_F32) for at in targets]
+            loop = _Loop(builder, count, 1, "step")
+            sums = [loop.carry(value) for value in initial]
+            offset, place = builder.mul(loop.i, step), builder.mul(loop.i, _number(a, 4))
+            columns = [_load_dense(context, builder, builder.add(at, offset), kind) for at in b_vectors]
+            for at in b_vectors[:: 1 if kind == "f32" else 2]:
+                _ask_ahead(builder, builder.add(at, offset))
+            for r, row in enumerate(a_rows):
+                number = _broadcast(builder, _load(builder, builder.add(row, place), _F32), _V_F32)
+                for v, column in enumerate(columns, r * n_vectors):
+                    sums[v] = _fma(context, builder, number, column, sums[v])
+            loop.turn(sums)
+            for at, total in zip(targets, sums, strict=True):
+                builder.store(total, _pointer(builder, at, _V_F32)).align = 4
+
+    body.__name__ = f"multiply_{kind}"
+    body.__doc__ = f"""target[r][v] += sum of a[r][i] * b[v][i], a float32 and b {kind}.
+
+    Arguments: a, its row stride, b, the strides of its steps and of its vectors, count, rows, vectors, target, its row and
+    vector strides, all in bytes. Sums run in the order of the steps, one after the other, from what is in the target:
+    its bits do not depend on the block that a row is computed in, nor on where a sum is interrupted and continued.
+    """
+    return _operation(types.void, *[types.intp] * 11)(body)
+
+
+multiply_f32, multiply_f16, multiply_bf16 = (_dense(kind) for kind in ("f32", "f16", "bf16"))
+
+
+# --- Codes ----------------------------------------------------------------------------------------------------------------
+
+
+def _fields(builder: Any, words: Any, bits: int) -> list[Callable[[], Any]]:
+    """What takes the codes out of both halves of every word, one vector of pairs of int16 a code, with their signs."""
+
+    def field(i: int) -> Any:
+        unused = 16 - bits * (i + 1)  # bits of the half above the code
+        halves = builder.shl(words, _const(_V_I16_PAIRS, unused)) if unused else words
+        return builder.bitcast(builder.ashr(halves, _const(_V_I16_PAIRS, 16 - bits)), _V_I32)
+
+    words = builder.bitcast(words, _V_I16_PAIRS)
+    return [partial(field, i) for i in range(16 // bits)]
+
+
+def _fields3(builder: Any, words: Any, signs: Any, shift: Any) -> list[Callable[[], Any]]:
+    """The same for 3 bits: lower two bits in ``words``, the third ones, signs, in ``signs`` from bit ``shift`` on."""
+    signs = builder.bitcast(signs, _V_I16_PAIRS)
+    both = builder.mul(builder.trunc(shift, _I32), _I32(0x10001))
+    signs = builder.lshr(signs, builder.bitcast(_broadcast(builder, both, _V_I32), _V_I16_PAIRS))
+    words = builder.bitcast(words, _V_I16_PAIRS)
+
+    def pair(i: int) -> Any:
+        low = builder.lshr(words, _const(_V_I16_PAIRS, 2 * i)) if i else words
+        sign = builder.ashr(builder.shl(signs, _const(_V_I16_PAIRS, 15 - i)), _const(_V_I16_PAIRS, 15))
+        low, sign = (builder.bitcast(x, _V_I32) for x in (low, sign))
+        return builder.or_(builder.and_(low, _const(_V_I32, 0x30003)), builder.and_(sign, _const(_V_I32, 0xFFFCFFFC)))
+
+    return [partial(pair, i) for i in range(8)]
+
+
+def _dot_number(context: Any, builder: Any, sums: Any, address: Any, offset: int, codes: Any) -> Any:
+    """Add to 16 int32 the dot products of one pair of int16 in memory with 16 pairs of codes."""
+    if _IS_X86 and cpu_has(context, "avx512vnni"):
+        # As assembly, because LLVM broadcasts with an instruction for floats, whose result takes a cycle longer to reach
+        # integer units: 1.4 cycles a product against 1.0. It is not told which memory is read: nothing here writes it.
+        signature = ir.FunctionType(_V_I32, [_V_I32, _V_I32, address.type])
+        return builder.asm(
+            signature, f"vpdpwssd {offset}($3){{1to16}}, $2, $0", "=v,0,v,r", [sums, codes, address], False
+        )
+    number = _load(builder, builder.add(address, _number(address, offset)), ir.IntType(32))
+    return _dot_pairs(context, builder, sums, _broadcast(builder, number, _V_I32), codes)
+
+
+def _scaled(
+    context: Any, builder: Any, totals: list[Any], own: list[Any], per_lane: Any, place: Any, scales: Any, centres: Any
+) -> list[Any]:
+    """factors[r] * scale * total + offsets[r] * centre of every row; scale and centre are 1 unless ``per_lane``."""
+    arms = []
+    with builder.if_else(per_lane) as (has_scales, has_none):
+        with has_scales:
+            scale, centre = (_load(builder, builder.add(x, place), _V_F32) for x in (scales, centres))
+            found = [
+                _fma(context, builder, builder.fmul(total, scale), factor, builder.fmul(offset, centre))
+                for total, (_, factor, offset) in zip(totals, own, strict=True)
+            ]
+            arms.append((found, builder.block))
+        with has_none:
+            found = [
+                _fma(context, builder, total, factor, offset)
+                for total, (_, factor, offset) in zip(totals, own, strict=True)
+            ]
+            arms.append((found, builder.block))
+    merged = [builder.phi(_V_F32) for _ in totals]
+    for found, block in arms:
+        for phi, value in zip(merged, found, strict=True):
+            phi.add_incoming(value, block)
+    return merged
+
+
+def _codes(bits: int) -> Any:
+    per_word = 8 if bits == 3 else 16 // bits  # pairs
+    words_a_turn = 2 if bits == 8 else 1
+
+    def body(context: Any, builder: Any, *args: Any) -> None:
+        a, a_stride, b, b_stride, tops_plane, first_pair, count, rows, vectors = args[:9]
+        targets, column, fresh, factors, offsets, scales, centres, scale_step, largest = args[9:]
+        keep = builder.sub(fresh, _number(fresh, 1))  # 0 where fresh, else all ones
+        keep = _broadcast(builder, builder.trunc(keep, ir.IntType(32)), _V_I32)
+        has_tops, per_lane = (builder.icmp_unsigned("!=", x, _number(x, 0)) for x in (largest, scale_step))
+        wide = cpu_has(context, "avx512f")
+        for n_rows in _choose(builder, rows, iter(code_rows(context))):
+            chains = CHAINS[n_rows] if wide else 1
+            a_rows = [_at(builder, a, (r, a_stride)) for r in range(n_rows)]
+            own = []
+            for r in range(n_rows):
+                four = _number(a, 4 * r)
+                own.append(
+                    (
+                        builder.add(_load(builder, builder.add(targets, _number(a, 8 * r)), a.type), column),
+                        _broadcast(builder, _load(builder, builder.add(factors, four), _F32), _V_F32),
+                        _broadcast(builder, _load(builder, builder.add(offsets, four), _F32), _V_F32),
+                    )
+                )
+            outer = _Loop(builder, vectors, 1, "vector")
+            at = builder.add(b, builder.mul(outer.i, b_stride))
+            pairs = builder.lshr(b_stride, _number(a, 3))  # of a vector over all of the sum axis, 8 to a word
+            pair = builder.add(first_pair, builder.mul(outer.i, pairs))
+            inner = _Loop(builder, count, per_word * words_a_turn, "word")
+            sums = [inner.carry(_const(_V_I32, 0)) for _ in range(n_rows * chains)]
+            source = builder.add(at, builder.mul(inner.i, _number(a, VECTOR // per_word)))
+            numbers = [builder.add(row, builder.mul(inner.i, _number(a, 4))) for row in a_rows]
+            fields: list[Callable[[], Any]] = []
+            for w in range(words_a_turn):
+                _ask_ahead(builder, builder.add(source, _number(a, VECTOR * w)))
+                words = _load(builder, builder.add(source, _number(a, VECTOR * w)), _V_I32)
+                if bits == 3:
+                    place = builder.add(pair, inner.i)
+                    top = builder.mul(builder.lshr(place, _number(a, 4)), _number(a, VECTOR))
+                    tops = _load(builder, builder.add(tops_plane, top), _V_I32)
+                    fields += _fields3(builder, words, tops, builder.and_(place, _number(a, 15)))
+                else:
+                    fields += _fields(builder, words, bits)
+            for u, field in enumerate(fields):
+                codes = field()
+                for r, row in enumerate(numbers):
+                    i = r * chains + u % chains
+                    sums[i] = _dot_number(context, builder, sums[i], row, 4 * u, codes)
+            inner.turn(sums)
+            totals = []
+            for r in range(n_rows):
+                total = sums[r * chains]
+                for more in sums[r * chains + 1 : (r + 1) * chains]:
+                    total = builder.add(total, more)
+                totals.append(builder.sitofp(total, _V_F32))
+            values = _scaled(context, builder, totals, own, per_lane, builder.mul(outer.i, scale_step), scales, centres)
+            for r, (target, _, _) in enumerate(own):
+                to = builder.add(target, builder.mul(outer.i, _number(a, VECTOR)))
+                before = builder.bitcast(builder.and_(_load(builder, to, _V_I32), keep), _V_F32)
+                values[r] = builder.fadd(before, values[r])
+                builder.store(values[r], _pointer(builder, to, _V_F32)).align = 4
+            with builder.if_then(has_tops):
+                for r, value in enumerate(values):
+                    top = _load(builder, builder.add(largest, _number(a, 8 * r)), a.type)
+                    top_value = _larger(builder, _load(builder, top, _V_F32), value)
+                    builder.store(top_value, _pointer(builder, top, _V_F32)).align = 4
+            outer.turn([])
+
+    body.__name__ = f"multiply_codes{bits}"
+    body.__doc__ = f"""target[r][v] += factors[r] * scales[v] * (sum of a[r][i] . b[v][i]) + offsets[r] * centres[v].
+
+    a are pairs of int16 and b codes of {bits} bits, less the middle one, in words of 16 lanes (layout.py). Sums are exact,
+    in int32; the rest is float32. Arguments: a, its row stride, b, its vector stride, the plane of third bits and the
+    place of the first pair in it (3 bits only), count (pairs), rows, vectors, the addresses of the rows' targets (int64),
+    an offset of all targets, whether they are fresh (1: they count as 0), factors, offsets (float32, one a row), scales,
+    centres (vectors), the step from one to the next (0: all are 1), the addresses of vectors that keep the largest
+    values (int64, one a row; 0 for none).
+    """
+    return _operation(types.void, *[types.intp] * 18)(body)
+
+
+multiply_codes8, multiply_codes4, multiply_codes3, multiply_codes2 = (_codes(bits) for bits in (8, 4, 3, 2))

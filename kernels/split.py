@@ -1,0 +1,268 @@
+"""One split: 512 keys against the rows of a block, logits, softmax and weighted sum of values; the kernel's inner half.
+
+K and V meet in the logits only, so the format of one has nothing to do with that of the other.
+"""
+
+import numpy as np
+from numba import types
+
+from . import simd
+from .jit import inner, standalone
+from .layout import F32, GROUP, K_CODES, K_PARAMS, KIND, PARTS, PER_LANE, ROW, TOKEN, V_CODES, V_PARAMS
+from .products import fold, multiply_tile, score_floats, weigh_floats
+from .softmax import divide_by_sums, exponentials, find_maxima, finish_logits
+from .tables import (
+    ACTIVE,
+    CODES,
+    DENSE_KERNEL,
+    DIRECT_ROWS,
+    EXACT,
+    FACTORS,
+    FIRST,
+    FIRST_TILE,
+    HIGH,
+    K_SIDE,
+    LOGITS,
+    LOGITS_ROW,
+    LOW,
+    OFFSETS,
+    OUT,
+    QUERIES,
+    SCALES,
+    SCALES_AT,
+    SCRATCH,
+    SOFTCAP,
+    SPLIT,
+    SPLIT_M,
+    SPLIT_S,
+    SUMS,
+    TARGETS,
+    TILE,
+    TILE_KERNEL,
+    TILE_SHIFT,
+    TOPS,
+    V_SIDE,
+    VALUES,
+    WHOLE,
+    WIDTH,
+    WORDS,
+    X,
+    get,
+    no_options,
+    row_field,
+    row_int,
+    see_split,
+    see_tiles,
+    set_row_float,
+    set_row_int,
+    tile_address,
+    tiles_together,
+)
+from .tiles import (
+    VECTOR,
+    codes_to_floats,
+    is_dense,
+    middle_code,
+    unpack_codes,
+    unpack_dense_k,
+    unpack_dense_v,
+    unpack_scales,
+)
+
+
+@inner
+def _reads_directly(side, rows, exact):  # type: ignore[no-untyped-def]
+    """Whether the float32 route takes a tile as it is stored."""
+    kind = get(side, KIND)
+    return is_dense(kind) and get(side, TOKEN) == 0 and (kind == F32 or rows <= DIRECT_ROWS)
+
+
+@inner
+def _unpack_values(is_k, side, codes, params, width, tile, low, high, room):  # type: ignore[no-untyped-def]
+    """One head and tile as float32 in get(room, VALUES); of dense formats the tokens low .. high only."""
+    simd.never_inline()
+    kind, values = get(side, KIND), get(room, VALUES)
+    if is_dense(kind):
+        if is_k:
+            unpack_dense_k(
+                codes, kind, get(side, ROW), get(side, TOKEN), width, tile, low, high, values, get(room, SCALES)
+            )
+        else:
+            unpack_dense_v(codes, kind, get(side, ROW), width, tile, low, high, values)
+        return
+    lanes, steps = (tile, width) if is_k else (width, tile)
+    per_lane, parts, scales = get(side, PER_LANE), get(side, PARTS), get(room, SCALES)
+    unpack_scales(params, parts * (lanes if per_lane else steps), np.float32(0), scales)
+    unpack_codes(codes, kind, lanes * steps // 32, get(room, CODES))
+    codes_to_floats(get(room, CODES), scales, lanes, steps, get(side, GROUP), parts, per_lane, values)
+
+
+@inner
+def _fold_tiles(  # type: ignore[no-untyped-def]
+    table, first_tile, stop_tile, base, addresses, which, head, side, lanes, steps, x, x_stride, x_step, target,
+    target_stride, room,
+):  # fmt: skip
+    """Unpack the scales of some tiles and fold the rows that see them.
+
+    base: the row of ``addresses`` that belongs to tile 0 of the split; which: K_PARAMS or V_PARAMS. x: the address of
+    row 0 and the first of the tiles, x_step bytes before that of the next tile; target: of row 0.
+    """
+    simd.never_inline()
+    count = get(side, PARTS) * (lanes if get(side, PER_LANE) else steps)
+    middle = middle_code(get(side, KIND))
+    for t in range(first_tile, stop_tile):
+        scales = get(room, SCALES) + (t - first_tile) * 8 * count
+        unpack_scales(tile_address(addresses, base + t, which, side, head), count, middle, scales)
+        for i in range(row_int(table, FIRST, t - first_tile), row_int(table, FIRST, t - first_tile + 1)):
+            row = row_int(table, ACTIVE, i)
+            set_row_int(table, X, i, x + row * x_stride + (t - first_tile) * x_step)
+            set_row_int(table, SCALES_AT, i, scales)
+            set_row_int(table, TARGETS, i, target + row * target_stride)
+            set_row_int(table, TOPS, i, get(room, SUMS) + row * VECTOR)
+    fold(
+        row_field(table, X), row_field(table, SCALES_AT), row_int(table, FIRST, stop_tile - first_tile), lanes, steps, side,
+        get(room, WORDS), get(room, FACTORS), get(room, OFFSETS), get(room, SCRATCH),
+    )  # fmt: skip
+
+
+_multiply = multiply_tile.call
+
+
+@inner
+def _multiply_tile(  # type: ignore[no-untyped-def]
+    table, nth, tiles, codes, side, lanes, steps, fresh, column, has_tops, room
+):
+    """The integer route over the nth of the tiles that were folded together."""
+    first = row_int(table, FIRST, nth)
+    scales = get(room, SCALES) + nth * 8 * get(side, PARTS) * (lanes if get(side, PER_LANE) else steps)
+    _multiply(
+        get(room, TILE_KERNEL), get(room, WORDS), get(room, FACTORS), get(room, OFFSETS), row_int(table, FIRST, tiles),
+        first, row_int(table, FIRST, nth + 1) - first, lanes, steps, codes, scales, side, fresh,
+        row_field(table, TARGETS) + 8 * first, column, row_field(table, TOPS) + 8 * first if has_tops else 0,
+    )  # fmt: skip
+
+
+@inner
+def _score_tiles(  # type: ignore[no-untyped-def]
+    head, t0, stop_tile, base, first, stop, rows, addresses, geometry, options, room, table, numbers, plain
+):
+    """Logits of all rows against the tiles t0 .. stop_tile of a split."""
+    tile, width, side = get(geometry, TILE), get(geometry, WIDTH), geometry + 8 * K_SIDE
+    exact, cap = simd.scalar_at(options + 4 * EXACT) != 0, simd.scalar_at(options + 4 * SOFTCAP)
+    origin = (base + get(geometry, FIRST_TILE)) * tile
+    floats, active = exact or is_dense(get(side, KIND)), row_field(table, ACTIVE)
+    queries, logits, sums = get(room, QUERIES), get(room, LOGITS), get(room, SUMS)
+    if not floats:
+        _fold_tiles(
+            table, t0, stop_tile, base, addresses, K_PARAMS, head, side, tile, width, queries, width * 4, 0, logits,
+            LOGITS_ROW, room,
+        )  # fmt: skip
+    for t in range(t0, stop_tile):
+        nth, low, high = t - t0, t * tile, (t + 1) * tile
+        first_row, count = row_int(table, FIRST, nth), row_int(table, FIRST, nth + 1) - row_int(table, FIRST, nth)
+        if count == 0:
+            continue
+        codes = tile_address(addresses, base + t, K_CODES, side, head)
+        # Where a product is final, the microkernel keeps the largest ones; else that takes a pass of its own.
+        final = plain and row_int(table, WHOLE, nth) != 0 and not floats and get(side, PARTS) == 1
+        if floats:
+            first_active, stop_active = get(active, first_row), get(active, first_row + count - 1) + 1
+            kind, keys, step, stride = np.int64(F32), get(room, VALUES), np.int64(VECTOR), width * VECTOR
+            if _reads_directly(side, rows, exact):
+                kind, keys, step = get(side, KIND), codes, get(side, ROW)
+                stride = np.int64(VECTOR if kind == F32 else VECTOR // 2)
+            else:
+                params = tile_address(addresses, base + t, K_PARAMS, side, head)
+                _unpack_values(True, side, codes, params, width, tile, max(first - low, 0), min(stop - low, tile), room)
+            score_floats(
+                get(room, DENSE_KERNEL), queries, width * 4, first_active, stop_active, tile, width, kind, keys, step,
+                stride, logits + 4 * low, LOGITS_ROW,
+            )  # fmt: skip
+        else:
+            _multiply_tile(table, nth, stop_tile - t0, codes, side, tile, width, np.int64(1), 4 * low, final, room)
+        if not final:
+            finish_logits(active + 8 * first_row, count, table, numbers, low, high, origin, cap, logits, sums)
+
+
+@inner
+def _weigh_tiles(  # type: ignore[no-untyped-def]
+    head, t0, stop_tile, base, first, stop, rows, addresses, geometry, options, room, table, numbers
+):
+    """Exponentials of all rows' logits for the tiles t0 .. stop_tile of a split, and their products with V."""
+    tile, width, side = get(geometry, TILE), get(geometry, WIDTH), geometry + 8 * V_SIDE
+    exact, active = simd.scalar_at(options + 4 * EXACT) != 0, row_field(table, ACTIVE)
+    floats = exact or is_dense(get(side, KIND))
+    logits, sums, out = get(room, LOGITS), get(room, SUMS), get(room, OUT)
+    for t in range(t0, stop_tile):
+        first_row, count = (
+            row_int(table, FIRST, t - t0),
+            row_int(table, FIRST, t - t0 + 1) - row_int(table, FIRST, t - t0),
+        )
+        exponentials(active + 8 * first_row, count, numbers, t * tile, (t + 1) * tile, logits, sums)
+    if not floats:
+        _fold_tiles(
+            table, t0, stop_tile, base, addresses, V_PARAMS, head, side, width, tile, logits + 4 * t0 * tile, LOGITS_ROW,
+            4 * tile, out, width * 4, room,
+        )  # fmt: skip
+    for t in range(t0, stop_tile):
+        nth, low = t - t0, t * tile
+        first_row, count = row_int(table, FIRST, nth), row_int(table, FIRST, nth + 1) - row_int(table, FIRST, nth)
+        if count == 0:
+            continue
+        codes = tile_address(addresses, base + t, V_CODES, side, head)
+        if floats:
+            first_active, stop_active = get(active, first_row), get(active, first_row + count - 1) + 1
+            kind, values, step, stride = np.int64(F32), get(room, VALUES), np.int64(VECTOR), tile * VECTOR
+            if _reads_directly(side, rows, exact):
+                kind, values, step = get(side, KIND), codes, get(side, ROW)
+                stride = np.int64(VECTOR if kind == F32 else VECTOR // 2)
+            else:
+                params = tile_address(addresses, base + t, V_PARAMS, side, head)
+                _unpack_values(
+                    False, side, codes, params, width, tile, max(first - low, 0), min(stop - low, tile), room
+                )
+            weigh_floats(
+                get(room, DENSE_KERNEL), logits, LOGITS_ROW, first_active, stop_active, row_field(table, LOW),
+                row_field(table, HIGH), low, tile, width, kind, values, step, stride, out,
+            )  # fmt: skip
+        else:
+            _multiply_tile(table, nth, stop_tile - t0, codes, side, width, tile, np.int64(0), np.int64(0), False, room)
+
+
+@standalone(types.void(*[types.int64] * 9))
+def split_kernel(  # type: ignore[no-untyped-def]
+    head, split, rows, addresses, geometry, options, room, table, numbers
+):
+    """The partial attention of a worker's rows over one split: OUT, normalised, with SPLIT_M and SPLIT_S.
+
+    All arguments are numbers, or addresses of arrays; ``addresses`` is that of a segment's table.
+    """
+    tile, shift, width = get(geometry, TILE), get(geometry, TILE_SHIFT), get(geometry, WIDTH)
+    cap = simd.scalar_at(options + 4 * SOFTCAP)
+    origin, sums, out = split * SPLIT, get(room, SUMS), get(room, OUT)
+    first, stop = see_split(table, rows, origin)
+    if first >= stop:
+        for row in range(rows):
+            set_row_float(numbers, SPLIT_M, row, np.float32(-np.inf))
+            set_row_float(numbers, SPLIT_S, row, np.float32(0))
+        return
+    for row in range(rows):
+        simd.store_f32(sums + row * VECTOR, simd.splat(np.float32(-np.inf)))
+    for at in range(0, 4 * rows * width, VECTOR):
+        simd.store_f32(out + at, simd.splat(np.float32(0)))
+    plain = no_options(table, numbers, rows, cap)
+    base = (origin >> shift) - get(geometry, FIRST_TILE)
+    first_tile, stop_tile, tiles = first >> shift, ((stop - 1) >> shift) + 1, tiles_together(rows, tile)
+    for t in range(first_tile, stop_tile, tiles):
+        end = min(t + tiles, stop_tile)
+        if see_tiles(table, rows, t, end, tile) > 0:
+            _score_tiles(
+                head, t, end, base, first, stop, rows, addresses, geometry, options, room, table, numbers, plain
+            )
+    emptied = find_maxima(table, numbers, rows, get(room, LOGITS), sums)
+    see_again = emptied or tiles < stop_tile - first_tile  # else the lists are those made for K
+    for t in range(first_tile, stop_tile, tiles):
+        end = min(t + tiles, stop_tile)
+        if not see_again or see_tiles(table, rows, t, end, tile) > 0:
+            _weigh_tiles(head, t, end, base, first, stop, rows, addresses, geometry, options, room, table, numbers)
+    divide_by_sums(numbers, rows, width, sums, out)

@@ -1,0 +1,170 @@
+"""What a worker of the attention kernel keeps: tables of its rows, lists of who sees which tile, and room for numbers."""
+
+import numpy as np
+
+from . import simd
+from .jit import inner
+from .layout import ADDRESSES, HEAD, PAGE, SIDE_NUMBERS
+from .products import FOLDED
+from .simd import LANES
+from .tiles import VECTOR
+
+SPLIT = PAGE  # positions whose logits share one maximum; a multiple of every tile
+BLOCK_ROWS = 96  # query rows that share the unpacking of a tile: their logits then fit the second-level cache
+LOGITS_ROW = np.int64((SPLIT + LANES) * 4)  # bytes between rows of logits: a power of two would share cache sets
+
+# Indices into the int64 array that describes a segment (see segment.py)
+TILE, TILE_SHIFT, FIRST_TILE, WIDTH, KV_HEADS = range(5)
+K_SIDE, V_SIDE = 5, 5 + SIDE_NUMBERS  # where the numbers of each Side begin (see layout.py)
+
+CHUNK_ROWS = 32  # few rows are folded for several tiles at once, up to so many: none waits for another's maximum then
+DIRECT_ROWS = 8  # up to so many rows, unpacking a dense tile costs more than converting its numbers for every four rows
+COLUMNS = np.int64(136)  # of the tables below: room for BLOCK_ROWS or MAX_N_REP rows
+MAX_N_REP = 128  # query heads of a KV head
+
+# Indices into the float32 array of options
+SCALE, SOFTCAP, EXACT = range(3)  # EXACT: not 0 for float32 throughout
+
+# A worker's room: addresses, on 64-byte boundaries, of
+#     QUERIES  float32 [rows][width], scaled            OUT      float32 [rows][width], the partial output of a split
+#     LOGITS   float32 [rows][SPLIT + 16]               SUMS     a vector a row: largest logits, then sums of exponentials
+#     CODES    one side of a tile as pairs of uint16    VALUES   one side of a tile as float32
+#     SCALES   scales and centres of some tiles, or room to transpose
+#     WORDS, FACTORS, OFFSETS, SCRATCH                  for products.fold and products.multiply_tile
+# and, of kernels that are called by their address, TILE_KERNEL (products.multiply_tile) and DENSE_KERNEL (multiply_dense).
+QUERIES, OUT, LOGITS, SUMS, CODES, VALUES, SCALES, WORDS, FACTORS, OFFSETS, SCRATCH = range(11)
+TILE_KERNEL, DENSE_KERNEL = range(11, 13)
+
+# A worker's rows. int64 [fields][COLUMNS]: the positions that a row sees, absolute and in the current split; the distance
+# of position 0 from the query's; addresses of its mask (or 0), its output and its partial output
+START, STOP, LOW, HIGH, DISTANCE, MASK, TARGET, PARTIAL = range(8)
+# Lists made for a few tiles, in the same table: the rows that see each of them, tile after tile, with the addresses of what
+# is multiplied, of the tile's scales, of what is added to and of the largest logits; where each tile's rows begin; whether
+# they see all of it
+ACTIVE, X, SCALES_AT, TARGETS, TOPS, FIRST, WHOLE = range(8, 15)
+FIELDS = 15
+# float32 [fields][COLUMNS]: M and S of the current split, of everything so far, and the slope of ALiBi
+SPLIT_M, SPLIT_S, M, S, SLOPE = range(5)
+FLOAT_FIELDS = 5
+
+
+# Arrays are handed down as addresses: Numba counts references to an array wherever it is passed or sliced, with atomic
+# operations that took a fifth of the time of a decode step.
+
+
+@inner
+def get(base, i):  # type: ignore[no-untyped-def]
+    """Number i of the int64 at an address."""
+    return simd.integer_at(base + 8 * i)
+
+
+@inner
+def row_field(table, field):  # type: ignore[no-untyped-def]
+    """Where a field of the rows' int64 begins."""
+    return table + 8 * COLUMNS * field
+
+
+@inner
+def row_int(table, field, row):  # type: ignore[no-untyped-def]
+    """A row's number in a field."""
+    return simd.integer_at(row_field(table, field) + 8 * row)
+
+
+@inner
+def set_row_int(table, field, row, value):  # type: ignore[no-untyped-def]
+    """Set it."""
+    simd.store_integer(row_field(table, field) + 8 * row, value)
+
+
+@inner
+def float_field(numbers, field):  # type: ignore[no-untyped-def]
+    """Where a field of the rows' float32 begins."""
+    return numbers + 4 * COLUMNS * field
+
+
+@inner
+def row_float(numbers, field, row):  # type: ignore[no-untyped-def]
+    """A row's float32 in a field."""
+    return simd.scalar_at(float_field(numbers, field) + 4 * row)
+
+
+@inner
+def set_row_float(numbers, field, row, value):  # type: ignore[no-untyped-def]
+    """Set it."""
+    simd.store_scalar(float_field(numbers, field) + 4 * row, value)
+
+
+@inner
+def tile_address(addresses, tile, which, side, head):  # type: ignore[no-untyped-def]
+    """Where the codes or scales of one head of a tile begin; ``which`` is K_CODES or one of its neighbours."""
+    return simd.integer_at(addresses + 8 * (ADDRESSES * tile + which)) + head * get(side, HEAD)
+
+
+@inner
+def see_split(table, rows, origin):  # type: ignore[no-untyped-def]
+    """Cut the rows' ranges to the split: returns the range that any of them sees."""
+    first, stop = SPLIT, 0
+    for row in range(rows):
+        low = min(max(row_int(table, START, row) - origin, 0), SPLIT)
+        high = max(min(row_int(table, STOP, row) - origin, SPLIT), low)
+        set_row_int(table, LOW, row, low)
+        set_row_int(table, HIGH, row, high)
+        if low < high:
+            first, stop = min(first, low), max(stop, high)
+    return first, stop
+
+
+@inner
+def see_tiles(table, rows, first_tile, stop_tile, tile):  # type: ignore[no-untyped-def]
+    """List the rows that see each of some tiles; returns how many in all. There is room for them (``tiles_together``)."""
+    count = 0
+    for t in range(first_tile, stop_tile):
+        low, high = t * tile, (t + 1) * tile
+        set_row_int(table, FIRST, t - first_tile, count)
+        whole = True
+        for row in range(rows):
+            set_row_int(table, ACTIVE, count, row)
+            if max(row_int(table, LOW, row), low) < min(row_int(table, HIGH, row), high):
+                count += 1
+                whole &= row_int(table, LOW, row) <= low and row_int(table, HIGH, row) >= high
+        set_row_int(table, WHOLE, t - first_tile, whole)
+    set_row_int(table, FIRST, stop_tile - first_tile, count)
+    return count
+
+
+@inner
+def tiles_together(rows, tile):  # type: ignore[no-untyped-def]
+    """How many tiles are folded together."""
+    return min(max(1, CHUNK_ROWS // rows), SPLIT // tile)
+
+
+@inner
+def no_options(table, numbers, rows, cap):  # type: ignore[no-untyped-def]
+    """Whether a product is a logit: no soft-cap, bias or mask changes it."""
+    for row in range(rows):
+        if row_float(numbers, SLOPE, row) != 0 or row_int(table, MASK, row) != 0:
+            return False
+    return cap == 0
+
+
+@inner
+def room_of(start, rows, tile, width, parts):  # type: ignore[no-untyped-def]
+    """Where each part of a worker's room begins, from address ``start`` on, and where the last one ends (twice).
+
+    ``parts``: the most that a side has.
+    """
+    most, vectors = max(tile, width), (max(rows, CHUNK_ROWS) + LANES - 1) // LANES * LANES
+    queries = start
+    out = queries + rows * width * 4
+    logits = out + rows * width * 4
+    sums = logits + rows * LOGITS_ROW
+    codes = sums + (rows + LANES) * VECTOR
+    values = codes + tile * width * 2
+    scales = values + tile * width * 4
+    tiles = tiles_together(1, tile)  # that are folded together, at most: the last block of queries may be a small one
+    words = scales + max(tiles * parts * most * 8, LANES * LANES * 4)
+    factors = words + parts * vectors * most * 2 + VECTOR
+    offsets = factors + parts * vectors * 4
+    scratch = offsets + parts * vectors * 4
+    end = scratch + FOLDED * (2 * VECTOR + 4 * most) + VECTOR
+    return queries, out, logits, sums, codes, values, scales, words, factors, offsets, scratch, end, end
