@@ -12,7 +12,7 @@ from numba import prange
 
 from . import simd
 from .jit import inner, parallel_kernel
-from .layout import PARTS
+from .layout import LIMBS, PARTS
 from .products import multiply_dense, multiply_tile
 from .split import split_kernel
 from .state import merge_rows
@@ -114,7 +114,7 @@ def _work(  # type: ignore[no-untyped-def]
     block = max(1, BLOCK_ROWS // n_rep)
     blocks = (n_queries + block - 1) // block
     rows = min(block, n_queries) * n_rep
-    most_parts = max(geometry[K_SIDE + PARTS], geometry[V_SIDE + PARTS])
+    most_parts = max(geometry[K_SIDE + PARTS] * geometry[K_SIDE + LIMBS], geometry[V_SIDE + PARTS])
     memory = np.empty(room_of(0, rows, tile, width, most_parts)[-1] + 64, np.uint8)
     room = np.array(room_of((memory.ctypes.data + 63) // 64 * 64, rows, tile, width, most_parts))
     room[TILE_KERNEL], room[DENSE_KERNEL] = kernels[1], kernels[2]

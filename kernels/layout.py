@@ -75,11 +75,12 @@ class Side:
     params_nbytes: int  # of the scales and minima of one tile
     codes: int  # offset of the codes, or numbers, of the first tile
     codes_nbytes: int  # of one tile
+    limbs: int = 1  # int16 that a number is rounded to before it is multiplied with codes (see products.py)
 
 
 # Indices into the int64 array that describes a Side to the kernels
-KIND, HEAD, ROW, TOKEN, GROUP, PARTS, PER_LANE = range(7)
-SIDE_NUMBERS = 7
+KIND, HEAD, ROW, TOKEN, GROUP, PARTS, PER_LANE, LIMBS = range(8)
+SIDE_NUMBERS = 8
 # Indices into a row of the table of addresses that a segment has for every tile
 K_CODES, K_PARAMS, V_CODES, V_PARAMS = range(4)
 ADDRESSES = 4
@@ -87,8 +88,8 @@ ADDRESSES = 4
 
 def side_numbers(side: Side) -> NDArray[np.int64]:
     """A Side as the kernels take it."""
-    numbers = side.kind, side.head_stride, side.row_stride, side.token_stride, side.group, side.parts, side.per_lane
-    return np.array(numbers, np.int64)
+    where = side.kind, side.head_stride, side.row_stride, side.token_stride
+    return np.array([*where, side.group, side.parts, side.per_lane, side.limbs], np.int64)
 
 
 def default_group(width: int) -> int:
@@ -173,7 +174,10 @@ class TileLayout:
         params = 4 * (self.tile * self.width // group)
         parts = 1 if axis == "channel" else self.width // group
         per_lane = (name == "k") == (axis == "token")
-        return Side(kind, 0, 0, 0, group, parts, per_lane, offset, params, offset + self.page_tiles * params, codes)
+        limbs = 2 if name == "k" and per_lane else 1
+        return Side(
+            kind, 0, 0, 0, group, parts, per_lane, offset, params, offset + self.page_tiles * params, codes, limbs
+        )
 
     def empty_page(self) -> Bytes:
         """A page of zeros, uint8 (page_tiles * nbytes,), aligned to 64 bytes.

@@ -9,6 +9,11 @@ route multiplies with values. The integer route multiplies with codes, and never
 value = (code - middle) * scale + centre, scales that lie along the sum axis are folded into x before x is rounded to 16
 bits, and scales that lie along the lane axis multiply the finished sum. Centres become one more sum a row. The middle is
 half of the codes' range: what rounding x costs is multiplied with numbers around 0 then, not with large ones.
+
+Where x is q and scales lie along the lanes (K by token), 16 bits are not enough: a channel of K that is a thousand times
+larger than the others makes the rounding of a small q there larger than the whole rest. So q is kept in two *limbs*, w and
+what rounding to w cut off, 31 bits together, and multiplied twice. By channel the fold multiplies q with the channel's
+scale first, and p is never multiplied with another one's errors.
 """
 
 import numpy as np
@@ -16,12 +21,13 @@ from numba import types
 
 from . import microkernel, simd
 from .jit import inner, standalone
-from .layout import BF16, F16, F32, GROUP, KIND, PARTS, PER_LANE, Q2, Q3, Q4, Q8
+from .layout import BF16, F16, F32, GROUP, KIND, LIMBS, PARTS, PER_LANE, Q2, Q3, Q4, Q8
 from .simd import LANES
 
 VECTOR = 4 * LANES  # bytes of a vector of words
 FOLDED = 16  # rows that are folded together, so that one need not wait for the other's maximum
 _LARGEST = 32767.0  # of a 16-bit factor
+_LIMB = 65534.0  # what the second limb is the finer by: the rest of rounding is at most 1/2
 _SMALLEST = 1e-33  # rows of smaller numbers count as zeros: 32767 / x would not be a float32
 
 
@@ -32,7 +38,8 @@ def _fold_rows(  # type: ignore[no-untyped-def]
     """Round x * scale of up to 16 rows to int16 at ``words``, with x * scale ~ word * factor and offset = x . centre.
 
     xs, scales: addresses of int64, an address a row. scales_offset: -1 for scales and centres of 1. The pairs are those of
-    the codes, (i, i + count/2). ``scratch`` has room for 16 rows of ``count`` floats and 32 + 1 vectors.
+    the codes, (i, i + count/2). ``scratch`` has room for 16 rows of ``count`` floats and 32 + 1 vectors; what the rows were
+    multiplied with, 16 floats, is at its beginning afterwards.
     """
     simd.never_inline()
     tops, sums = scratch, scratch + FOLDED * VECTOR
@@ -70,19 +77,42 @@ def _fold_rows(  # type: ignore[no-untyped-def]
 
 
 @inner
+def _fold_rest(xs, x_offset, rows, count, factors, words, own_factors, own_offsets):  # type: ignore[no-untyped-def]
+    """The second limb of what ``_fold_rows`` rounded (with scales of 1): its words, factors and offsets, 0.
+
+    own_factors: what the rows were multiplied with before they were rounded; it is replaced by their factors.
+    """
+    simd.never_inline()
+    half, finer = 2 * count, simd.splat(np.float32(_LIMB))
+    for r in range(rows):
+        x, inverse, target = (
+            simd.integer_at(xs + 8 * r) + x_offset,
+            simd.splat_at(own_factors + 4 * r),
+            words + r * half,
+        )
+        for i in range(0, half, VECTOR):
+            low = simd.rest_of_rounding(simd.load_f32(x + i), inverse)
+            high = simd.rest_of_rounding(simd.load_f32(x + half + i), inverse)
+            simd.store_words(target + i, simd.pair_factors(low, high, finer))
+    simd.store_f32(own_factors, simd.mul(simd.load_f32(factors), simd.splat(np.float32(1 / _LIMB))))
+    simd.store_f32(own_offsets, simd.splat(np.float32(0)))
+
+
+@inner
 def fold(xs, scales, rows, lanes, steps, side, words, factors, offsets, scratch):  # type: ignore[no-untyped-def]
     """The integer route, first step: round what will be multiplied with codes.
 
     xs, scales: addresses of int64, the addresses of x and of the scales of the tile it meets, for each of ``rows``; after
-    the scales come the centres, in the same order. side: the address of the Side's numbers. words: room for PARTS times
-    ``rows`` int16, as many each as a sum has steps, and one vector; factors, offsets: for PARTS times as many floats
-    as rows, rounded up to 16; scratch: see ``_fold_rows``.
+    the scales come the centres, in the same order. side: the address of the Side's numbers. words: room for PARTS x LIMBS
+    times ``rows`` int16, as many each as a sum has steps, and one vector; factors, offsets: for PARTS x LIMBS times as many
+    floats as rows, rounded up to 16; scratch: see ``_fold_rows``.
     """
     simd.never_inline()
     group, parts = simd.integer_at(side + 8 * GROUP), simd.integer_at(side + 8 * PARTS)
-    per_lane = simd.integer_at(side + 8 * PER_LANE)
+    per_lane, limbs = simd.integer_at(side + 8 * PER_LANE), simd.integer_at(side + 8 * LIMBS)
     length = group if per_lane else steps
     for part in range(parts):
+        more_words, more_factors, more_offsets = _next_part(words, factors, offsets, rows, length)
         x_offset, own_scales, own_centres = 0, np.int64(-1), np.int64(0)
         if per_lane:
             x_offset = 4 * part * length
@@ -93,12 +123,22 @@ def fold(xs, scales, rows, lanes, steps, side, words, factors, offsets, scratch)
                 xs + 8 * i, x_offset, scales + 8 * i, own_scales, own_centres, min(FOLDED, rows - i), length,
                 words + 2 * i * length, factors + 4 * i, offsets + 4 * i, scratch,
             )  # fmt: skip
-        words, factors, offsets = _next_part(words, factors, offsets, rows, length)
+            if limbs == 2:
+                simd.store_f32(more_factors + 4 * i, simd.load_f32(scratch))  # what x was multiplied with
+        if limbs == 2:  # not before all rows have their first limb: a short row's last vector reaches into what follows
+            for i in range(0, rows, FOLDED):
+                _fold_rest(
+                    xs + 8 * i, x_offset, min(FOLDED, rows - i), length, factors + 4 * i, more_words + 2 * i * length,
+                    more_factors + 4 * i, more_offsets + 4 * i,
+                )  # fmt: skip
+        words, factors, offsets = more_words, more_factors, more_offsets
+        if limbs == 2:
+            words, factors, offsets = _next_part(words, factors, offsets, rows, length)
 
 
 @inner
 def _next_part(words, factors, offsets, rows, length):  # type: ignore[no-untyped-def]
-    """Where the folded rows of the next part are."""
+    """Where the folded rows of the next part, or of the next limb, are."""
     vectors = (rows + FOLDED - 1) // FOLDED * VECTOR
     return words + 2 * rows * length, factors + vectors, offsets + vectors
 
@@ -115,17 +155,19 @@ def multiply_tile(  # type: ignore[no-untyped-def]
     """
     group, parts = simd.integer_at(side + 8 * GROUP), simd.integer_at(side + 8 * PARTS)
     per_lane, kind = simd.integer_at(side + 8 * PER_LANE), simd.integer_at(side + 8 * KIND)
+    limbs = simd.integer_at(side + 8 * LIMBS)
     length, span = (group, lanes) if per_lane else (steps, group)  # of a sum, and the lanes that share it, in each part
     a_word = 2 if kind == Q8 else 4 if kind == Q4 else 8  # pairs
     stride, third_bits = steps // 2 // a_word * VECTOR, codes + lanes * steps // 32 // 8 * VECTOR
     scale_step = VECTOR if per_lane else 0
-    for part in range(parts):
+    for turn in range(parts * limbs):
+        part = turn // limbs
         first_step, first_lane = (part * length, 0) if per_lane else (0, part * span)
         pair = first_lane // LANES * (steps // 2) + first_step // 2
         source = codes + first_lane // LANES * stride + first_step // 2 // a_word * VECTOR
         own_scales = scales + 4 * part * lanes
         own_centres = own_scales + 4 * parts * lanes
-        own_fresh = 1 if fresh and first_step == 0 else 0
+        own_fresh = 1 if fresh and (turn == 0 or first_lane > 0) else 0
         i = 0
         while i < rows:
             row, count = first + i, microkernel.next_rows(rows - i)

@@ -17,6 +17,7 @@ OPTIONS = {
     "max_bias": "one pass over the logits, vectorized",
     "sink_logits": "one merge a call",
     "state": "nothing: continued from",
+    "k_axis token": "the products with K's codes twice: queries keep 31 bits",
     "k, v as plain arrays": "keys are transposed 16 x 16 for every block of queries",
 }
 

@@ -288,6 +288,13 @@ def pair_factors(context: Any, builder: Any, low: Any, high: Any, factor: Any) -
     return builder.or_(builder.and_(halves[0], _const(_V_I32, 0xFFFF)), upper)
 
 
+@_operation(f32x16, f32x16, f32x16)
+def rest_of_rounding(context: Any, builder: Any, x: Any, factor: Any) -> Any:
+    """What ``pair_factors`` cuts off: x * factor less the nearest integer."""
+    whole = _fma(context, builder, x, factor, _const(_V_F32, _ROUND))
+    return _fma(context, builder, x, factor, builder.fneg(builder.fsub(whole, _const(_V_F32, _ROUND))))
+
+
 @_operation(f32x16, types.intp)
 def load_low(context: Any, builder: Any, address: Any) -> Any:
     """The first of each of 16 pairs of uint16 at ``address``, as float32."""

@@ -8,7 +8,7 @@ from numba import types
 
 from . import simd
 from .jit import inner, standalone
-from .layout import F32, GROUP, K_CODES, K_PARAMS, KIND, PARTS, PER_LANE, ROW, TOKEN, V_CODES, V_PARAMS
+from .layout import F32, GROUP, K_CODES, K_PARAMS, KIND, LIMBS, PARTS, PER_LANE, ROW, TOKEN, V_CODES, V_PARAMS
 from .products import fold, multiply_tile, score_floats, weigh_floats
 from .softmax import divide_by_sums, exponentials, find_maxima, finish_logits
 from .tables import (
@@ -164,7 +164,7 @@ def _score_tiles(  # type: ignore[no-untyped-def]
             continue
         codes = tile_address(addresses, base + t, K_CODES, side, head)
         # Where a product is final, the microkernel keeps the largest ones; else that takes a pass of its own.
-        final = plain and row_int(table, WHOLE, nth) != 0 and not floats and get(side, PARTS) == 1
+        final = plain and row_int(table, WHOLE, nth) != 0 and not floats and get(side, PARTS) * get(side, LIMBS) == 1
         if floats:
             first_active, stop_active = get(active, first_row), get(active, first_row + count - 1) + 1
             kind, keys, step, stride = np.int64(F32), get(room, VALUES), np.int64(VECTOR), width * VECTOR

@@ -151,7 +151,7 @@ def no_options(table, numbers, rows, cap):  # type: ignore[no-untyped-def]
 def room_of(start, rows, tile, width, parts):  # type: ignore[no-untyped-def]
     """Where each part of a worker's room begins, from address ``start`` on, and where the last one ends (twice).
 
-    ``parts``: the most that a side has.
+    ``parts``: the most that a side has, times its limbs.
     """
     most, vectors = max(tile, width), (max(rows, CHUNK_ROWS) + LANES - 1) // LANES * LANES
     queries = start
