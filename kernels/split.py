@@ -71,13 +71,6 @@ from .tiles import (
 
 
 @inner
-def _reads_directly(side, rows, exact):  # type: ignore[no-untyped-def]
-    """Whether the float32 route takes a tile as it is stored."""
-    kind = get(side, KIND)
-    return is_dense(kind) and get(side, TOKEN) == 0 and (kind == F32 or rows <= DIRECT_ROWS)
-
-
-@inner
 def _unpack_values(is_k, side, codes, params, width, tile, low, high, room):  # type: ignore[no-untyped-def]
     """One head and tile as float32 in get(room, VALUES); of dense formats the tokens low .. high only."""
     simd.never_inline()
@@ -95,6 +88,22 @@ def _unpack_values(is_k, side, codes, params, width, tile, low, high, room):  # 
     unpack_scales(params, parts * (lanes if per_lane else steps), np.float32(0), scales)
     unpack_codes(codes, kind, lanes * steps // 32, get(room, CODES))
     codes_to_floats(get(room, CODES), scales, lanes, steps, get(side, GROUP), parts, per_lane, values)
+
+
+@inner
+def _as_floats(is_k, side, addresses, t, head, width, tile, low, high, rows, room):  # type: ignore[no-untyped-def]
+    """One head and tile for the float32 route: its kind, its address, and the bytes between steps and between vectors.
+
+    A dense tile is taken as it is stored; codes, plain arrays of K, and 16-bit numbers that many rows want are made float32
+    first. t: the row of ``addresses``; low, high: the tokens that some row sees.
+    """
+    kind = get(side, KIND)
+    codes = tile_address(addresses, t, K_CODES if is_k else V_CODES, side, head)
+    if is_dense(kind) and get(side, TOKEN) == 0 and (kind == F32 or rows <= DIRECT_ROWS):
+        return kind, codes, get(side, ROW), np.int64(VECTOR if kind == F32 else VECTOR // 2)
+    params = tile_address(addresses, t, K_PARAMS if is_k else V_PARAMS, side, head)
+    _unpack_values(is_k, side, codes, params, width, tile, low, high, room)
+    return np.int64(F32), get(room, VALUES), np.int64(VECTOR), (width if is_k else tile) * VECTOR
 
 
 @inner
@@ -162,23 +171,19 @@ def _score_tiles(  # type: ignore[no-untyped-def]
         first_row, count = row_int(table, FIRST, nth), row_int(table, FIRST, nth + 1) - row_int(table, FIRST, nth)
         if count == 0:
             continue
-        codes = tile_address(addresses, base + t, K_CODES, side, head)
         # Where a product is final, the microkernel keeps the largest ones; else that takes a pass of its own.
         final = plain and row_int(table, WHOLE, nth) != 0 and not floats and get(side, PARTS) * get(side, LIMBS) == 1
         if floats:
             first_active, stop_active = get(active, first_row), get(active, first_row + count - 1) + 1
-            kind, keys, step, stride = np.int64(F32), get(room, VALUES), np.int64(VECTOR), width * VECTOR
-            if _reads_directly(side, rows, exact):
-                kind, keys, step = get(side, KIND), codes, get(side, ROW)
-                stride = np.int64(VECTOR if kind == F32 else VECTOR // 2)
-            else:
-                params = tile_address(addresses, base + t, K_PARAMS, side, head)
-                _unpack_values(True, side, codes, params, width, tile, max(first - low, 0), min(stop - low, tile), room)
+            kind, keys, step, stride = _as_floats(
+                True, side, addresses, base + t, head, width, tile, max(first - low, 0), min(stop - low, tile), rows, room
+            )  # fmt: skip
             score_floats(
                 get(room, DENSE_KERNEL), queries, width * 4, first_active, stop_active, tile, width, kind, keys, step,
                 stride, logits + 4 * low, LOGITS_ROW,
             )  # fmt: skip
         else:
+            codes = tile_address(addresses, base + t, K_CODES, side, head)
             _multiply_tile(table, nth, stop_tile - t0, codes, side, tile, width, np.int64(1), 4 * low, final, room)
         if not final:
             finish_logits(active + 8 * first_row, count, table, numbers, low, high, origin, cap, logits, sums)
@@ -209,23 +214,17 @@ def _weigh_tiles(  # type: ignore[no-untyped-def]
         first_row, count = row_int(table, FIRST, nth), row_int(table, FIRST, nth + 1) - row_int(table, FIRST, nth)
         if count == 0:
             continue
-        codes = tile_address(addresses, base + t, V_CODES, side, head)
         if floats:
             first_active, stop_active = get(active, first_row), get(active, first_row + count - 1) + 1
-            kind, values, step, stride = np.int64(F32), get(room, VALUES), np.int64(VECTOR), tile * VECTOR
-            if _reads_directly(side, rows, exact):
-                kind, values, step = get(side, KIND), codes, get(side, ROW)
-                stride = np.int64(VECTOR if kind == F32 else VECTOR // 2)
-            else:
-                params = tile_address(addresses, base + t, V_PARAMS, side, head)
-                _unpack_values(
-                    False, side, codes, params, width, tile, max(first - low, 0), min(stop - low, tile), room
-                )
+            kind, values, step, stride = _as_floats(
+                False, side, addresses, base + t, head, width, tile, max(first - low, 0), min(stop - low, tile), rows, room
+            )  # fmt: skip
             weigh_floats(
                 get(room, DENSE_KERNEL), logits, LOGITS_ROW, first_active, stop_active, row_field(table, LOW),
                 row_field(table, HIGH), low, tile, width, kind, values, step, stride, out,
             )  # fmt: skip
         else:
+            codes = tile_address(addresses, base + t, V_CODES, side, head)
             _multiply_tile(table, nth, stop_tile - t0, codes, side, width, tile, np.int64(0), np.int64(0), False, room)
 
 
