@@ -142,7 +142,12 @@ def test_chunks_move_the_default_models_logits_by_rounding_only(
 def test_chunks_hardly_move_the_default_models_distribution_with_four_bits(
     default_model: Model, text_ids: NDArray[np.int64]
 ) -> None:
-    """Codes amplify rounding - a value on the edge between two codes falls to either side - but KL stays tiny."""
+    """Codes amplify rounding - a value on the edge between two codes falls to either side - but KL stays tiny.
+
+    One row alone goes through another product than many (which change no bit in chunks of 7 and 64, where this was looked
+    at); which codes fall to the other side then is chance: over eight excerpts of 300 tokens of this text the mean is from
+    1.6e-5 to 7.3e-5 (4 bits against the full cache: 1.2e-3).
+    """
     policy = CachePolicy(window=32)
     expected = log_softmax(Session(default_model, policy, chunk=300).forward(text_ids))
     found = {}
@@ -150,5 +155,5 @@ def test_chunks_hardly_move_the_default_models_distribution_with_four_bits(
         other = log_softmax(Session(default_model, policy, chunk=size).forward(text_ids))
         divergence = (np.exp(expected) * (expected - other)).sum(axis=1)
         found[size] = float(divergence.mean()), float(divergence.max())
-    assert max(mean for mean, _ in found.values()) <= 2e-5, found
+    assert max(mean for mean, _ in found.values()) <= 1e-4, found
     assert max(largest for _, largest in found.values()) <= 2e-3, found
