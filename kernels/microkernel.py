@@ -2,10 +2,11 @@
 
     sum[r][v] = sum over i < count of a[r][i] * b[v][i]
 
-for a few rows r of numbers (queries, or weights) and vectors v of 16 lanes (keys, or channels). ``multiply_dense`` takes
-dense numbers and sums in float32. ``multiply_codes`` takes codes as they are stored and pairs of int16, and sums exactly in
-int32. They are written as LLVM IR and not as Python loops over tuples, so that nothing depends on what an optimizer makes
-of them. Rows and vectors of one call are constants in the loop; so there is a loop for each number of them.
+for a few rows r of numbers (queries, or weights) and vectors v of 16 lanes (keys, or channels). ``multiply_f32``, ``f16``
+and ``bf16`` take dense numbers and sum in float32. ``multiply_codes8``, ``4``, ``3`` and ``2`` take codes as they are
+stored and pairs of int16, and sum exactly in int32. They are written as LLVM IR and not as Python loops over tuples, so
+that nothing depends on what an optimizer makes of them. The rows of a call (and the vectors of a dense one) are constants
+in its loop, so there is a loop for each number.
 """
 
 from collections.abc import Callable, Iterator
@@ -105,7 +106,7 @@ def _at(builder: Any, base: Any, *offsets: tuple[int, Any]) -> Any:
 
 
 class _Loop:
-    """A loop that counts up to ``stop`` by ``step``, at least once: ``with _Loop(...) as loop`` is its body."""
+    """A loop that counts up to ``stop`` by ``step``, at least once; what is built from here to ``turn`` is its body."""
 
     def __init__(self, builder: Any, stop: Any, step: int, name: str) -> None:
         self.builder, self.stop, self.step = builder, stop, step
