@@ -200,7 +200,9 @@ def generate(
         typer.Option("--chat/--raw", help="Apply the chat template, or not; unless given, if the model has one."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message for the chat template.")] = None,
-    weights: Annotated[str, typer.Option(help="Weight format in memory: auto or f32.")] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="Weights in memory: f32, bf16, q8, q4, or auto, as they are stored.")
+    ] = "auto",
     check_weights: Annotated[bool, typer.Option("--check-weights", help="Refuse NaN and infinite weights.")] = False,
     threads: Annotated[int | None, typer.Option(help="Threads; all cores unless given.")] = None,
     context: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer.")] = None,

@@ -185,6 +185,28 @@ def scalar_at(context: Any, builder: Any, address: Any) -> Any:
     return _load(builder, address, _F32)
 
 
+@_operation(types.float32, types.intp)
+def f16_at(context: Any, builder: Any, address: Any) -> Any:
+    """The float16 at ``address``, as float32."""
+    if cpu_has(context, "f16c"):
+        return builder.fpext(_load(builder, address, ir.HalfType()), _F32)
+    bits = _broadcast(builder, builder.zext(_load(builder, address, _I16), _I32), _V_I32)
+    return builder.extract_element(_half_bits_to_float(builder, bits), _I32(0))
+
+
+@_operation(types.float32, types.intp)
+def bf16_at(context: Any, builder: Any, address: Any) -> Any:
+    """The bfloat16 at ``address``, as float32."""
+    bits = builder.zext(_load(builder, address, _I16), _I32)
+    return builder.bitcast(builder.shl(bits, _I32(16)), _F32)
+
+
+@_operation(types.int64, types.intp)
+def byte_at(context: Any, builder: Any, address: Any) -> Any:
+    """The byte at ``address``, without a sign."""
+    return builder.zext(_load(builder, address, _I8), ir.IntType(64))
+
+
 @_operation(types.int64, types.intp)
 def integer_at(context: Any, builder: Any, address: Any) -> Any:
     """The int64 at ``address``."""

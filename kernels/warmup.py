@@ -2,11 +2,16 @@
 
 from collections.abc import Callable
 
+import numba
 import numpy as np
 
+from .activations import PLAIN
 from .flash import flash_attention
 from .matmul import matvec
+from .project import Projection
+from .rotary import rotate
 from .segment import quantize
+from .weights import W8, empty_matrix
 
 
 def _attention(n_queries: int, n_keys: int) -> None:
@@ -14,10 +19,19 @@ def _attention(n_queries: int, n_keys: int) -> None:
     flash_attention(q, kv, kv)
 
 
+def _linear() -> None:
+    layer = Projection([empty_matrix(W8, 16, 32)], None, PLAIN, None, 0.0)
+    for rows in (1, 2):
+        layer(np.ones((rows, 32), np.float32), None, numba.get_num_threads())
+    layer.take(np.zeros(1, np.int64))
+    rotate(np.ones((1, 1, 2), np.float32), 1, np.ones((1, 1), np.float32), np.ones((1, 1), np.float32))
+
+
 STEPS: dict[str, Callable[[], object]] = {
     "attention": lambda: _attention(1, 1),
     "merging": lambda: _attention(1, 513),
     "quantizing": lambda: quantize(np.ones((1, 1, 16), np.float32), np.ones((1, 1, 16), np.float32)),
+    "linear layers": _linear,
     "matrix-vector product": lambda: matvec(np.ones((4, 16), np.float32), np.ones(16, np.float32)),
 }
 """What each step compiles, or loads from the cache, by its name."""

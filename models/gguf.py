@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..kernels.weights import W4, W4M, W8, CodedRows
 from .check import refuse_impostor, shown
 from .errors import ModelError
 from .gguf_metadata import Cursor, Kind, MetaValue, kind_name, of_kind
@@ -62,6 +63,7 @@ TENSOR_TYPES: Mapping[int, _Blocks] = {
     34: _Blocks("TQ1_0", 256, 54),
     35: _Blocks("TQ2_0", 256, 66),
 }
+_KERNEL_KINDS = {"Q4_0": W4, "Q4_1": W4M, "Q8_0": W8}
 _BY_NAME = {blocks.name: blocks for blocks in TENSOR_TYPES.values()}
 
 
@@ -95,6 +97,26 @@ class GGUFFile:
         tensor = self.tensors[name]
         stored = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
         return _dequantize(stored, _BY_NAME[tensor.type_name]).reshape(tensor.shape)
+
+    def blocks(self, name: str) -> CodedRows | None:
+        """The rows of a matrix as the codes that the file holds, views into it; None for types that the kernels lack."""
+        tensor = self.tensors[name]
+        kind = _KERNEL_KINDS.get(tensor.type_name)
+        if kind is None or len(tensor.shape) != 2:
+            return None
+        block = _BY_NAME[tensor.type_name]
+        stored = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
+        stored = stored.reshape(tensor.shape[0], tensor.shape[1] // block.values, block.nbytes)
+        numbers = 2 if kind == W4M else 1  # the scale, and after it the minimum
+        scales, minima = (stored[..., 2 * i : 2 * i + 2].view(np.float16)[..., 0] for i in (0, numbers - 1))
+        return CodedRows(kind, stored[..., 2 * numbers :].view(np.uint32), scales, minima if numbers == 2 else None)
+
+    def forget(self, name: str) -> None:
+        """Give back the memory that reading a tensor took up; reading it again is all right."""
+        tensor, page = self.tensors[name], mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED"):
+            start = tensor.offset // page * page
+            self._data.madvise(mmap.MADV_DONTNEED, start, tensor.offset + tensor.nbytes - start)
 
     def expect(self, key: str, kind: type[Kind]) -> Kind:
         """The metadata value of ``key``, which must be of ``kind``: bool, int, float, str or a list such as list[str].

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from ..kernels.weights import Stored
 from .check import listed, shown
 from .config import ARCHITECTURES, ModelConfig
 from .errors import ModelError
@@ -124,8 +126,25 @@ class GGUFSource:
         heads = self._heads[name]
         return unpermute_heads(values, heads) if heads else values
 
+    def stored(self, name: str) -> Stored:
+        """Tensor ``name`` as the file holds it, where the kernels know the format; else float32."""
+        tensor = self._stored[name]
+        coded = self._file.blocks(tensor.name)
+        if coded is None:
+            values = self.read(name)
+            dtype = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}.get(tensor.type_name)
+            return values if dtype is None else values.astype(dtype)
+        if self._heads[name]:
+            order = unpermute_heads(np.arange(tensor.shape[0]), self._heads[name])
+            coded = coded.take(order)
+        return coded
 
-def unpermute_heads(values: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
+    def forget(self, name: str) -> None:
+        """Give back the memory that reading a tensor took up."""
+        self._file.forget(self._stored[name].name)
+
+
+def unpermute_heads(values: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
     """Rows (heads * head_dim, ...) from llama.cpp's rotary order to Hugging Face's.
 
     Rotary embedding turns pairs of rows of a head. llama.cpp keeps the two of a pair next to each other, Hugging Face

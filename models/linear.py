@@ -1,41 +1,136 @@
-"""Linear layers. ``Linear`` hides how a weight is stored; today float32 through NumPy's BLAS."""
+"""Linear layers: what comes before the product (a norm, a gate), the product, and what it is added to, as one step.
 
+``FloatLinear`` holds float32 and multiplies in NumPy's BLAS. ``PackedLinear`` holds codes of 8 or 4 bits, bfloat16 or
+float16 in the kernels' layout; there a row's bits do not depend on the other rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.activations import GATE, NORM, PLAIN
 from ..kernels.matmul import matvec
+from ..kernels.project import Projection
 from ..kernels.simd import LANES
-from .errors import UsageError
+from ..kernels.weights import Matrix
 
 Float32 = NDArray[np.float32]
-WEIGHTS = ("auto", "f32")
 
 
-def check_weights_option(weights: str) -> str:
-    """The weight format for an option; UsageError where it is not supported."""
-    if weights not in WEIGHTS:
-        raise UsageError(f"weights must be one of {', '.join(WEIGHTS)}, found {weights!r}")
-    return "f32"
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm of the input: x / sqrt(mean(x^2) + eps) * weight, weight float32 (in,)."""
+
+    weight: Float32
+    eps: float
 
 
-class Linear:
-    """y = x W^T + b, with W float32 (out, in)."""
+class Gate:
+    """SiLU(gate) * up, of an input (T, 2 * in) whose first half is the gate."""
 
-    def __init__(self, weight: Float32, bias: Float32 | None = None) -> None:
-        self.weight = weight
-        self.bias = bias
+
+class Linear(Protocol):
+    """y = before(x) W^T + b, with W (out, in)."""
+
+    rows: int
+    columns: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read by one application."""
+
+    def __call__(self, x: Float32, *, onto: Float32 | None = None) -> Float32:
+        """X (T, in), or (T, 2 * in) behind a gate, to (T, out); added to ``onto`` (T, out) in place where that is given."""
+
+    def take(self, ids: NDArray[np.int64]) -> Float32:
+        """Rows of W as float32 (len(ids), in): W as an embedding."""
+
+    def behind(self, before: Norm | Gate) -> "Linear":
+        """The same weights, not copied, behind something else."""
+
+
+class FloatLinear:
+    """A linear layer of float32 weights, row after row."""
+
+    def __init__(self, weight: Float32, bias: Float32 | None = None, before: Norm | Gate | None = None) -> None:
+        self.weight, self.bias, self.before = weight, bias, before
+        self.rows, self.columns = weight.shape
 
     @property
     def nbytes(self) -> int:
         """Bytes read by one application."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def __call__(self, x: Float32) -> Float32:
-        """X (T, in) float32 -> (T, out) float32."""
-        if len(x) == 1 and self.weight.shape[1] % LANES == 0:
+    def __call__(self, x: Float32, *, onto: Float32 | None = None) -> Float32:
+        """See ``Linear``."""
+        if isinstance(self.before, Norm):
+            x = rms_norm(x, self.before.weight, self.before.eps)
+        elif self.before is not None:
+            x = silu_gate(x)
+        if len(x) == 1 and self.columns % LANES == 0:
             y = matvec(self.weight, np.ascontiguousarray(x[0]))[None]
         else:
             y = x @ self.weight.T
         if self.bias is not None:
             y += self.bias
-        return y
+        if onto is None:
+            return y
+        onto += y
+        return onto
+
+    def take(self, ids: NDArray[np.int64]) -> Float32:
+        """See ``Linear``."""
+        return self.weight[ids]
+
+    def behind(self, before: Norm | Gate) -> "FloatLinear":
+        """See ``Linear``."""
+        return FloatLinear(self.weight, self.bias, before)
+
+
+class PackedLinear:
+    """A linear layer of packed matrices, one below the other, with float32 biases."""
+
+    def __init__(self, parts: Sequence[Matrix], bias: Float32 | None = None, before: Norm | Gate | None = None) -> None:
+        self.parts, self.bias, self.before = list(parts), bias, before
+        self.rows, self.columns = sum(part.rows for part in parts), parts[0].columns
+        how = PLAIN if before is None else NORM if isinstance(before, Norm) else GATE
+        norm = before if isinstance(before, Norm) else None
+        self._projection = Projection(
+            self.parts, bias, how, None if norm is None else norm.weight, 0.0 if norm is None else norm.eps
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read by one application."""
+        return sum(part.nbytes for part in self.parts) + (0 if self.bias is None else self.bias.nbytes)
+
+    def __call__(self, x: Float32, *, onto: Float32 | None = None) -> Float32:
+        """See ``Linear``."""
+        return self._projection(x, onto, numba.get_num_threads())
+
+    def take(self, ids: NDArray[np.int64]) -> Float32:
+        """See ``Linear``."""
+        return self._projection.take(ids)
+
+    def behind(self, before: Norm | Gate) -> "PackedLinear":
+        """See ``Linear``."""
+        return PackedLinear(self.parts, self.bias, before)
+
+
+def rms_norm(x: Float32, weight: Float32, eps: float) -> Float32:
+    """X / sqrt(mean(x^2) + eps) * weight over the last axis (https://arxiv.org/abs/1910.07467)."""
+    square = np.einsum("te,te->t", x, x) / np.float32(x.shape[1])
+    return x * (1.0 / np.sqrt(square + np.float32(eps)))[:, None] * weight
+
+
+def silu_gate(gate_up: Float32) -> Float32:
+    """SiLU(gate) * up for gate_up (T, 2F), whose first half is the gate (https://arxiv.org/abs/2002.05202)."""
+    half = gate_up.shape[1] // 2
+    gate, up = gate_up[:, :half], gate_up[:, half:]
+    with np.errstate(over="ignore"):  # exp overflows to infinity for very negative gates, where SiLU is 0
+        denominator: Float32 = np.float32(1) + np.exp(-gate)
+    return gate / denominator * up

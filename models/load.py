@@ -10,14 +10,16 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.weights import Stored
 from . import hub, toy
 from .chat import ChatTemplate
-from .check import check_finite, check_tensors, listed, shown
+from .check import check_tensors, listed, shown
 from .config import ModelConfig, config_from_hf
 from .errors import ModelError, UsageError
 from .gguf import open_gguf
 from .gguf_names import GGUFSource, config_from_gguf
-from .linear import Linear, check_weights_option
+from .linear import Gate, Norm
+from .pack import Packer, check_weights_option
 from .safetensors import open_safetensors
 from .tokenizer import ByteTokenizer, Tokenizer, tokenizer_from_gguf, tokenizer_from_json
 from .transformer import Layer, Transformer, Weights
@@ -43,6 +45,12 @@ class Source(Protocol):
 
     def read(self, name: str) -> Float32:
         """One tensor as float32, C order."""
+
+    def stored(self, name: str) -> Stored:
+        """One matrix as the file holds it, if the kernels know how; else as float32."""
+
+    def forget(self, name: str) -> None:
+        """Give back the memory that reading a tensor took up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +184,8 @@ def load(
 
     Args:
         name: "smollm2" or "toy", a Hugging Face folder (config.json and .safetensors files), or a .gguf file.
-        weights: how weights are kept in memory: "f32"; "auto" is the best supported for the model, today "f32".
+        weights: how weight matrices are kept in memory: "f32", "bf16", "q8", "q4" (both in groups of 32), or "auto": as
+            they are stored where the kernels know the format, else "q8".
         progress: called with (layers read, layers in all).
         download_progress: called with (bytes, bytes in all) while a registry model is fetched for the first time.
         check_weights: refuse NaN and infinite weights by name, at the cost of one more pass over them.
@@ -200,47 +209,45 @@ def load(
         )
     if tokenizer is not None and not config.eos_token_ids:
         config = replace(config, eos_token_ids=tuple(tokenizer.eos_ids))
-    loaded = _read_weights(config, source, str(opened.path or name) if check_weights else None, progress)
+    loaded = _read_weights(config, source, weights, str(opened.path or name) if check_weights else None, progress)
     return Model(name, config, Transformer(config, loaded), tokenizer)
 
 
-def _read_weights(config: ModelConfig, source: Source, checked: str | None, progress: Progress | None) -> Weights:
-    """All weights as float32; fused matrices are read straight into their rows, so nothing is held twice."""
+def _read_weights(
+    config: ModelConfig, source: Source, weights: str, checked: str | None, progress: Progress | None
+) -> Weights:
+    """All weights, layer by layer, some layers at once."""
     total = config.num_hidden_layers + 1
+    pack = Packer(source, source.stored_types.__getitem__, source.shapes.__getitem__, weights, checked)
 
-    def read(name: str) -> Float32:
-        array = source.read(name)
-        if checked is not None:
-            check_finite(name, array, checked)
-        return array
-
-    def fused(names: list[str], biased: bool) -> Linear:
-        rows = [source.shapes[f"{name}.weight"][0] for name in names]
-        weight = np.empty((sum(rows), source.shapes[f"{names[0]}.weight"][1]), np.float32)
-        for name, stop, count in zip(names, np.cumsum(rows), rows, strict=True):
-            weight[stop - count : stop] = read(f"{name}.weight")
-        bias = np.concatenate([read(f"{name}.bias") for name in names]) if biased else None
-        return Linear(weight, bias)
+    def norm(name: str) -> Norm:
+        return Norm(pack.read(f"{name}.weight"), config.rms_norm_eps)
 
     def layer(i: int) -> Layer:
-        attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        prefix = f"model.layers.{i}."
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         return Layer(
-            input_norm=read(f"model.layers.{i}.input_layernorm.weight"),
-            qkv=fused([f"{attention}{part}_proj" for part in "qkv"], config.attention_bias),
-            o=fused([f"{attention}o_proj"], config.attention_bias),
-            post_attention_norm=read(f"model.layers.{i}.post_attention_layernorm.weight"),
-            gate_up=fused([f"{mlp}gate_proj", f"{mlp}up_proj"], config.mlp_bias),
-            down=fused([f"{mlp}down_proj"], config.mlp_bias),
-        )
+            qkv=pack.linear(
+                [f"{attention}{part}_proj" for part in "qkv"], biased=config.attention_bias,
+                before=norm(f"{prefix}input_layernorm"),
+            ),
+            o=pack.linear([f"{attention}o_proj"], biased=config.attention_bias),
+            gate_up=pack.linear(
+                [f"{mlp}gate_proj", f"{mlp}up_proj"], biased=config.mlp_bias,
+                before=norm(f"{prefix}post_attention_layernorm"),
+            ),
+            down=pack.linear([f"{mlp}down_proj"], biased=config.mlp_bias, before=Gate()),
+        )  # fmt: skip
 
     layers: list[Layer] = []
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        embedding = pool.submit(read, "model.embed_tokens.weight")
+        embedding = pool.submit(pack.linear, ["model.embed_tokens"])
         for done in pool.map(layer, range(config.num_hidden_layers)):
             layers.append(done)
             if progress is not None:
                 progress(len(layers), total)
-        head = embedding.result() if config.tie_word_embeddings else read("lm_head.weight")
+        last = norm("model.norm")
+        head = embedding.result().behind(last) if config.tie_word_embeddings else pack.linear(["lm_head"], before=last)
     if progress is not None:
         progress(total, total)
-    return Weights(embedding.result(), layers, read("model.norm.weight"), Linear(head))
+    return Weights(embedding.result(), layers, head)

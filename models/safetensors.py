@@ -47,6 +47,16 @@ class SafetensorsSource:
                 a file that can no longer be read.
 
         """
+        return self._read(name, widened=True)
+
+    def stored(self, name: str) -> npt.NDArray[Any]:
+        """Like ``read``, but float16 and bfloat16 stay what they are."""
+        return self._read(name, widened=False)
+
+    def forget(self, name: str) -> None:
+        """Nothing to do: what was read is a copy."""
+
+    def _read(self, name: str, *, widened: bool) -> npt.NDArray[Any]:
         if name not in self.shapes:
             raise ModelError(f"{self.where}: no tensor named {shown(name)}")
         kind = self.stored_types[name]
@@ -54,6 +64,8 @@ class SafetensorsSource:
             raise ModelError(f"{self.where}: tensor {shown(name)} is {kind}; supported: {', '.join(_READABLE)}")
         try:
             values = self._opened[name].get_tensor(name)  # already a copy of the file's bytes
+            if not widened and kind in ("F16", "BF16"):
+                return values
             with np.errstate(over="raise"):
                 return values.astype(np.float32, copy=False)
         except FloatingPointError as error:

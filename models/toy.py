@@ -46,3 +46,10 @@ class ToySource:
         if name == "model.embed_tokens.weight":
             weight *= np.float32(8)  # no layer drowns out the token itself
         return weight
+
+    def stored(self, name: str) -> Float32:
+        """One tensor, as ``read`` gives it."""
+        return self.read(name)
+
+    def forget(self, name: str) -> None:
+        """Nothing to do: what was read is made on the fly."""

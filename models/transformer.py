@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.rotary import rotate
 from .config import ModelConfig
 from .linear import Linear
 
@@ -35,12 +36,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The weights of one layer. qkv and gate_up are fused: their rows follow one another."""
+    """The weights of one layer. qkv and gate_up are fused: their rows follow one another.
 
-    input_norm: Float32
+    The norms belong to the layers that they stand in front of, qkv and gate_up, and the gate to down.
+    """
+
     qkv: Linear
     o: Linear
-    post_attention_norm: Float32
     gate_up: Linear
     down: Linear
 
@@ -49,10 +51,9 @@ class Layer:
 class Weights:
     """All weights of a model."""
 
-    embedding: Float32  # (V, E)
+    embedding: Linear  # only its rows are taken
     layers: list[Layer]
-    norm: Float32
-    head: Linear
+    head: Linear  # with the last norm in front
 
     def linears(self) -> Iterator[Linear]:
         """Every matrix that a decode step reads whole."""
@@ -82,63 +83,36 @@ class Transformer:
         Returns logits float32 (T, V) for "all", (len(spans), V) of each span's last row for "last", None for None.
         ``on_layer`` is called with the number of each layer and its output (T, E).
         """
-        config, weights = self.config, self.weights
+        weights = self.weights
         cos, sin = self._rotary(step.positions)
-        x = weights.embedding[step.token_ids]  # (T, E)
+        x = weights.embedding.take(step.token_ids)  # (T, E)
         for i, layer in enumerate(weights.layers):
-            normed = rms_norm(x, layer.input_norm, config.rms_norm_eps)
-            x = x + self._attention(i, layer, normed, cos, sin, step)
-            normed = rms_norm(x, layer.post_attention_norm, config.rms_norm_eps)
-            x = x + layer.down(silu_gate(layer.gate_up(normed)))
+            layer.o(self._attention(i, layer, x, cos, sin, step), onto=x)
+            layer.down(layer.gate_up(x), onto=x)
             if on_layer is not None:
                 on_layer(i, x)
         if logits is None:
             return None
         if logits == "last":
             x = x[[stop - 1 for _, _, stop in step.spans]]
-        return weights.head(rms_norm(x, weights.norm, config.rms_norm_eps))
+        return weights.head(x)
 
     def _attention(self, i: int, layer: Layer, x: Float32, cos: Float32, sin: Float32, step: Step) -> Float32:
         config, n_rows = self.config, len(x)
         n_heads, n_kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         qkv = layer.qkv(x).reshape(n_rows, n_heads + 2 * n_kv_heads, head_dim)
-        qk = rotate(qkv[:, : n_heads + n_kv_heads], cos, sin)
-        q, k, v = qk[:, :n_heads], qk[:, n_heads:], qkv[:, n_heads + n_kv_heads :]
+        rotate(qkv, n_heads + n_kv_heads, cos, sin)
+        q, k, v = qkv[:, :n_heads], qkv[:, n_heads : n_heads + n_kv_heads], qkv[:, n_heads + n_kv_heads :]
+        if len(step.spans) == 1:
+            cache, _, _ = step.spans[0]
+            return cache.attend(i, q, k, v, int(step.positions[0]), head_dim**-0.5).reshape(n_rows, -1)
         o = np.empty((n_rows, n_heads, head_dim), np.float32)
         for cache, start, stop in step.spans:
             rows = slice(start, stop)
             o[rows] = cache.attend(i, q[rows], k[rows], v[rows], int(step.positions[start]), head_dim**-0.5)
-        return layer.o(o.reshape(n_rows, -1))
+        return o.reshape(n_rows, -1)
 
     def _rotary(self, positions: NDArray[np.int64]) -> tuple[Float32, Float32]:
-        """Cos and sin (T, 1, head_dim / 2), from float32 angles, as the models were trained."""
-        angles = positions.astype(np.float32)[:, None, None] * self._inverse_frequencies
+        """Cos and sin (T, head_dim / 2), from float32 angles, as the models were trained."""
+        angles = positions.astype(np.float32)[:, None] * self._inverse_frequencies
         return np.cos(angles), np.sin(angles)
-
-
-def rms_norm(x: Float32, weight: Float32, eps: float) -> Float32:
-    """X / sqrt(mean(x^2) + eps) * weight over the last axis (https://arxiv.org/abs/1910.07467)."""
-    square = np.einsum("te,te->t", x, x) / np.float32(x.shape[1])
-    return x * (1.0 / np.sqrt(square + np.float32(eps)))[:, None] * weight
-
-
-def rotate(x: Float32, cos: Float32, sin: Float32) -> Float32:
-    """Rotary embedding of x (T, heads, head_dim): channel i turns with channel i + head_dim / 2.
-
-    https://arxiv.org/abs/2104.09864, in the half-split order of Hugging Face's Llama.
-    """
-    half = x.shape[2] // 2
-    first, second = x[..., :half], x[..., half:]
-    turned = np.empty_like(x)
-    turned[..., :half] = first * cos - second * sin
-    turned[..., half:] = second * cos + first * sin
-    return turned
-
-
-def silu_gate(gate_up: Float32) -> Float32:
-    """SiLU(gate) * up for gate_up (T, 2F), whose first half is the gate (https://arxiv.org/abs/2002.05202)."""
-    half = gate_up.shape[1] // 2
-    gate, up = gate_up[:, :half], gate_up[:, half:]
-    with np.errstate(over="ignore"):  # exp overflows to infinity for very negative gates, where SiLU is 0
-        denominator: Float32 = np.float32(1) + np.exp(-gate)
-    return gate / denominator * up

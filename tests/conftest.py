@@ -19,7 +19,7 @@ def default_model(default_model_path: Path):
     """The default model in float32, loaded once a test run."""
     import mixkv
 
-    return mixkv.load(str(default_model_path))
+    return mixkv.load(str(default_model_path), "f32")
 
 
 @pytest.fixture(scope="session")

@@ -142,7 +142,7 @@ def test_info_models_and_version() -> None:
         (["--v-bits", "9"], ["v_bits", "9", "nearest is 8"]),
         (["--tile", "100"], ["tile", "100", "nearest is 128"]),
         (["--dense", "f8"], ["dense", "f8", "f16, bf16, f32"]),
-        (["--weights", "q4"], ["weights", "q4", "auto, f32"]),
+        (["--weights", "q5"], ["weights", "q5", "auto, f32, bf16, q8, q4"]),
         (["--threads", "100000"], ["--threads", "100000", "cores"]),
         (["--threads", "0"], ["--threads", "found 0"]),
         (["--context", "0"], ["context", "0"]),

@@ -12,7 +12,7 @@ import mixkv
 from mixkv import CachePolicy, Session
 from mixkv.engine.cache import Cache
 from mixkv.models.errors import NumericalError
-from mixkv.models.linear import Linear
+from mixkv.models.linear import FloatLinear
 from mixkv.models.load import Model
 from mixkv.models.transformer import Transformer
 
@@ -41,10 +41,10 @@ def with_layer(model: Model, number: int, change: Callable[[Any], Any]) -> Model
 # --- fault row 23: NaN and infinity -------------------------------------------------------------------------------
 
 
-def poisoned(linear: Linear, row: int, value: float) -> Linear:
+def poisoned(linear: FloatLinear, row: int, value: float) -> FloatLinear:
     weight = linear.weight.copy()
     weight[row, 3] = value
-    return Linear(weight, linear.bias)
+    return FloatLinear(weight, linear.bias, linear.before)
 
 
 @pytest.mark.filterwarnings("error")  # one line says it all: no RuntimeWarning of NumPy beside it
@@ -62,9 +62,9 @@ def test_nan_in_the_weights_of_a_layer_names_positions_and_layer(toy: Model, num
 @pytest.mark.filterwarnings("error")
 def test_infinite_activations_in_the_middle_of_a_text_name_their_step(toy: Model) -> None:
     """One token's embedding is infinite: texts without it are read, and the session goes on behind a refused one."""
-    embedding = toy.transformer.weights.embedding.copy()
+    embedding = toy.transformer.weights.embedding.weight.copy()
     embedding[200, 0] = np.inf
-    broken = with_weights(toy, lambda weights: replace(weights, embedding=embedding))
+    broken = with_weights(toy, lambda weights: replace(weights, embedding=FloatLinear(embedding)))
     session, healthy = Session(broken), Session(toy)
     ids = ids_for(toy, 90) % 200
     for each in (session, healthy):
@@ -78,7 +78,7 @@ def test_infinite_activations_in_the_middle_of_a_text_name_their_step(toy: Model
 
 @pytest.mark.parametrize("value", [-np.inf, np.nan, np.inf])
 def test_logits_that_are_all_infinite_or_nan_name_the_output_head(toy: Model, value: float) -> None:
-    head = Linear(toy.transformer.weights.head.weight, np.full(258, value, np.float32))
+    head = FloatLinear(toy.transformer.weights.head.weight, np.full(258, value, np.float32))
     session = Session(with_weights(toy, lambda weights: replace(weights, head=head)))
     with pytest.raises(NumericalError) as caught:
         session.forward([1, 2, 3], "last")
@@ -89,7 +89,7 @@ def test_logits_that_are_all_infinite_or_nan_name_the_output_head(toy: Model, va
 def test_single_logits_of_minus_infinity_are_no_fault(toy: Model) -> None:
     """A head may rule tokens out."""
     bias = np.where(np.arange(258) == 65, -np.inf, 0).astype(np.float32)
-    head = Linear(toy.transformer.weights.head.weight, bias)
+    head = FloatLinear(toy.transformer.weights.head.weight, bias)
     logits = Session(with_weights(toy, lambda weights: replace(weights, head=head))).forward([1, 2], "last")
     assert logits[65] == -np.inf and np.isfinite(np.delete(logits, 65)).all()
 
@@ -99,7 +99,7 @@ def test_keys_beyond_float16_name_layer_and_position_and_fit_into_wider_types(to
     def louder(layer: Any) -> Any:
         weight = layer.qkv.weight.copy()
         weight[6 * 16 : 8 * 16] *= 3e4  # K: the rows behind the 6 query heads
-        return replace(layer, qkv=Linear(weight, layer.qkv.bias))
+        return replace(layer, qkv=FloatLinear(weight, layer.qkv.bias, layer.qkv.before))
 
     broken = with_layer(toy, 1, louder)
     session = Session(broken)
@@ -203,7 +203,7 @@ def test_a_refused_step_can_be_followed_by_other_tokens(toy: Model, monkeypatch:
 def test_nan_in_an_early_chunk_is_found_there_and_not_kept() -> None:
     """Only the last chunk has logits to look at; the others' hidden states are looked at too."""
     model = mixkv.load("toy")
-    model.transformer.weights.embedding[7] = np.nan
+    model.transformer.weights.embedding.weight[7] = np.nan
     session = mixkv.Session(model, mixkv.CachePolicy.full(), chunk=8)
     with pytest.raises(NumericalError, match="positions 0 to 7: layer 0"):
         session.forward([1, 2, 3, 7] + [1] * 20, "last")

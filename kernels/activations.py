@@ -1,0 +1,148 @@
+"""Rows of activations, made ready for a product with weights: normed or gated, then rounded to bytes.
+
+A row is cut into groups of 32. A group has one scale, its largest magnitude / 127, and its numbers are rounded to whole
+multiples of it. Rows lie in tiles of eight, in the order in which the microkernel (dots.py) reads them:
+
+    codes      [groups][8 rows][32] int8
+    scales     [groups][8 rows] float32
+    offsets    [groups][8 rows] float32, scale * sum of the codes: what meets a weight's minimum
+    less_8     [groups][8 rows] int32, -8 * sum of the codes: where a group's sum begins if the codes' middle is 8
+    less_128   the same for 128
+
+A row is computed from itself alone, in a fixed order.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from . import simd
+from .dots import GROUP, TILE_ROWS
+from .jit import inner
+from .simd import (
+    _F32,
+    _I8,
+    _I32,
+    _ROUND,
+    _V_F32,
+    _V_I32,
+    LANES,
+    _broadcast,
+    _const,
+    _fma,
+    _fold,
+    _larger,
+    _load,
+    _operation,
+    _pointer,
+)
+
+VECTOR = 4 * LANES
+CODES, SCALES, OFFSETS, LESS_8, LESS_128 = range(5)
+PLAIN, NORM, GATE = range(3)  # what is done with a row before it is rounded
+
+
+def _at(builder: Any, address: Any, offset: int) -> Any:
+    return builder.add(address, ir.Constant(address.type, offset))
+
+
+@_operation(types.void, types.intp, types.intp, types.intp, types.intp)
+def quantize_group(context: Any, builder: Any, x: Any, codes: Any, numbers: Any, stride: Any) -> None:
+    """Round 32 float32 at ``x`` to int8 at ``codes``, and write what belongs to them, the arrays ``stride`` bytes apart.
+
+    A group with a NaN or an infinity gets the scale NaN.
+    """
+    low, high = _load(builder, x, _V_F32), _load(builder, _at(builder, x, VECTOR), _V_F32)
+    magnitudes = [
+        builder.bitcast(builder.and_(builder.bitcast(v, _V_I32), _const(_V_I32, 0x7FFFFFFF)), _V_F32)
+        for v in (low, high)
+    ]
+    largest = _larger(builder, *magnitudes)
+    largest = _fold(context, builder, largest, lambda _, b, p, q: _larger(b, p, q))
+    scale = builder.fmul(largest, ir.Constant(_F32, float(np.float32(1 / 127))))
+    is_large = builder.fcmp_ordered(">", largest, ir.Constant(_F32, float(np.float32(1e-35))))
+    inverse = builder.select(
+        is_large, builder.fdiv(ir.Constant(_F32, 127.0), largest), ir.Constant(_F32, 0.0)
+    )  # 127 / x must be a float32
+    inverse = _broadcast(builder, inverse, _V_F32)
+    shifted = [_fma(context, builder, v, inverse, _const(_V_F32, _ROUND)) for v in (low, high)]
+    whole = [builder.fsub(v, _const(_V_F32, _ROUND)) for v in shifted]
+    total = _fold(context, builder, builder.fadd(*whole), lambda _, b, p, q: b.fadd(p, q))
+    scale = builder.fadd(scale, builder.fsub(total, total))  # NaN where the sum is
+    bytes_ = ir.VectorType(_I8, LANES)
+    for i, v in enumerate(shifted):
+        packed = builder.trunc(builder.bitcast(v, _V_I32), bytes_)
+        builder.store(packed, _pointer(builder, _at(builder, codes, LANES * i), bytes_)).align = 16
+    count = builder.fptosi(builder.select(builder.fcmp_ordered("==", total, total), total, _F32(0.0)), _I32)
+    at = numbers
+    for value in (scale, builder.fmul(scale, total), builder.mul(count, _I32(-8)), builder.mul(count, _I32(-128))):
+        builder.store(value, _pointer(builder, at, value.type)).align = 4
+        at = builder.add(at, stride)
+
+
+@inner
+def tile_nbytes(groups):  # type: ignore[no-untyped-def]
+    """Bytes of a tile of activations."""
+    return groups * TILE_ROWS * (GROUP + 16)
+
+
+@inner
+def _copy(source, count, target, padded):  # type: ignore[no-untyped-def]
+    """``count`` float32, then zeros up to ``padded``, a multiple of 16. Addresses."""
+    whole = count // LANES * LANES
+    for i in range(0, 4 * whole, VECTOR):
+        simd.store_f32(target + i, simd.load_f32(source + i))
+    for i in range(4 * whole, 4 * count, 4):
+        simd.store_scalar(target + i, simd.scalar_at(source + i))
+    for i in range(4 * count, 4 * padded, 4):
+        simd.store_scalar(target + i, np.float32(0))
+
+
+@inner
+def _norm(row, count, padded, weight, eps):  # type: ignore[no-untyped-def]
+    """RMSNorm in place: x / sqrt(mean(x^2) + eps) * weight (https://arxiv.org/abs/1910.07467)."""
+    even, odd = simd.splat(np.float32(0)), simd.splat(np.float32(0))
+    for i in range(0, 4 * padded, 2 * VECTOR):
+        a, b = simd.load_f32(row + i), simd.load_f32(row + i + VECTOR)
+        even, odd = simd.fma(a, a, even), simd.fma(b, b, odd)
+    mean = simd.sum_lanes(simd.add(even, odd)) / np.float32(count)
+    factor = simd.splat(np.float32(1) / np.sqrt(mean + eps))
+    for i in range(0, 4 * padded, VECTOR):
+        simd.store_f32(row + i, simd.mul(simd.mul(simd.load_f32(row + i), factor), simd.load_f32(weight + i)))
+
+
+@inner
+def _gate(row, up, padded):  # type: ignore[no-untyped-def]
+    """SiLU(row) * up in place (https://arxiv.org/abs/2002.05202)."""
+    one, zero, most = simd.splat(np.float32(1)), simd.splat(np.float32(0)), simd.splat(np.float32(88))
+    for i in range(0, 4 * padded, VECTOR):
+        gate = simd.load_f32(row + i)
+        power = simd.exp(simd.smaller(most, simd.sub(zero, gate)))
+        value = simd.mul(simd.div(gate, simd.add(one, power)), simd.load_f32(up + i))
+        simd.store_f32(row + i, value)
+
+
+@inner
+def prepare_row(x, count, padded, how, weight, eps, row):  # type: ignore[no-untyped-def]
+    """One row of ``count`` float32 at ``x`` (two, gate and up, for GATE) into ``row``, normed or gated, padded with zeros.
+
+    padded: ``count`` rounded up to 32. weight: the address of the norm's padded weight. row: room for two padded rows.
+    """
+    simd.never_inline()
+    _copy(x, count, row, padded)
+    if how == NORM:
+        _norm(row, count, padded, weight, eps)
+    elif how == GATE:
+        _copy(x + 4 * count, count, row + 4 * padded, padded)
+        _gate(row, row + 4 * padded, padded)
+
+
+@inner
+def quantize_row(row, groups, tile, place):  # type: ignore[no-untyped-def]
+    """Round a prepared row to bytes, as row ``place`` of the tile at address ``tile``."""
+    stride = groups * TILE_ROWS * 4
+    numbers = tile + groups * TILE_ROWS * GROUP + 4 * place
+    for g in range(groups):
+        quantize_group(row + 4 * GROUP * g, tile + (g * TILE_ROWS + place) * GROUP, numbers + 4 * TILE_ROWS * g, stride)

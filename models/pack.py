@@ -1,0 +1,177 @@
+"""From the tensors of a file to linear layers, in the format that was asked for.
+
+"auto" changes no number where the kernels know the stored format (Q4_0, Q4_1, Q8_0, bfloat16, float16, float32); what
+they do not know is kept as q8. Every other choice converts everything that is stored otherwise.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from ..kernels.simd import LANES
+from ..kernels.weights import (
+    DENSE,
+    NAMES,
+    W4,
+    W4M,
+    W8,
+    WBF16,
+    WF16,
+    CodedRows,
+    Matrix,
+    Stored,
+    code_rows,
+    empty_matrix,
+    store_coded,
+    store_dense,
+)
+from .check import check_finite, shown
+from .errors import ModelError, UsageError
+from .linear import FloatLinear, Gate, Linear, Norm, PackedLinear
+
+Float32 = NDArray[np.float32]
+WEIGHTS = ("auto", "f32", "bf16", "q8", "q4")
+_KINDS = {"bf16": WBF16, "q8": W8, "q4": W4M}
+_LOSSLESS = {"F32": None, "F64": None, "F16": WF16, "BF16": WBF16, "Q8_0": W8, "Q4_0": W4, "Q4_1": W4M}
+_OF_DTYPE = {np.dtype(np.float16): WF16, np.dtype(ml_dtypes.bfloat16): WBF16}
+
+
+class TensorSource(Protocol):
+    """What packing needs of a source of tensors."""
+
+    def read(self, name: str) -> Float32:
+        """One tensor as float32, C order."""
+
+    def stored(self, name: str) -> Stored:
+        """One matrix as the file holds it, if the kernels know how; else as float32."""
+
+    def forget(self, name: str) -> None:
+        """Give back the memory that reading a tensor took up."""
+
+
+def check_weights_option(weights: str) -> str:
+    """The weight format for an option; UsageError where it is not one."""
+    if weights not in WEIGHTS:
+        raise UsageError(f"weights must be one of {', '.join(WEIGHTS)}, found {weights!r}")
+    return weights
+
+
+def kept_as(weights: str, stored_type: str) -> str:
+    """The format in which a matrix is kept that a file stores as ``stored_type`` ("Q4_K"), by its name: "q8"."""
+    kind = _kind(weights, stored_type)
+    return "f32" if kind is None else NAMES[kind]
+
+
+def _kind(weights: str, stored_type: str) -> int | None:
+    """The kernels' format for it; None is float32."""
+    if weights == "f32":
+        return None
+    if weights == "auto":
+        return _LOSSLESS.get(stored_type, W8)
+    if weights == "q4" and stored_type == "Q4_0":
+        return W4
+    return _KINDS[weights]
+
+
+class Packer:
+    """Makes linear layers of a source's tensors.
+
+    Args:
+        source: the tensors.
+        stored_types: how the file calls the type of each.
+        shapes: of each.
+        weights: one of WEIGHTS.
+        checked: None, or where the tensors come from: then NaN and infinite values are refused.
+
+    """
+
+    def __init__(
+        self,
+        source: TensorSource,
+        stored_types: Callable[[str], str],
+        shapes: Callable[[str], tuple[int, ...]],
+        weights: str,
+        checked: str | None,
+    ) -> None:
+        self._source, self._type, self._shape = source, stored_types, shapes
+        self._weights, self._checked = weights, checked
+
+    def read(self, name: str) -> Float32:
+        """One tensor as float32."""
+        array = self._source.read(name)
+        if self._checked is not None:
+            check_finite(name, array, self._checked)
+        self._source.forget(name)
+        return array
+
+    def linear(self, names: Sequence[str], *, biased: bool = False, before: Norm | Gate | None = None) -> Linear:
+        """The layer whose rows are those of some matrices, one after the other."""
+        weights = [f"{name}.weight" for name in names]
+        bias = np.concatenate([self.read(f"{name}.bias") for name in names]) if biased else None
+        kinds = [_kind(self._weights, self._type(name)) for name in weights]
+        if None in kinds:  # parts of one layer may be stored differently; float32 loses nothing
+            return FloatLinear(self._floats(weights), bias, before)
+        parts: list[Matrix] = []
+        for kind, run in _runs(kinds, weights, self._shape):
+            assert kind is not None
+            columns = self._shape(run[0])[1]
+            matrix = empty_matrix(kind, sum(self._shape(name)[0] for name in run), columns)
+            first = 0
+            for name in run:
+                self._store(matrix, first, name)
+                first += self._shape(name)[0]
+            parts.append(matrix)
+        return PackedLinear(parts, bias, before)
+
+    def _floats(self, names: Sequence[str]) -> Float32:
+        """Rows read straight into their place, so nothing is held twice."""
+        rows = [self._shape(name)[0] for name in names]
+        weight = np.empty((sum(rows), self._shape(names[0])[1]), np.float32)
+        for name, stop, count in zip(names, np.cumsum(rows), rows, strict=True):
+            weight[stop - count : stop] = self.read(name)
+        return weight
+
+    def _store(self, matrix: Matrix, first: int, name: str) -> None:
+        """One tensor into its rows of a matrix: as stored where that is the matrix's format, else converted."""
+        stored = self._source.stored(name)
+        if not isinstance(stored, CodedRows) or stored.kind != matrix.kind:
+            if isinstance(stored, CodedRows):
+                stored = self._source.read(name)
+            if self._checked is not None:
+                check_finite(name, np.asarray(stored, np.float32), self._checked)
+            if matrix.kind in DENSE:
+                with np.errstate(over="ignore"):
+                    store_dense(matrix, first, stored.astype(DENSE[matrix.kind], copy=False))
+                self._source.forget(name)
+                return
+            stored = self._coded(name, np.asarray(stored, np.float32), matrix.kind)
+        elif self._checked is not None:
+            for numbers in (stored.scales, stored.minima):
+                if numbers is not None:
+                    check_finite(name, numbers, self._checked)
+        store_coded(matrix, first, stored)
+        self._source.forget(name)
+
+    def _coded(self, name: str, values: Float32, kind: int) -> CodedRows:
+        try:
+            return code_rows(values, kind)
+        except OverflowError as error:
+            raise ModelError(f"tensor {shown(name)} cannot be kept in {NAMES[kind]}: {error}") from None
+
+
+def _runs(
+    kinds: Sequence[int | None], names: Sequence[str], shape: Callable[[str], tuple[int, ...]]
+) -> list[tuple[int | None, list[str]]]:
+    """Neighbours of one format go into one matrix, as long as each ends with a whole block of rows."""
+    runs: list[tuple[int | None, list[str]]] = []
+    whole = False
+    for kind, name in zip(kinds, names, strict=True):
+        if runs and whole and runs[-1][0] == kind:
+            runs[-1][1].append(name)
+        else:
+            runs.append((kind, [name]))
+        whole = shape(name)[0] % LANES == 0
+    return runs
