@@ -9,48 +9,150 @@ with B(p) = ``CachePolicy.boundary(p)``. While a prompt is processed in chunks, 
 of each query picks one. So a query sees what it would have seen token by token, however the prompt was cut.
 """
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.flash import attend
+from ..kernels.append import append_tokens
+from ..kernels.attention import attend_segments
+from ..kernels.flash import empty_call, n_parts
 from ..kernels.layout import DENSE_DTYPES
-from ..kernels.quantize import Float32, narrow, quantize_tile, store_rows
+from ..kernels.quantize import Float32, narrow, quantize_tile
 from ..kernels.segment import Int64, TileStore, segment_of_arrays
 from ..kernels.simd import LANES
-from ..kernels.state import empty_state, pad_last_axis
+from ..kernels.state import pad_last_axis
+from ..kernels.tables import (
+    APPENDED,
+    EXACT,
+    FRESH,
+    LOST,
+    N_HEADS,
+    N_PARTS,
+    N_QUERIES,
+    N_SEGMENTS,
+    N_SINKS,
+    OPTIONS,
+    POSITION,
+    Q_STRIDE,
+    RANGES,
+    SCALE,
+    SEGMENTS,
+)
 from ..models.errors import NumericalError
 from .policy import DENSE, CachePolicy
 
 _WIDER = "use a policy with dense='f32' and k_bits and v_bits of 32"
 
 
+class View:
+    """What the queries of one step see, the same in every layer: absolute positions, cut into the three segments."""
+
+    def __init__(self, policy: CachePolicy, sinks: int, position: int, n_queries: int) -> None:
+        self.position, self.stop = position, position + n_queries
+        seen = np.arange(position + 1, position + n_queries + 1, dtype=np.int64)
+        boundaries = policy.boundaries(seen - 1)
+        self.old_stop = int(boundaries[-1]) // policy.tile  # the tiles below are sealed
+        zeros, within = np.zeros_like(seen), np.minimum(seen, sinks)
+        recent = np.maximum(boundaries, sinks)
+        # Of sink, old, recent: where each query starts and stops
+        self.ranges = np.stack([zeros, within, np.full_like(seen, sinks), boundaries, recent, seen])
+        firsts, lasts = self.ranges[::2, 0].tolist(), self.ranges[1::2, -1].tolist()
+        self.spans = list(zip(firsts, lasts, strict=True))
+        address, nbytes = self.ranges.ctypes.data, 8 * n_queries
+        self.fields = np.array(
+            [x for i, (low, high) in enumerate(self.spans)
+             for x in (address + 2 * i * nbytes, address + (2 * i + 1) * nbytes, low, high)]
+        )  # fmt: skip
+
+
 class LayerCache:
-    """Keys and values of one layer, from position 0 to the last one appended."""
+    """Keys and values of one layer, from position 0 to the last one appended.
+
+    ``exact`` keeps attention float32 throughout, as ``precision="f32"`` of ``flash_attention`` does.
+    """
+
+    exact = False
 
     def __init__(self, policy: CachePolicy, n_kv_heads: int, head_dim: int, context: int | None = None) -> None:
         self.policy = policy
-        self._sinks = (
+        self.sinks = (
             policy.sinks if context is None else min(policy.sinks, context)
         )  # there are no more tokens than that
         self.old = TileStore(policy.old_layout(n_kv_heads, head_dim))
         self.recent = TileStore(policy.dense_layout(n_kv_heads, head_dim))
         dtype = DENSE_DTYPES[DENSE[policy.dense]]
-        self.sink_k: NDArray[np.generic] = np.zeros((self._sinks, n_kv_heads, -(-head_dim // LANES) * LANES), dtype)
+        self.sink_k: NDArray[np.generic] = np.zeros((self.sinks, n_kv_heads, -(-head_dim // LANES) * LANES), dtype)
         self.sink_v: NDArray[np.generic] = np.zeros_like(self.sink_k)
         self._sink_segment = segment_of_arrays(self.sink_k, self.sink_v)
+        self._sink_addresses = self._sink_segment.table.ctypes.data, self._sink_segment.geometry.ctypes.data
+        self._call: Int64 | None = None
+        self._options = np.zeros(3, np.float32)
         self.tiles_quantized = 0  # each tile of the old segment once, which is tested by this count
 
-    def attend(self, q: Float32, k: Float32, v: Float32, position: int, scale: float) -> Float32:
-        """Append k, v (T, n_kv_heads, head_dim) at ``position``, and attend with q (T, n_heads, head_dim) there.
+    def attend(self, qkv: Float32, position: int, scale: float, view: View | None = None) -> Float32:
+        """Append keys and values at ``position``, and attend with the queries there.
+
+        qkv: float32 (T, n_heads + 2 * n_kv_heads, head_dim), queries, keys and values of T tokens, C order. view: what they
+        see, where the caller has it already.
 
         Returns o, float32 (T, n_heads, head_dim). Nothing is final before ``commit``; to append something else at the
         same position, ``rollback`` first.
         """
-        self._append(k, v, position)
-        positions = np.arange(position, position + len(q), dtype=np.int64)
-        boundaries = self.policy.boundaries(positions)
-        self._seal(int(boundaries[-1]) // self.policy.tile)
-        return self._attend(q, positions, boundaries, scale)
+        layout = self.recent.layout
+        heads, head_dim = qkv.shape[1] - 2 * layout.n_kv_heads, qkv.shape[2]
+        if view is None:
+            view = View(self.policy, self.sinks, position, len(qkv))
+        padded = pad_last_axis(qkv)
+        call = self._describe(padded, heads, view, scale)
+        seals = view.old_stop > self.old.stop
+        if seals:  # a tile may have to be full first
+            call[APPENDED] = 0
+            append_tokens.function(call.ctypes.data, padded.ctypes.data)
+            self._check_kept(call, qkv, heads)
+            self._seal(view.old_stop)
+            call[SEGMENTS + 2 : SEGMENTS + 4] = self.old.addresses()
+        out, state = (
+            np.empty((len(qkv), heads, padded.shape[2]), np.float32),
+            np.empty((heads, len(qkv), 2), np.float32),
+        )
+        attend_segments(call, padded, out, state, numba.get_num_threads())
+        if not seals:
+            self._check_kept(call, qkv, heads)
+        return out if out.shape[2] == head_dim else np.ascontiguousarray(out[..., :head_dim])
+
+    def _describe(self, qkv: Float32, heads: int, view: View, scale: float) -> Int64:
+        """The call of ``attend_segments``; places for new tokens are made."""
+        layout, n_queries = self.recent.layout, len(qkv)
+        while self.recent.stop * layout.tile < view.stop:
+            self.recent.place(self.recent.stop)
+            self.recent.append()
+        if self._call is None or self._call[N_HEADS] != heads:
+            self._call = self._begin_call(heads)
+        call = self._call
+        self._options[SCALE], self._options[EXACT] = scale, self.exact
+        call[N_QUERIES], call[Q_STRIDE], call[APPENDED], call[POSITION] = n_queries, qkv.strides[0], 1, view.position
+        call[SEGMENTS + 2 : SEGMENTS + 6] = *self.old.addresses(), *self.recent.addresses()
+        call[RANGES:] = view.fields
+        call[N_PARTS] = n_parts(n_queries, heads, layout.n_kv_heads, view.spans, numba.get_num_threads())
+        return call
+
+    def _begin_call(self, heads: int) -> Int64:
+        """What is the same in every call with so many query heads."""
+        old = self.old.layout
+        most = max(side.parts * side.limbs for side in (old.k, old.v))
+        call = empty_call(heads, old.n_kv_heads, old.width, most)
+        call[FRESH], call[N_SEGMENTS], call[N_SINKS] = 1, 3, self.sinks
+        call[OPTIONS] = self._options.ctypes.data
+        call[SEGMENTS : SEGMENTS + 2] = self._sink_addresses
+        return call
+
+    def _check_kept(self, call: Int64, qkv: Float32, heads: int) -> None:
+        """NumericalError if a finite key or value of those just appended has become infinite."""
+        if call[LOST]:
+            try:
+                narrow(qkv[:, heads:], self.recent.layout.k_kind)
+            except OverflowError as error:
+                raise NumericalError(f"a key or value of {error}; {_WIDER}") from None
 
     def commit(self, position: int) -> None:
         """Everything below ``position`` is final: forget the dense form of tiles that no query from there on sees."""
@@ -70,47 +172,19 @@ class LayerCache:
             "recent": self.recent.nbytes,
         }
 
-    def _append(self, k: Float32, v: Float32, position: int) -> None:
-        tile, stop, layout = self.policy.tile, position + len(k), self.recent.layout
-        try:
-            for t in range(position // tile, -(-stop // tile)):
-                page, _ = self.recent.place(t)
-                if t == self.recent.stop:
-                    self.recent.append()
-                first, last = max(position, t * tile), min(stop, (t + 1) * tile)
-                rows = slice(first - position, last - position)
-                store_rows(layout, page, first - t * tile, k[rows], v[rows])
-            if position < self._sinks:
-                count, head_dim = min(stop, self._sinks) - position, layout.head_dim
-                self.sink_k[position : position + count, :, :head_dim] = narrow(k[:count], layout.k_kind)
-                self.sink_v[position : position + count, :, :head_dim] = narrow(v[:count], layout.v_kind)
-        except OverflowError as error:
-            raise NumericalError(f"a key or value of {error}; {_WIDER}") from None
-
     def _seal(self, stop: int) -> None:
         """Write the dense tiles below tile ``stop`` that are not yet old to the old segment, quantized."""
         dense, target = self.recent.layout, self.old.layout
         rounds = (dense.k_kind, dense.v_kind) != (target.k_kind, target.v_kind)  # else tiles are only copied
         for t in range(self.old.stop, stop):
             (source, _), (page, slot) = self.recent.place(t), self.old.place(t)
-            dead = min(max(self._sinks - t * self.policy.tile, 0), self.policy.tile)
+            dead = min(max(self.sinks - t * self.policy.tile, 0), self.policy.tile)
             try:
                 quantize_tile(source, dense, target, dead, page, slot)
             except OverflowError as error:
                 raise NumericalError(f"tile {t} cannot be quantized: {error}; {_WIDER}") from None
             self.old.append()
             self.tiles_quantized += rounds
-
-    def _attend(self, q: Float32, positions: Int64, boundaries: Int64, scale: float) -> Float32:
-        n_queries, n_heads, head_dim = q.shape
-        padded, seen, sinks = pad_last_axis(q), positions + 1, self._sinks
-        out, state = np.zeros_like(padded), empty_state(n_heads, n_queries)
-        old = self.old.segment(sinks, self.old.stop * self.policy.tile)
-        recent = self.recent.segment(sinks, int(seen[-1]))
-        attend(padded, self._sink_segment, np.zeros_like(seen), np.minimum(seen, sinks), out, state, scale=scale)
-        attend(padded, old, np.full_like(seen, sinks), boundaries, out, state, scale=scale)
-        attend(padded, recent, np.maximum(boundaries, sinks), seen, out, state, scale=scale)
-        return out[..., :head_dim]
 
 
 class Cache:
@@ -121,11 +195,15 @@ class Cache:
     ) -> None:
         self.policy = policy
         self.layers = [LayerCache(policy, n_kv_heads, head_dim, context) for _ in range(n_layers)]
+        self._view: View | None = None
 
-    def attend(self, layer: int, q: Float32, k: Float32, v: Float32, position: int, scale: float) -> Float32:
+    def attend(self, layer: int, qkv: Float32, position: int, scale: float) -> Float32:
         """Append and attend in one layer; see ``LayerCache.attend``."""
+        view, cache = self._view, self.layers[layer]
+        if view is None or view.position != position or view.stop != position + len(qkv):
+            view = self._view = View(self.policy, cache.sinks, position, len(qkv))
         try:
-            return self.layers[layer].attend(q, k, v, position, scale)
+            return cache.attend(qkv, position, scale, view)
         except NumericalError as error:
             raise NumericalError(f"layer {layer}, position {position}: {error}") from None
 

@@ -7,14 +7,34 @@ import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .attention import KERNELS, attend_parts
+from .attention import KERNELS, attend_segments
 from .segment import Int64, Segment, segment_of_arrays
 from .simd import LANES
 from .state import Float32, check_out, check_state, empty_state, merge_partials, pad_last_axis
-from .tables import BLOCK_ROWS, MAX_N_REP, SPLIT
+from .tables import (
+    BLOCK_ROWS,
+    CALL_FIELDS,
+    DISTANCES,
+    MASK_HEAD,
+    MASK_QUERY,
+    MASKS,
+    MAX_N_REP,
+    MOST_PARTS,
+    N_HEADS,
+    N_KV_HEADS,
+    N_PARTS,
+    N_QUERIES,
+    N_SEGMENTS,
+    OPTIONS,
+    Q_STRIDE,
+    RANGES,
+    ROW_WIDTH,
+    SEGMENTS,
+    SLOPES,
+    SPLIT,
+)
 
 PRECISIONS = ("default", "f32")
-_NO_MASK = np.zeros(2, np.int64)
 _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 UNITS_A_WORKER = 8  # units of work each, at least, so that none waits long for another
 _FARTHEST = 2**62  # positions beyond would wrap when one is subtracted from another
@@ -163,29 +183,41 @@ def attend(
     low, high = int(starts.min(initial=segment.stop)), int(stops.max(initial=0))
     if low >= high or n_queries == 0:
         return
-    first_split, stop_split = low // SPLIT, -(-high // SPLIT)
     options = np.array([scale, softcap, exact], np.float32)
-    slopes = np.zeros(n_heads, np.float32) if slopes is None else slopes
-    distances = np.zeros(n_queries, np.int64) if distances is None else distances
-    address = 0 if mask is None else mask.ctypes.data
-    strides = _NO_MASK if mask is None else np.array(mask.strides[:2], np.int64)
     workers = numba.get_num_threads()
-    kernels = tuple(kernel.address() for kernel in KERNELS)
-    common = (
-        kernels, q, starts, stops, first_split, stop_split, segment.table, segment.geometry, options, slopes,
-        distances, address, strides,
-    )  # fmt: skip
-    n_splits = stop_split - first_split
-    n_rep = n_heads // segment.n_kv_heads
-    enough_units = -(-n_queries * n_rep // BLOCK_ROWS) * segment.n_kv_heads >= UNITS_A_WORKER * workers
-    if n_splits == 1 or n_queries * n_rep > BLOCK_ROWS or enough_units:
-        attend_parts(*common, out[None], state[None], workers)
-    else:
-        outs = np.empty((n_splits, n_queries, n_heads, width), np.float32)
-        states = np.empty((n_splits, n_heads, n_queries, 2), np.float32)
-        states[:] = -np.inf, 0
-        attend_parts(*common, outs, states, workers)
-        merge_partials(outs, states, out, state)
+    call = empty_call(n_heads, segment.n_kv_heads, width, segment.most_parts)
+    call[N_QUERIES], call[Q_STRIDE], call[OPTIONS] = n_queries, 4 * n_heads * width, options.ctypes.data
+    if slopes is not None and slopes.any():
+        assert distances is not None
+        call[SLOPES], call[DISTANCES] = slopes.ctypes.data, distances.ctypes.data
+    if mask is not None:
+        call[MASKS], call[MASK_HEAD], call[MASK_QUERY] = mask.ctypes.data, *mask.strides[:2]
+    call[N_SEGMENTS] = 1
+    call[SEGMENTS : SEGMENTS + 2] = segment.table.ctypes.data, segment.geometry.ctypes.data
+    call[RANGES : RANGES + 4] = starts.ctypes.data, stops.ctypes.data, low, high
+    call[N_PARTS] = n_parts(n_queries, n_heads, segment.n_kv_heads, [(low, high)], workers)
+    attend_segments(call, q, out, state, workers)
+    del starts, stops, slopes, distances, mask, segment, options  # whose addresses were in use until here
+
+
+def empty_call(n_heads: int, n_kv_heads: int, width: int, most_parts: int) -> Int64:
+    """What describes a call of ``attend_segments``, int64 (CALL_FIELDS,): what does not change from call to call."""
+    call = np.zeros(CALL_FIELDS, np.int64)
+    call[N_HEADS], call[N_KV_HEADS], call[ROW_WIDTH], call[MOST_PARTS] = n_heads, n_kv_heads, width, most_parts
+    for field, kernel in KERNELS.items():
+        call[field] = kernel.address()
+    return call
+
+
+def n_parts(n_queries: int, n_heads: int, n_kv_heads: int, ranges: list[tuple[int, int]], workers: int) -> int:
+    """In how many parts the splits are attended to that hold these ranges of positions; 0 for all in one go.
+
+    Parts are for calls whose queries alone would leave workers idle.
+    """
+    n_rows = n_queries * n_heads // n_kv_heads
+    splits = sum(-(-high // SPLIT) - low // SPLIT for low, high in ranges if low < high)
+    enough_units = -(-n_rows // BLOCK_ROWS) * n_kv_heads >= UNITS_A_WORKER * workers
+    return 0 if splits <= 1 or n_rows > BLOCK_ROWS or enough_units else splits
 
 
 def _check_n_rep(n_heads: int, n_kv_heads: int) -> None:

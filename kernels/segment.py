@@ -17,7 +17,9 @@ from .layout import (
     F32,
     K_CODES,
     KIND_OF_BITS,
+    LIMBS,
     PAGE,
+    PARTS,
     V_CODES,
     Bytes,
     Side,
@@ -26,7 +28,7 @@ from .layout import (
 )
 from .quantize import Float32, quantize_tile, store_rows
 from .simd import LANES
-from .tables import FIRST_TILE
+from .tables import FIRST_TILE, K_SIDE, V_SIDE
 
 Int64 = NDArray[np.int64]
 
@@ -45,6 +47,11 @@ class Segment:
     n_kv_heads: int
     head_dim: int
     owner: Any
+
+    @property
+    def most_parts(self) -> int:
+        """The most parts of a side, times its limbs (layout.py)."""
+        return max(int(self.geometry[side + PARTS] * self.geometry[side + LIMBS]) for side in (K_SIDE, V_SIDE))
 
     def __reduce_ex__(self, _: object) -> NoReturn:
         """Refuse: a copy would keep the addresses of memory that it does not own."""
@@ -99,6 +106,14 @@ def _rows(x: NDArray[Any]) -> NDArray[Any]:
     return x
 
 
+def _empty_table() -> Int64:
+    return np.zeros((16, ADDRESSES), np.int64)
+
+
+def _addressed(table: Int64) -> tuple[Int64, int]:
+    return table, table.ctypes.data
+
+
 class TileStore:
     """Tiles of one layout, from tile ``first`` on without a gap, in their pages, with the table that the kernels read.
 
@@ -108,8 +123,10 @@ class TileStore:
     def __init__(self, layout: TileLayout) -> None:
         self.layout = layout
         self._geometry = make_geometry(layout.tile, 0, layout.width, layout.n_kv_heads, layout.k, layout.v)
-        # First tile, one past the last, the pages that hold them by number, a row of the table for each tile from the first
-        self._held: tuple[int, int, dict[int, Bytes], Int64] = 0, 0, {}, np.zeros((16, ADDRESSES), np.int64)
+        # First tile, one past the last, the pages that hold them by number, a row of the table for each tile from the
+        # first, and the table's address
+        self._held: tuple[int, int, dict[int, Bytes], Int64, int] = 0, 0, {}, *_addressed(_empty_table())
+        self._geometry_address = self._geometry.ctypes.data
 
     @property
     def first(self) -> int:
@@ -136,27 +153,32 @@ class TileStore:
 
     def append(self) -> None:
         """Hold one more tile: what was written to the place of tile ``stop``."""
-        first, stop, pages, table = self._held
+        first, stop, pages, table, address = self._held
         if stop - first == len(table):
-            table = np.concatenate([table, np.zeros_like(table)])
+            table, address = _addressed(np.concatenate([table, np.zeros_like(table)]))
         page, slot = self.place(stop)
         table[stop - first] = self.layout.addresses(page, slot)
-        self._held = first, stop + 1, pages, table
+        self._held = first, stop + 1, pages, table, address
 
     def forget_before(self, tile: int) -> None:
         """Drop the tiles before this one, and the pages that are wholly before it."""
-        first, stop, pages, table = self._held
+        first, stop, pages, table, _ = self._held
         if tile > first:
             kept = {number: page for number, page in pages.items() if number >= tile // self.layout.page_tiles}
-            self._held = tile, max(stop, tile), kept, np.roll(table, first - tile, axis=0)
+            self._held = tile, max(stop, tile), kept, *_addressed(np.roll(table, first - tile, axis=0))
 
     def forget_from(self, tile: int) -> None:
         """Drop this tile and those after it, and the pages that are wholly after it."""
-        first, stop, pages, table = self._held
+        first, stop, pages, table, address = self._held
         if tile < stop:
             tile = max(tile, first)
             kept = {number: page for number, page in pages.items() if number * self.layout.page_tiles < tile}
-            self._held = first, tile, kept, table
+            self._held = first, tile, kept, table, address
+
+    def addresses(self) -> tuple[int, int]:
+        """Of the table and of the geometry, for ``attend_segments``. Valid until the next change."""
+        self._geometry[FIRST_TILE] = self._held[0]
+        return self._held[4], self._geometry_address
 
     def __reduce_ex__(self, _: object) -> NoReturn:
         """Refuse: a copy would keep the addresses of memory that it does not own."""
@@ -164,7 +186,7 @@ class TileStore:
 
     def segment(self, start: int, stop: int) -> Segment:
         """The positions start .. stop as a segment. Valid until the next change."""
-        first, _, pages, table = self._held
+        first, _, pages, table, _ = self._held
         self._geometry[FIRST_TILE] = first
         layout = self.layout
         return Segment(table, self._geometry, start, stop, layout.n_kv_heads, layout.head_dim, list(pages.values()))

@@ -441,6 +441,29 @@ def store_f16(context: Any, builder: Any, address: Any, value: Any) -> None:
     builder.store(bits, _pointer(builder, address, _V_I16)).align = 2
 
 
+@_operation(types.void, types.intp, f32x16)
+def store_bf16(context: Any, builder: Any, address: Any, value: Any) -> None:
+    """Write 16 numbers as bfloat16, rounded to the nearest, half to even; NaN stays NaN."""
+    bits = builder.bitcast(value, _V_I32)
+    odd = builder.and_(builder.lshr(bits, _const(_V_I32, 16)), _const(_V_I32, 1))
+    rounded = builder.lshr(builder.add(builder.add(bits, _const(_V_I32, 0x7FFF)), odd), _const(_V_I32, 16))
+    quiet = builder.or_(builder.lshr(bits, _const(_V_I32, 16)), _const(_V_I32, 0x40))
+    halves = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
+    builder.store(builder.trunc(halves, _V_I16), _pointer(builder, address, _V_I16)).align = 2
+
+
+@_operation(types.int32, types.intp)
+def short_at(context: Any, builder: Any, address: Any) -> Any:
+    """The 16 bits at ``address``."""
+    return builder.zext(_load(builder, address, _I16), _I32)
+
+
+@_operation(types.void, types.intp, types.int32)
+def store_short(context: Any, builder: Any, address: Any, x: Any) -> None:
+    """Write the lower 16 bits of x."""
+    builder.store(builder.trunc(x, _I16), _pointer(builder, address, _I16)).align = 2
+
+
 @_operation(types.void, types.intp, types.intp)
 def transpose(context: Any, builder: Any, source: Any, target: Any) -> None:
     """Turn 16 x 16 float32 at ``source``, row after row, so that its columns become rows at ``target``."""

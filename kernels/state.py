@@ -5,10 +5,11 @@ logarithms throughout. The empty partial is O = 0, M = -inf, S = 0; it is the id
 """
 
 import numpy as np
+from numba import types
 from numpy.typing import NDArray
 
 from . import simd
-from .jit import inner, kernel
+from .jit import inner, standalone
 from .simd import LANES
 
 Float32 = NDArray[np.float32]
@@ -54,6 +55,13 @@ def check_out(name: str, out: object, shape: tuple[int, ...], *, writable: bool 
 
 
 @inner
+def clear(row, width):  # type: ignore[no-untyped-def]
+    """``width`` zeros at an address, a multiple of 16."""
+    for c in range(0, 4 * width, 4 * LANES):
+        simd.store_f32(row + c, simd.splat(np.float32(0)))
+
+
+@inner
 def merge_rows(outs, M, S, others, other_M, other_S, rows, size, scratch):  # type: ignore[no-untyped-def]
     """Merge partial attentions into others, row by row. All arguments are numbers, or addresses of arrays.
 
@@ -88,32 +96,46 @@ def merge_rows(outs, M, S, others, other_M, other_S, rows, size, scratch):  # ty
                     simd.store_f32(target + c, simd.fma(simd.load_f32(target + c), share, more))
 
 
-@kernel
-def merge_partials(outs, states, out, state):  # type: ignore[no-untyped-def]
+@standalone(types.void(*[types.int64] * 9))
+def merge_parts(outs, states, n_parts, n_queries, n_heads, width, out, state, fresh):  # type: ignore[no-untyped-def]
     """Merge partial attentions ``outs`` (parts, T, H, width), with ``states`` (parts, H, T, 2), in their order.
 
-    ``out`` (T, H, width) and ``state`` (H, T, 2) are continued in place.
+    ``out`` (T, H, width) and ``state`` (H, T, 2) are continued in place, or begun where ``fresh``. Addresses of float32.
     """
-    n_parts, n_queries, n_heads, width = outs.shape
     padded = (n_heads + LANES - 1) // LANES * LANES
     numbers, rows = np.zeros((5, padded + 2 * LANES), np.float32), np.empty((2, n_heads), np.int64)
     M, S, other_M, other_S, scratch = 0, 1, 2, 3, 4
     at, stride = numbers.ctypes.data, 4 * numbers.shape[1]
     for t in range(n_queries):
         for h in range(n_heads):
-            numbers[M, h], numbers[S, h] = state[h, t, 0], state[h, t, 1]
-            rows[0, h] = out.ctypes.data + (t * n_heads + h) * width * 4
+            own = state + 8 * (h * n_queries + t)
+            numbers[M, h] = -np.inf if fresh else simd.scalar_at(own)
+            numbers[S, h] = 0 if fresh else simd.scalar_at(own + 4)
+            rows[0, h] = out + (t * n_heads + h) * width * 4
         for i in range(n_parts):
             for h in range(n_heads):
-                numbers[other_M, h], numbers[other_S, h] = states[i, h, t, 0], states[i, h, t, 1]
-                rows[1, h] = outs.ctypes.data + ((i * n_queries + t) * n_heads + h) * width * 4
+                other = states + 8 * ((i * n_heads + h) * n_queries + t)
+                numbers[other_M, h], numbers[other_S, h] = simd.scalar_at(other), simd.scalar_at(other + 4)
+                rows[1, h] = outs + ((i * n_queries + t) * n_heads + h) * width * 4
             merge_rows(
                 rows.ctypes.data, at, at + stride, rows.ctypes.data + 8 * n_heads, at + other_M * stride,
                 at + other_S * stride, n_heads, width, at + scratch * stride,
             )  # fmt: skip
         for h in range(n_heads):
-            state[h, t, 0], state[h, t, 1] = numbers[M, h], numbers[S, h]
+            own = state + 8 * (h * n_queries + t)
+            simd.store_scalar(own, numbers[M, h])
+            simd.store_scalar(own + 4, numbers[S, h])
+            if fresh and numbers[S, h] == 0:
+                clear(rows[0, h], width)
     rows[0, 0] = 0  # Numba frees an array after its last mention, and the addresses above do not count as one
+
+
+def merge_partials(outs: Float32, states: Float32, out: Float32, state: Float32) -> None:
+    """``merge_parts`` of arrays, all of C order; ``out`` and ``state`` are continued."""
+    parts, n_queries, n_heads, width = outs.shape
+    addresses = (x.ctypes.data for x in (outs, states, out, state))
+    outs_at, states_at, out_at, state_at = addresses
+    merge_parts.function(outs_at, states_at, parts, n_queries, n_heads, width, out_at, state_at, 0)
 
 
 def pad_last_axis(x: Float32, multiple: int = simd.LANES) -> Float32:
@@ -154,8 +176,7 @@ def merge_states(
     merged = pad_last_axis(np.where(empty[..., None], np.float32(0), out1))
     # Where S is 0, M may be anything, and here becomes what the merge expects.
     state, other_state = (np.where(x[..., 1:] == 0, np.array([-np.inf, 0], np.float32), x) for x in (state1, state2))
-    # Writable and aligned, because that is part of the type that Numba compiles for; it is only read.
-    other = np.require(pad_last_axis(out2), requirements=["W", "A"])
+    other = np.require(pad_last_axis(out2), requirements="A")
     merge_partials(other[None], other_state[None], merged, state)
     if out is None:
         return np.ascontiguousarray(merged[..., :d]), state

@@ -17,6 +17,19 @@ LOGITS_ROW = np.int64((SPLIT + LANES) * 4)  # bytes between rows of logits: a po
 TILE, TILE_SHIFT, FIRST_TILE, WIDTH, KV_HEADS = range(5)
 K_SIDE, V_SIDE = 5, 5 + SIDE_NUMBERS  # where the numbers of each Side begin (see layout.py)
 
+# Indices into the int64 array that describes a call: numbers, addresses (0 for what there is not), bytes
+N_QUERIES, N_HEADS, N_KV_HEADS, ROW_WIDTH, Q_STRIDE = range(5)  # Q_STRIDE: from one query's row to the next
+OPTIONS, SLOPES, DISTANCES, MASKS, MASK_HEAD, MASK_QUERY = range(5, 11)
+FRESH = 11  # whether out and state are begun, not continued
+MOST_PARTS = 12  # the most that a side of any segment has, times its limbs
+SPLIT_KERNEL, TILE_FUNCTION, DENSE_FUNCTION, WORK_KERNEL, MERGE_KERNEL, APPEND_KERNEL = range(13, 19)
+APPENDED, POSITION, N_SINKS, LOST = range(19, 23)  # see append.py
+N_PARTS, N_SEGMENTS = 23, 24  # N_PARTS: of splits that are attended to apart and merged; 0: all in one go
+SEGMENTS = 25  # for each of up to MAX_SEGMENTS segments, the addresses of its table and geometry
+MAX_SEGMENTS = 3
+RANGES = SEGMENTS + 2 * MAX_SEGMENTS  # and of where each query starts and stops, and the first and last + 1 position
+CALL_FIELDS = RANGES + 4 * MAX_SEGMENTS
+
 CHUNK_ROWS = 32  # few rows are folded for several tiles at once, up to so many: none waits for another's maximum then
 DIRECT_ROWS = 8  # up to so many rows, unpacking a dense tile costs more than converting its numbers for every four rows
 COLUMNS = np.int64(136)  # of the tables below: room for BLOCK_ROWS or MAX_N_REP rows
@@ -34,6 +47,8 @@ SCALE, SOFTCAP, EXACT = range(3)  # EXACT: not 0 for float32 throughout
 # and, of kernels that are called by their address, TILE_KERNEL (products.multiply_tile) and DENSE_KERNEL (multiply_dense).
 QUERIES, OUT, LOGITS, SUMS, CODES, VALUES, SCALES, WORDS, FACTORS, OFFSETS, SCRATCH = range(11)
 TILE_KERNEL, DENSE_KERNEL = range(11, 13)
+ROOM_ROWS = 13  # how many rows there is room for
+ROOM_FIELDS = 14
 
 # A worker's rows. int64 [fields][COLUMNS]: the positions that a row sees, absolute and in the current split; the distance
 # of position 0 from the query's; addresses of its mask (or 0), its output and its partial output
@@ -148,23 +163,36 @@ def no_options(table, numbers, rows, cap):  # type: ignore[no-untyped-def]
 
 
 @inner
-def room_of(start, rows, tile, width, parts):  # type: ignore[no-untyped-def]
-    """Where each part of a worker's room begins, from address ``start`` on, and where the last one ends (twice).
-
-    ``parts``: the most that a side has, times its limbs.
-    """
+def _after_logits(rows, tile, width, parts):  # type: ignore[no-untyped-def]
+    """Bytes of each part of a worker's room from SUMS on, for tiles of one segment."""
     most, vectors = max(tile, width), (max(rows, CHUNK_ROWS) + LANES - 1) // LANES * LANES
-    queries = start
-    out = queries + rows * width * 4
-    logits = out + rows * width * 4
-    sums = logits + rows * LOGITS_ROW
-    codes = sums + (rows + LANES) * VECTOR
-    values = codes + tile * width * 2
-    scales = values + tile * width * 4
     tiles = tiles_together(1, tile)  # that are folded together, at most: the last block of queries may be a small one
-    words = scales + max(tiles * parts * most * 8, LANES * LANES * 4)
-    factors = words + parts * vectors * most * 2 + VECTOR
-    offsets = factors + parts * vectors * 4
-    scratch = offsets + parts * vectors * 4
-    end = scratch + FOLDED * (2 * VECTOR + 4 * most) + VECTOR
-    return queries, out, logits, sums, codes, values, scales, words, factors, offsets, scratch, end, end
+    return (
+        (rows + LANES) * VECTOR, tile * width * 2, tile * width * 4, max(tiles * parts * most * 8, LANES * LANES * 4),
+        parts * vectors * most * 2 + VECTOR, parts * vectors * 4, parts * vectors * 4,
+        FOLDED * (2 * VECTOR + 4 * most) + VECTOR,
+    )  # fmt: skip
+
+
+@inner
+def room_nbytes(rows, tile, width, parts):  # type: ignore[no-untyped-def]
+    """Bytes of a worker's room for ``rows`` rows and tiles of one segment; parts: the most of a side, times its limbs."""
+    nbytes = rows * (2 * width * 4 + LOGITS_ROW)
+    for part in _after_logits(rows, tile, width, parts):
+        nbytes += part
+    return nbytes
+
+
+@inner
+def lay_out_room(room, tile, width, parts):  # type: ignore[no-untyped-def]
+    """Say where each part of a worker's room begins, for tiles of one segment. QUERIES, ROOM_ROWS are given."""
+    rows = get(room, ROOM_ROWS)
+    at = get(room, QUERIES)
+    simd.store_integer(room + 8 * OUT, at + rows * width * 4)
+    simd.store_integer(room + 8 * LOGITS, at + 2 * rows * width * 4)
+    at += rows * (2 * width * 4 + LOGITS_ROW)
+    field = SUMS
+    for part in _after_logits(rows, tile, width, parts):
+        simd.store_integer(room + 8 * field, at)
+        at += part
+        field += 1

@@ -21,8 +21,11 @@ Float32 = NDArray[np.float32]
 class AttentionCache(Protocol):
     """What a layer needs of the cache of a sequence."""
 
-    def attend(self, layer: int, q: Float32, k: Float32, v: Float32, position: int, scale: float) -> Float32:
-        """Append k, v (T, n_kv_heads, head_dim) from ``position`` on; attention of q (T, n_heads, head_dim) there."""
+    def attend(self, layer: int, qkv: Float32, position: int, scale: float) -> Float32:
+        """Append keys and values from ``position`` on, and attend with the queries there: (T, n_heads, head_dim).
+
+        qkv: (T, n_heads + 2 * n_kv_heads, head_dim), the queries, keys and values of each token, C order.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +105,11 @@ class Transformer:
         n_heads, n_kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         qkv = layer.qkv(x).reshape(n_rows, n_heads + 2 * n_kv_heads, head_dim)
         rotate(qkv, n_heads + n_kv_heads, cos, sin)
-        q, k, v = qkv[:, :n_heads], qkv[:, n_heads : n_heads + n_kv_heads], qkv[:, n_heads + n_kv_heads :]
-        if len(step.spans) == 1:
-            cache, _, _ = step.spans[0]
-            return cache.attend(i, q, k, v, int(step.positions[0]), head_dim**-0.5).reshape(n_rows, -1)
-        o = np.empty((n_rows, n_heads, head_dim), np.float32)
-        for cache, start, stop in step.spans:
-            rows = slice(start, stop)
-            o[rows] = cache.attend(i, q[rows], k[rows], v[rows], int(step.positions[start]), head_dim**-0.5)
-        return o.reshape(n_rows, -1)
+        o = [
+            cache.attend(i, qkv[start:stop], int(step.positions[start]), head_dim**-0.5)
+            for cache, start, stop in step.spans
+        ]
+        return (o[0] if len(o) == 1 else np.concatenate(o)).reshape(n_rows, -1)
 
     def _rotary(self, positions: NDArray[np.int64]) -> tuple[Float32, Float32]:
         """Cos and sin (T, head_dim / 2), from float32 angles, as the models were trained."""

@@ -38,8 +38,8 @@ def feed() -> Callable[..., Float32]:
     def feed(cache: object, qkv: QKV, cuts: Sequence[int]) -> Float32:
         outs = []
         for start, stop in zip(cuts, cuts[1:], strict=False):
-            q, k, v = (x[start:stop] for x in qkv)
-            outs.append(cache.attend(q, k, v, start, q.shape[2] ** -0.5))  # type: ignore[attr-defined]
+            rows = np.concatenate([x[start:stop] for x in qkv], axis=1)
+            outs.append(cache.attend(rows, start, rows.shape[2] ** -0.5))  # type: ignore[attr-defined]
             cache.commit(stop)  # type: ignore[attr-defined]
         return np.concatenate(outs)
 

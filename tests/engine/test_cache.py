@@ -225,7 +225,8 @@ def test_a_value_beyond_float16_names_layer_and_position_and_the_session_goes_on
     broken["qkv".index(side)][75, 1, 3] = -70_000
 
     def steps(cache: Cache, data: tuple[NDArray[np.float32], ...], position: int, stop: int) -> list[bytes]:
-        outs = [cache.attend(i, *(x[position:stop] for x in data), position, 0.2).tobytes() for i in range(3)]
+        rows = np.concatenate([x[position:stop] for x in data], axis=1)
+        outs = [cache.attend(i, rows, position, 0.2).tobytes() for i in range(3)]
         cache.commit(stop)
         return outs
 
@@ -233,9 +234,9 @@ def test_a_value_beyond_float16_names_layer_and_position_and_the_session_goes_on
     wanted = [steps(expected, qkv, a, b) for a, b in ((0, 60), (60, 120))]
     cache = Cache(small(), 3, HEADS, DIM)
     assert steps(cache, qkv, 0, 60) == wanted[0]
-    cache.attend(0, *(x[60:] for x in qkv), 60, 0.2)
+    cache.attend(0, np.concatenate([x[60:] for x in qkv], axis=1), 60, 0.2)
     with pytest.raises(NumericalError) as caught:
-        cache.attend(1, *(x[60:] for x in broken), 60, 0.2)
+        cache.attend(1, np.concatenate([x[60:] for x in broken], axis=1), 60, 0.2)
     message = str(caught.value)
     assert message.startswith("layer 1, position 60: ") and "\n" not in message
     assert "70000 is beyond the largest float16" in message and "dense='f32'" in message
@@ -243,7 +244,7 @@ def test_a_value_beyond_float16_names_layer_and_position_and_the_session_goes_on
     assert steps(cache, qkv, 60, 120) == wanted[1]
     # What the message proposes works.
     wide = LayerCache(small(dense="f32", k_bits=32, v_bits=32), HEADS, DIM)
-    out = wide.attend(*broken, 0, 0.2)
+    out = wide.attend(np.concatenate(broken, axis=1), 0, 0.2)
     assert np.isfinite(out).all()
 
 

@@ -135,7 +135,7 @@ def test_a_cache_sums_its_layers(draw_qkv: Draw) -> None:
     cache = Cache(CachePolicy(), 3, 2, 32)
     assert cache.nbytes() == {"sink": 3 * 2 * 4 * 2 * 32 * 2, "old": 0, "recent": 0, "total": 1536 * 2}
     for layer in range(3):
-        cache.attend(layer, *qkv, 0, 0.1)
+        cache.attend(layer, np.concatenate(qkv, axis=1), 0, 0.1)
     cache.commit(300)
     one = cache.layers[0].nbytes()
     assert cache.nbytes() == {**{name: 3 * size for name, size in one.items()}, "total": 3 * sum(one.values())}
@@ -151,7 +151,7 @@ def test_four_bits_take_at_most_32_percent_of_float16_at_4096_tokens(
     4,159 tokens are the worst case near by: one more, and another tile is sealed. The kernel is left out, since memory
     is what is measured.
     """
-    monkeypatch.setattr(mixkv.engine.cache, "attend", lambda *_, **__: None)
+    monkeypatch.setattr(mixkv.engine.cache, "attend_segments", lambda *_, **__: None)
     policy = CachePolicy(window=128, sinks=4, k_bits=4, v_bits=4, dense="f16")
     cache = LayerCache(policy, 3, 64)
     feed(cache, draw_qkv(4, n, 3, 3, 64), [*range(0, n, 512), n])
@@ -166,17 +166,15 @@ def test_a_long_prompt_is_never_held_dense_and_coded_at_once(
     draw_qkv: Draw, feed: Feed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over 16 chunks, dense tiles never hold more than a chunk, the window and a tile on either side of them."""
-    monkeypatch.setattr(mixkv.engine.cache, "attend", lambda *_, **__: None)
     policy, n, size = CachePolicy(), 4096, 256
     cache = LayerCache(policy, 1, 32)
-    largest, original = 0, LayerCache._attend
+    largest = 0
 
-    def watched(self: LayerCache, *args: object) -> Float32:
+    def watched(*_: object) -> None:
         nonlocal largest
-        largest = max(largest, self.nbytes()["recent"])
-        return original(self, *args)  # type: ignore[arg-type]
+        largest = max(largest, cache.nbytes()["recent"])
 
-    monkeypatch.setattr(LayerCache, "_attend", watched)
+    monkeypatch.setattr(mixkv.engine.cache, "attend_segments", watched)
     feed(cache, draw_qkv(5, n, 1, 1, 32), [*range(0, n, size), n])
     assert 0 < largest <= (size + policy.window + 2 * policy.tile) * 2 * 32 * 2
     assert cache.nbytes()["recent"] <= (policy.window + 2 * policy.tile) * 2 * 32 * 2

@@ -4,7 +4,6 @@ The oracle shares nothing with the package: it keeps every token in every form i
 absolute positions, quantizes with its own few lines, and picks for each query and position the form that it sees.
 """
 
-import functools
 from collections.abc import Callable
 from unittest import mock
 
@@ -15,7 +14,6 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import mixkv.engine.cache
 from mixkv.engine.cache import LayerCache
 from mixkv.engine.policy import CachePolicy
 
@@ -127,8 +125,7 @@ def assert_sees(
     """Feed a cache in float32 throughout, and another one as it is; the outputs from ``first`` on are the oracle's."""
     heads, head_dim = qkv[1].shape[1:]
     want, largest = oracle(*qkv, policy, first)
-    exactly = functools.partial(mixkv.engine.cache.attend, exact=True)
-    with mock.patch.object(mixkv.engine.cache, "attend", exactly):
+    with mock.patch.object(LayerCache, "exact", True):
         outs = feed(LayerCache(policy, heads, head_dim), qkv, cuts)
     np.testing.assert_allclose(outs[first:], want, rtol=0, atol=TOLERANCE)
     cache = LayerCache(policy, heads, head_dim)

@@ -48,7 +48,8 @@ class StubTransformer:
         assert (start, stop) == (0, len(step.token_ids))
         phase = np.cos(step.positions).astype(np.float32)[:, None, None]
         for layer, (q, k, v) in enumerate(self.tables[:, :, step.token_ids]):
-            outs.append(cache.attend(layer, q + phase, k + phase, v - phase, int(step.positions[0]), 0.25))
+            qkv = np.concatenate((q + phase, k + phase, v - phase), axis=1)
+            outs.append(cache.attend(layer, qkv, int(step.positions[0]), 0.25))
         rows = np.concatenate(outs, axis=1).reshape(len(step.token_ids), -1)
         return None if logits is None else rows[-1:] if logits == "last" else rows
 

@@ -1,6 +1,5 @@
 """Sessions: what forward returns, that chunks do not matter, what is refused, and how it survives faults."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 import mixkv
 import mixkv.engine.cache
 from mixkv import CachePolicy, Session
-from mixkv.engine.cache import Cache
+from mixkv.engine.cache import Cache, LayerCache
 from mixkv.models.errors import PromptError, UsageError
 from mixkv.models.load import Model
 from mixkv.models.transformer import Step
@@ -146,7 +145,7 @@ def test_two_sequences_in_one_step_give_the_same_as_each_alone(
     assert (other[:rows] != together[:rows]).any()
     # Alone, the products of the weights round differently, and 16-bit factors would turn that into a whole step here and
     # there: so attention is float32 here.
-    monkeypatch.setattr(mixkv.engine.cache, "attend", functools.partial(mixkv.engine.cache.attend, exact=True))
+    monkeypatch.setattr(LayerCache, "exact", True)
     together = run((after(past), first, 70), (new_cache(), second, 0))
     alone = np.concatenate([run((after(past), first, 70)), run((new_cache(), second, 0))])
     np.testing.assert_allclose(together, alone, rtol=0, atol=TOLERANCE)

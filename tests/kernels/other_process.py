@@ -84,13 +84,13 @@ def merge() -> dict[str, Any]:
     """One merge, the smallest kernel: the result, and whether it was compiled here or loaded from disk."""
     from mixkv.kernels import merge_states
     from mixkv.kernels.jit import cache_folder
-    from mixkv.kernels.state import merge_partials
+    from mixkv.kernels.state import merge_parts
 
     out1, out2 = np.full((1, 1, 16), 1, np.float32), np.full((1, 1, 16), 4, np.float32)
     state1, state2 = np.array([[[0.5, 1]]], np.float32), np.array([[[0.5, 2]]], np.float32)
     out, state = merge_states(out1, state1, out2, state2)
-    hits = sum(merge_partials.stats.cache_hits.values())
-    folder, used = str(cache_folder()), str(merge_partials.stats.cache_path)
+    hits = sum(merge_parts.function.stats.cache_hits.values())
+    folder, used = str(cache_folder()), str(merge_parts.function.stats.cache_path)
     return {"out": out.ravel().tolist(), "state": state.ravel().tolist(), "hits": hits, "folder": folder, "used": used}
 
 

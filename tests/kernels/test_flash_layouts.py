@@ -83,17 +83,17 @@ def test_out_may_lie_on_an_input(d: int) -> None:
 
 
 def test_a_read_only_or_unaligned_q_compiles_nothing() -> None:
-    from mixkv.kernels.attention import attend_parts
-    from mixkv.kernels.state import merge_partials
+    from mixkv.kernels.attention import attend_segments
+    from mixkv.kernels.state import merge_parts
 
     rng = np.random.default_rng(34)
     q, k, v = normal(rng, 2, 4, 16), normal(rng, 600, 2, 16), normal(rng, 600, 2, 16)
     state = empty_state(4, 2)
     out = flash_attention(q, k, v, state=state)
-    before = [len(kernel.signatures) for kernel in (attend_parts, merge_partials)]
+    before = [len(kernel.signatures) for kernel in (attend_segments, merge_parts.function)]
     for change in (LAYOUTS["read-only"], unaligned):
         flash_attention(change(q), k, v)
         flash_attention(change(q), k[:9], v[:9], start=np.broadcast_to(np.int64(1), (2,)))
-    after = [len(kernel.signatures) for kernel in (attend_parts, merge_partials)]
+    after = [len(kernel.signatures) for kernel in (attend_segments, merge_parts.function)]
     assert after == before
     assert np.isfinite(out).all()
