@@ -23,6 +23,7 @@ from .models.errors import MixkvError, PromptError, UsageError
 if TYPE_CHECKING:
     from .engine.policy import CachePolicy
     from .engine.session import Session
+    from .experiments.tables import Row, Writer
     from .models.load import Model, Opened
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
@@ -92,19 +93,30 @@ def _say(line: str) -> None:
 
 
 class Bars:
-    """Progress bars on stderr, one below the other, gone when they are done."""
+    """Progress bars on stderr, one below the other, gone when they are done; entered again, they begin anew.
 
-    def __init__(self, quiet: bool) -> None:
+    Without ``threaded`` they are drawn only when a callback is called: no thread takes time from what is measured.
+    """
+
+    def __init__(self, quiet: bool, *, threaded: bool = True) -> None:
         from rich.console import Console
+
+        self._console = Console(stderr=True)
+        self._off, self._threaded = quiet or not self._console.is_terminal, threaded
+        self._begin()
+
+    def _begin(self) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")
-        console = Console(stderr=True)
         self._progress = Progress(
-            *columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet or not console.is_terminal
-        )
+            *columns, TimeRemainingColumn(), console=self._console, transient=True, auto_refresh=self._threaded,
+            disable=self._off,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> "Bars":
+        self._begin()
         self._progress.start()
         return self
 
@@ -113,14 +125,14 @@ class Bars:
 
     def bar(self, label: str) -> Callable[..., None]:
         """A callback (done, in all[, what comes next]); its bar appears with the first call."""
-        task = None
 
         def update(done: int, total: int, detail: str = "") -> None:
-            nonlocal task
             text = f"{label}: {detail}" if detail else label
-            if task is None:
-                task = self._progress.add_task(text, total=total)
-            self._progress.update(task, completed=done, total=total, description=text)
+            if label not in self._tasks:
+                self._tasks[label] = self._progress.add_task(text, total=total)
+            self._progress.update(
+                self._tasks[label], completed=done, total=total, description=text, refresh=not self._threaded
+            )
 
         return update
 
@@ -330,6 +342,90 @@ def _statistics_line(stats: dict[str, Any], finish_reason: str) -> str:
         f"generated {stats['generated_tokens']} tokens, {stats['generated_tokens_per_second']:.1f} tokens/s "
         f"({finish_reason}) | KV {_size(kv['total'])} ({parts}); float16 would take {_size(stats['kv_bytes_float16'])}"
     )
+
+
+@app.command()
+@_reported
+def bench(
+    model: ModelOption = "smollm2",
+    prompts: Annotated[
+        list[str] | None, typer.Option("--n-prompt", "-p", help="Tokens of a prompt; 0 for none.", show_default="512")
+    ] = None,
+    generated: Annotated[
+        list[str] | None, typer.Option("--n-gen", "-n", help="Tokens to generate; 0 for none.", show_default="128")
+    ] = None,
+    pairs: Annotated[
+        list[str] | None, typer.Option("-pg", help="A prompt and tokens to generate behind it: 512,128.")
+    ] = None,
+    depths: Annotated[
+        list[str] | None,
+        typer.Option("--n-depth", "-d", help="Tokens in the cache before, not timed.", show_default="0"),
+    ] = None,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="How often each test is timed.")] = 5,
+    warmup: Annotated[bool, typer.Option("--warmup/--no-warmup", help="Run each test once before, untimed.")] = True,
+    weights: Annotated[list[str] | None, typer.Option(help="Weight formats in memory.", show_default="auto")] = None,
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(help="Cache policies: f32, f16, k4v2, k8v8:window=64:sinks=0:tile=32.", show_default="k4v4"),
+    ] = None,
+    threads: Annotated[
+        list[str] | None, typer.Option("--threads", "-t", help="Threads; all cores unless given.")
+    ] = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="md, csv, json or jsonl.")] = "md",
+    startup: Annotated[bool, typer.Option("--startup", help="Instead, time a warm start and its parts.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Time reading prompts and generating, as llama-bench does.
+
+    Numbers are lists (512,1024) and ranges: 0-4096+1024 adds 1024, 1-64*2 doubles. Each combination of options is a row.
+    Every repetition fills a cache of its own up to the depth.
+    """
+    from .experiments import bench as speed
+    from .experiments import startup as start
+    from .experiments.plan import MAX_THREADS, Plan, parse_cases, parse_policies
+    from .experiments.ranges import parse_numbers, split_words
+    from .experiments.tables import make_writer
+
+    idle = {"-p": prompts, "-n": generated, "-pg": pairs, "-d": depths, "--kv": kv}
+    if startup and any(idle.values()):
+        raise UsageError(f"{', '.join(name for name, given in idle.items() if given)} has no effect with --startup")
+    writer = make_writer(output, *((start.COLUMNS, start.heading) if startup else (speed.COLUMNS, speed.heading)))
+    formats = split_words("--weights", weights or ["auto"])
+    counts = [_set_threads(n) for n in (parse_numbers("--threads", threads, 1, MAX_THREADS) if threads else [None])]
+    bars = Bars(quiet, threaded=False)
+    downloading = bars.bar("downloading")
+    if startup:
+        measuring = start.Startup(
+            model, formats, counts, repetitions, warmup,
+            progress=bars.bar("starting"), download_progress=downloading,
+        )  # fmt: skip
+        _print_rows(measuring.rows(), writer, bars)
+        return
+    cases = parse_cases(prompts or ["512"], generated or ["128"], depths or ["0"], pairs or [])
+    plan = Plan(formats, counts, parse_policies(kv or ["k4v4"]), cases, repetitions, warmup)
+
+    def ready(weights: str) -> "Model":
+        from .kernels.warmup import warm_up
+        from .models.load import load
+
+        loaded = load(model, weights, progress=bars.bar("loading"), download_progress=downloading)
+        warm_up(bars.bar("preparing kernels (compiled once)"))
+        return loaded
+
+    _print_rows(speed.Bench(plan, ready, _set_threads, progress=bars.bar("measuring")).rows(), writer, bars)
+
+
+def _print_rows(rows: "Iterator[Row]", writer: "Writer", bars: Bars) -> None:
+    """Print rows as they are measured, as far as the format allows; whatever ends it, all that there are by then."""
+    try:
+        while True:
+            with bars:  # not while something is printed
+                row = next(rows, None)
+            if row is None:
+                break
+            print(writer.row(row), end="", flush=True)
+    finally:
+        print(writer.end(), end="", flush=True)
 
 
 @app.command()

@@ -1,18 +1,22 @@
 """CachePolicy: what a cache keeps, and how precisely."""
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ..kernels.layout import BF16, F16, F32, KIND_OF_BITS, PAGE, TILES, TileLayout
 from ..kernels.routes import route
 from ..kernels.simd import LANES
+from ..models.check import shown
 from ..models.errors import UsageError
 
 DENSE = {"f16": F16, "bf16": BF16, "f32": F32}
 BITS = (2, 3, 4, 8, 16, 32)
 MAX_WINDOW = 1 << 24
 MAX_SINKS = 1 << 16
+_SUFFIXES = ("window", "sinks", "tile", "dense")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,40 @@ class CachePolicy:
         """Everything in float32: no token is ever rounded."""
         return cls(window=0, sinks=0, k_bits=32, v_bits=32, dense="f32")
 
+    @classmethod
+    def parse(cls, text: str) -> "CachePolicy":
+        """The policy of a short name: "k4v2", "k8v8:window=64:sinks=0:tile=32:dense=bf16", or a dense type alone.
+
+        "f32", "f16" and "bf16" keep every token in that type, without window and sinks; suffixes change that.
+
+        Raises:
+            UsageError: a name or suffix that is none, or a value out of its range.
+
+        """
+        name, *suffixes = text.split(":")
+        fields, given = _named(name), set()
+        try:
+            if not fields:
+                raise UsageError(f"the name must be one of {', '.join(DENSE)}, or like k4v4, found {shown(name)}")
+            for suffix in suffixes:
+                field, _, value = suffix.partition("=")
+                if field not in _SUFFIXES or field in given:
+                    raise UsageError(f"after the name, {', '.join(_SUFFIXES)} may follow once, found {shown(suffix)}")
+                given.add(field)
+                fields[field] = int(value) if re.fullmatch("[0-9]{1,9}", value) else value
+            return cls(**fields)
+        except UsageError as error:
+            raise UsageError(f"cache policy {shown(text)}: {error}") from None
+
+    @property
+    def spec(self) -> str:
+        """The one short name that ``parse`` turns into this policy; what is as the name implies is left out."""
+        everything = CachePolicy(**_named(self.dense), tile=self.tile)
+        name = self.dense if self == everything else f"k{self.k_bits}v{self.v_bits}"
+        implied = CachePolicy(**_named(name))
+        own = [field for field in _SUFFIXES if getattr(self, field) != getattr(implied, field)]
+        return ":".join([name, *(f"{field}={getattr(self, field)}" for field in own)])
+
     def boundary(self, position: int) -> int:
         """B(p): the query at this position sees old tokens below it and dense ones from it on; a multiple of ``tile``."""
         return self.tile * max(0, (position + 1 - self.window) // self.tile)
@@ -99,6 +137,15 @@ class CachePolicy:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _named(name: str) -> dict[str, Any]:
+    """The fields that the name of a policy stands for; none for what is no name."""
+    if name in DENSE:
+        bits = 32 if name == "f32" else 16
+        return {"window": 0, "sinks": 0, "k_bits": bits, "v_bits": bits, "dense": name}
+    codes = re.fullmatch("k([0-9]{1,9})v([0-9]{1,9})", name)
+    return {} if codes is None else {"k_bits": int(codes[1]), "v_bits": int(codes[2])}
 
 
 def _kind(bits: int, dense: str) -> int:

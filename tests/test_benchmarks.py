@@ -123,11 +123,25 @@ def test_every_kernel_is_timed(
     assert [line.split()[0] for line in printed if line][1:] == list(rows)
 
 
-def test_the_loops_that_measure_the_machine_do_their_work(benchmarks: dict[str, ModuleType]) -> None:
-    """They refuse to give a rate otherwise."""
+def test_the_loop_that_measures_products_does_its_work(benchmarks: dict[str, ModuleType]) -> None:
+    """It refuses to give a rate otherwise."""
+    assert benchmarks["machine"].dot_rate(2, 100) > 0
+
+
+def test_the_machine_is_measured_with_one_buffer(
+    benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine = benchmarks["machine"]
-    ones = np.ones(machine.STEP_BYTES * 5, np.uint8)
-    assert machine._read_buffer(ones, 2) > 0 and machine.dot_rate(2, 100) > 0
-    ones[7] = 2
-    with pytest.raises(AssertionError, match="the loop made"):
-        machine._read_buffer(ones, 2)
+    made: list[np.ndarray] = []
+
+    def small() -> np.ndarray:
+        made.append(np.ones(1 << 16, np.uint8))
+        return made[-1]
+
+    monkeypatch.setattr(machine, "cold_buffer", small)
+    monkeypatch.setattr(machine, "blas_rate", lambda: 7.0)
+    monkeypatch.setattr(machine, "dot_rate", lambda threads: float(threads))
+    meter = machine.Meter(2)
+    found = meter.measure(blas=False)
+    assert len(made) == 1 and found.gigabytes > 0 and found.blas_gflops == 0
+    assert (meter.best.blas_gflops, meter.best.dot_products_thread, meter.best.dot_products) == (7, 1, 2)

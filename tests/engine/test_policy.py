@@ -143,6 +143,88 @@ def test_bytes_of_a_token(bits: int, old: float) -> None:
     assert policy.nbytes_per_token(3, 64) == (old, 3 * 256)
 
 
+# --- short names --------------------------------------------------------------------------------------------------
+
+POLICIES = st.builds(
+    CachePolicy,
+    window=st.sampled_from([0, 1, 64, 128, MAX_WINDOW]),
+    sinks=st.sampled_from([0, 4, 5, MAX_SINKS]),
+    k_bits=st.sampled_from([2, 3, 4, 8, 16, 32]),
+    v_bits=st.sampled_from([2, 3, 4, 8, 16, 32]),
+    tile=st.sampled_from([32, 64, 128]),
+    dense=st.sampled_from(["f16", "bf16", "f32"]),
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("k4v4", CachePolicy()),
+        ("k4v2", CachePolicy(v_bits=2)),
+        ("k16v32", CachePolicy(k_bits=16, v_bits=32)),
+        ("f32", CachePolicy.full()),
+        ("f16", CachePolicy(window=0, sinks=0, k_bits=16, v_bits=16)),
+        ("bf16:tile=32", CachePolicy(window=0, sinks=0, k_bits=16, v_bits=16, tile=32, dense="bf16")),
+        ("f16:window=1", CachePolicy(window=1, sinks=0, k_bits=16, v_bits=16)),
+        (
+            "k8v3:dense=f32:sinks=0:window=16777216:tile=128",
+            CachePolicy(window=MAX_WINDOW, sinks=0, k_bits=8, v_bits=3, tile=128, dense="f32"),
+        ),
+    ],
+)
+def test_a_short_name_is_a_policy(text: str, policy: CachePolicy) -> None:
+    assert CachePolicy.parse(text) == policy
+
+
+@given(POLICIES)
+def test_every_policy_has_a_short_name_that_is_read_back(policy: CachePolicy) -> None:
+    assert CachePolicy.parse(policy.spec) == policy
+
+
+def test_short_names_leave_out_what_they_imply() -> None:
+    assert [CachePolicy.parse(text).spec for text in ("k4v4:window=128:dense=f16", "f32", "bf16", "f16:tile=64")] == [
+        "k4v4", "f32", "bf16", "f16",
+    ]  # fmt: skip
+    assert CachePolicy(k_bits=16, v_bits=16, sinks=0).spec == "k16v16:sinks=0"
+    assert (
+        CachePolicy.parse("k8v4:dense=f32:tile=32:sinks=1:window=2").spec == "k8v4:window=2:sinks=1:tile=32:dense=f32"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["name must be one of f16, bf16, f32, or like k4v4", "found ''"]),
+        ("q4", ["found 'q4'"]),
+        ("k4", ["found 'k4'"]),
+        ("k4v4 ", ["found 'k4v4 '"]),
+        ("K4V4", ["found 'K4V4'"]),
+        ("k４v4", ["like k4v4"]),
+        ("k5v4", ["k_bits must be one of 2, 3, 4, 8, 16, 32, found 5; the nearest is 4"]),
+        ("k4v4:", ["window, sinks, tile, dense may follow once, found ''"]),
+        ("k4v4:window", ["window must be a whole number from 0 to 16777216, found ''"]),
+        ("k4v4:window=", ["window must be", "found ''"]),
+        ("k4v4:window=-1", ["window must be", "found '-1'"]),
+        ("k4v4:window=1.5", ["found '1.5'"]),
+        ("k4v4:window=1=2", ["found '1=2'"]),
+        ("k4v4:windows=1", ["found 'windows=1'"]),
+        ("k4v4:k_bits=8", ["found 'k_bits=8'"]),
+        ("k4v4:sinks=1:sinks=1", ["once, found 'sinks=1'"]),
+        ("k4v4:sinks=999999999", ["sinks", "0 to 65536"]),
+        ("k4v4:sinks=" + "9" * 5000, ["sinks", "0 to 65536"]),
+        ("k4v4:tile=100", ["tile must be one of 32, 64, 128, found 100; the nearest is 128"]),
+        ("f16:dense=f8", ["dense must be one of f16, bf16, f32, found 'f8'"]),
+        ("x" * 10_000, ["name must be"]),
+    ],
+)
+def test_a_short_name_that_is_none_is_refused(text: str, words: list[str]) -> None:
+    with pytest.raises(UsageError, match=r"^cache policy '") as caught:
+        CachePolicy.parse(text)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words)
+    assert repr(text)[:20] in message or len(text) > 20
+
+
 # --- the boundary -------------------------------------------------------------------------------------------------
 
 

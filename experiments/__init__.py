@@ -1,0 +1,1 @@
+"""Measuring: quality, speed and memory of models and caches."""
