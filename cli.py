@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 another error; 2 wrong usage; 3 a model file refused; 4 a 
 
 import contextlib
 import functools
+import inspect
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -45,6 +46,42 @@ VBits = Annotated[int, typer.Option(help="Bits of old values: 2, 3, 4, 8, 16 or 
 Tile = Annotated[int, typer.Option(help="Tokens quantized together: 32, 64 or 128.")]
 Dense = Annotated[str, typer.Option(help="Type of sinks and recent tokens: f16, bf16 or f32.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+class CacheOptions(NamedTuple):
+    """The options of a cache, in the order of the fields of ``CachePolicy``, with their defaults."""
+
+    window: Window = 128
+    sinks: Sinks = 4
+    k_bits: KBits = 4
+    v_bits: VBits = 4
+    tile: Tile = 64
+    dense: Dense = "f16"
+
+    def policy(self) -> "CachePolicy":
+        """The policy that they ask for; UsageError where there is none."""
+        from .engine.policy import CachePolicy
+
+        return CachePolicy(*self)
+
+
+def _takes_cache_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Offer the options of a cache where a command has its parameter ``cache``, which gets them as one."""
+    offered = [
+        option.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for option in inspect.signature(CacheOptions).parameters.values()
+    ]
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        parameters += offered if parameter.name == "cache" else [parameter]
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        cache = CacheOptions(**{name: options.pop(name) for name in CacheOptions._fields})
+        command(*args, cache=cache, **options)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
 
 
 def _reported(command: Callable[..., None]) -> Callable[..., None]:
@@ -183,6 +220,7 @@ def _prompt_ids(model: "Model", text: str, chat: bool | None, system: str | None
 
 @app.command()
 @_reported
+@_takes_cache_options
 def generate(
     prompt: Annotated[str | None, typer.Argument(help='The prompt; "-" or nothing reads it from stdin.')] = None,
     model: ModelOption = "smollm2",
@@ -204,21 +242,16 @@ def generate(
     check_weights: Annotated[bool, typer.Option("--check-weights", help="Refuse NaN and infinite weights.")] = False,
     threads: Annotated[int | None, typer.Option(help="Threads; all cores unless given.")] = None,
     context: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer.")] = None,
-    window: Window = 128,
-    sinks: Sinks = 4,
-    k_bits: KBits = 4,
-    v_bits: VBits = 4,
-    tile: Tile = 64,
-    dense: Dense = "f16",
+    *,
+    cache: CacheOptions,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no statistics on stderr.")] = False,
 ) -> None:
     """Generate text. Text streams to stdout; progress and statistics go to stderr."""
     started = time.perf_counter()
-    from .engine.policy import CachePolicy
     from .engine.sampler import SamplingParams
 
-    policy = CachePolicy(window, sinks, k_bits, v_bits, tile, dense)
+    policy = cache.policy()
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repeat_penalty, seed)
     idle = [name for name, given in (("--top-k", top_k), ("--top-p", top_p < 1), ("--min-p", min_p)) if given]
     if temperature == 0 and idle:
@@ -377,26 +410,21 @@ def models(as_json: AsJson = False) -> None:
 
 @app.command()
 @_reported
+@_takes_cache_options
 def info(
     model: Annotated[
         str | None,
         typer.Argument(help="Registry name, a model folder, or a .gguf file; smollm2, or none for --routes."),
     ] = None,
-    window: Window = 128,
-    sinks: Sinks = 4,
-    k_bits: KBits = 4,
-    v_bits: VBits = 4,
-    tile: Tile = 64,
-    dense: Dense = "f16",
+    *,
+    cache: CacheOptions,
     routes: Annotated[
         bool, typer.Option("--routes", help="How the kernels compute each format on this CPU, and what options cost.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Describe a model, and what its cache takes under a policy."""
-    from .engine.policy import CachePolicy
-
-    policy = CachePolicy(window, sinks, k_bits, v_bits, tile, dense)
+    policy = cache.policy()
     described: dict[str, Any] = {}
     if model is not None or not routes:
         from .models.load import open_model
