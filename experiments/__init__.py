@@ -1,0 +1,1 @@
+"""Experiments: what a cache policy or a weight format costs in quality."""
