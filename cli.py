@@ -181,14 +181,19 @@ def _set_threads(threads: int | None) -> int:
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt from the one place it was given in: argument, --file, or stdin (for "-" or nothing)."""
-    from .models.limits import MAX_PROMPT_BYTES
-
     if prompt is not None and file is not None:
         raise UsageError("give the prompt either as an argument or with --file, not both")
     if prompt is not None and prompt != "-":
         return prompt
     if file is None and (sys.stdin is None or (prompt is None and sys.stdin.isatty())):
         raise UsageError("give a prompt as an argument, with --file, or on stdin")
+    return _read_text(file)
+
+
+def _read_text(file: Path | None) -> str:
+    """The whole of a file, or of stdin for None; PromptError where it is no UTF-8, too long or cannot be read."""
+    from .models.limits import MAX_PROMPT_BYTES
+
     where = "stdin" if file is None else str(file)
     try:
         if file is None:
@@ -480,6 +485,84 @@ def _described(opened: "Opened", policy: "CachePolicy") -> dict[str, Any]:
         "kv_bytes_per_old_token": old,
         "kv_bytes_per_recent_token": recent,
         "kv_bytes_per_token_float16": layers * heads * head_dim * 4,
+    }
+
+
+@app.command("eval")
+@_reported
+@_takes_cache_options
+def evaluate(
+    file: Annotated[Path, typer.Argument(help='The text, in UTF-8; "-" reads stdin.')],
+    model: ModelOption = "smollm2",
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", "-n", help="Most tokens to evaluate, from the beginning; all unless given."),
+    ] = None,
+    weights: Annotated[str, typer.Option(help="Weight format of the candidate.")] = "auto",
+    reference_weights: Annotated[str, typer.Option(help="Weight format of the reference.")] = "f32",
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores unless given.")] = None,
+    *,
+    cache: CacheOptions,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Measure on a text what a cache policy and a weight format cost, beside a cache of float32."""
+    policy = cache.policy()
+    if tokens is not None and tokens < 2:
+        raise UsageError(f"--tokens must be 2 or more, found {tokens}")
+    if str(file) == "-" and sys.stdin is None:
+        raise UsageError("stdin is closed: there is no text to read")
+    text = _read_text(None if str(file) == "-" else file)
+    used_threads = _set_threads(threads)
+    from .engine.policy import CachePolicy
+    from .engine.session import Session
+    from .experiments.evaluate import evaluate as run
+    from .kernels.warmup import warm_up
+    from .models.linear import check_weights_option
+
+    weights, reference_weights = check_weights_option(weights), check_weights_option(reference_weights)
+    with Bars(quiet) as bars:
+        loaded = _load_each(model, {weights, reference_weights}, bars)
+        ids = _first_tokens(loaded[weights], text, tokens)
+        reference = Session(loaded[reference_weights], CachePolicy.full())
+        candidate = Session(loaded[weights], policy)
+        warm_up(bars.bar("preparing kernels (compiled once)"))
+        begun = time.perf_counter()
+        found = run(reference, candidate, ids, progress=bars.bar("evaluating"))
+    seconds = time.perf_counter() - begun
+    about = {"model": model, "policy": str(policy), "weights": weights, "reference_weights": reference_weights}
+    result = {**found.to_dict(), **about, "threads": used_threads, "seconds": seconds}
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _print_table(_rounded(result))
+
+
+def _load_each(model: str, formats: set[str], bars: Bars) -> dict[str, "Model"]:
+    """The model in each weight format."""
+    from .models.load import load
+
+    return {
+        weights: load(
+            model, weights, progress=bars.bar(f"loading {weights}"), download_progress=bars.bar("downloading")
+        )
+        for weights in sorted(formats)
+    }
+
+
+def _first_tokens(model: "Model", text: str, most: int | None) -> list[int]:
+    """The ids of a text, ``most`` of them at most; PromptError where they do not fit and nobody said how many to take."""
+    ids, context = model.encode(text), model.config.max_position_embeddings
+    if most is None and len(ids) > context:
+        raise PromptError(f"the text has {len(ids)} tokens, the context {context}: --tokens takes the first of them")
+    return ids[:most]
+
+
+def _rounded(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Numbers as people read them: six digits, and "none" for what is not a finite number."""
+    return {
+        name: _rounded(x) if isinstance(x, dict) else "none" if x is None else f"{x:.6g}" if isinstance(x, float) else x
+        for name, x in numbers.items()
     }
 
 
