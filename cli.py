@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 another error; 2 wrong usage; 3 a model file refused; 4 a 
 
 import contextlib
 import functools
+import inspect
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -46,6 +47,42 @@ VBits = Annotated[int, typer.Option(help="Bits of old values: 2, 3, 4, 8, 16 or 
 Tile = Annotated[int, typer.Option(help="Tokens quantized together: 32, 64 or 128.")]
 Dense = Annotated[str, typer.Option(help="Type of sinks and recent tokens: f16, bf16 or f32.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+class CacheOptions(NamedTuple):
+    """The options of a cache, in the order of the fields of ``CachePolicy``, with their defaults."""
+
+    window: Window = 128
+    sinks: Sinks = 4
+    k_bits: KBits = 4
+    v_bits: VBits = 4
+    tile: Tile = 64
+    dense: Dense = "f16"
+
+    def policy(self) -> "CachePolicy":
+        """The policy that they ask for; UsageError where there is none."""
+        from .engine.policy import CachePolicy
+
+        return CachePolicy(*self)
+
+
+def _takes_cache_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Offer the options of a cache where a command has its parameter ``cache``, which gets them as one."""
+    offered = [
+        option.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for option in inspect.signature(CacheOptions).parameters.values()
+    ]
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        parameters += offered if parameter.name == "cache" else [parameter]
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        cache = CacheOptions(**{name: options.pop(name) for name in CacheOptions._fields})
+        command(*args, cache=cache, **options)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
 
 
 def _reported(command: Callable[..., None]) -> Callable[..., None]:
@@ -156,14 +193,19 @@ def _set_threads(threads: int | None) -> int:
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt from the one place it was given in: argument, --file, or stdin (for "-" or nothing)."""
-    from .models.limits import MAX_PROMPT_BYTES
-
     if prompt is not None and file is not None:
         raise UsageError("give the prompt either as an argument or with --file, not both")
     if prompt is not None and prompt != "-":
         return prompt
     if file is None and (sys.stdin is None or (prompt is None and sys.stdin.isatty())):
         raise UsageError("give a prompt as an argument, with --file, or on stdin")
+    return _read_text(file)
+
+
+def _read_text(file: Path | None) -> str:
+    """The whole of a file, or of stdin for None; PromptError where it is no UTF-8, too long or cannot be read."""
+    from .models.limits import MAX_PROMPT_BYTES
+
     where = "stdin" if file is None else str(file)
     try:
         if file is None:
@@ -195,6 +237,7 @@ def _prompt_ids(model: "Model", text: str, chat: bool | None, system: str | None
 
 @app.command()
 @_reported
+@_takes_cache_options
 def generate(
     prompt: Annotated[str | None, typer.Argument(help='The prompt; "-" or nothing reads it from stdin.')] = None,
     model: ModelOption = "smollm2",
@@ -218,21 +261,16 @@ def generate(
     check_weights: Annotated[bool, typer.Option("--check-weights", help="Refuse NaN and infinite weights.")] = False,
     threads: Annotated[int | None, typer.Option(help="Threads; all cores unless given.")] = None,
     context: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer.")] = None,
-    window: Window = 128,
-    sinks: Sinks = 4,
-    k_bits: KBits = 4,
-    v_bits: VBits = 4,
-    tile: Tile = 64,
-    dense: Dense = "f16",
+    *,
+    cache: CacheOptions,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no statistics on stderr.")] = False,
 ) -> None:
     """Generate text. Text streams to stdout; progress and statistics go to stderr."""
     started = time.perf_counter()
-    from .engine.policy import CachePolicy
     from .engine.sampler import SamplingParams
 
-    policy = CachePolicy(window, sinks, k_bits, v_bits, tile, dense)
+    policy = cache.policy()
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repeat_penalty, seed)
     idle = [name for name, given in (("--top-k", top_k), ("--top-p", top_p < 1), ("--min-p", min_p)) if given]
     if temperature == 0 and idle:
@@ -475,26 +513,21 @@ def models(as_json: AsJson = False) -> None:
 
 @app.command()
 @_reported
+@_takes_cache_options
 def info(
     model: Annotated[
         str | None,
         typer.Argument(help="Registry name, a model folder, or a .gguf file; smollm2, or none for --routes."),
     ] = None,
-    window: Window = 128,
-    sinks: Sinks = 4,
-    k_bits: KBits = 4,
-    v_bits: VBits = 4,
-    tile: Tile = 64,
-    dense: Dense = "f16",
+    *,
+    cache: CacheOptions,
     routes: Annotated[
         bool, typer.Option("--routes", help="How the kernels compute each format on this CPU, and what options cost.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Describe a model, and what its cache takes under a policy."""
-    from .engine.policy import CachePolicy
-
-    policy = CachePolicy(window, sinks, k_bits, v_bits, tile, dense)
+    policy = cache.policy()
     described: dict[str, Any] = {}
     if model is not None or not routes:
         from .models.load import open_model
@@ -550,6 +583,82 @@ def _described(opened: "Opened", policy: "CachePolicy") -> dict[str, Any]:
         "kv_bytes_per_old_token": old,
         "kv_bytes_per_recent_token": recent,
         "kv_bytes_per_token_float16": layers * heads * head_dim * 4,
+    }
+
+
+@app.command("eval")
+@_reported
+@_takes_cache_options
+def evaluate(
+    file: Annotated[Path, typer.Argument(help='The text, in UTF-8; "-" reads stdin.')],
+    model: ModelOption = "smollm2",
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", "-n", help="Most tokens to evaluate, from the beginning; all unless given."),
+    ] = None,
+    weights: Annotated[str, typer.Option(help="Weight format of the candidate.")] = "auto",
+    reference_weights: Annotated[str, typer.Option(help="Weight format of the reference.")] = "f32",
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores unless given.")] = None,
+    *,
+    cache: CacheOptions,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Measure on a text what a cache policy and a weight format cost, beside a cache of float32."""
+    policy = cache.policy()
+    if tokens is not None and tokens < 2:
+        raise UsageError(f"--tokens must be 2 or more, found {tokens}")
+    if str(file) == "-" and sys.stdin is None:
+        raise UsageError("stdin is closed: there is no text to read")
+    text = _read_text(None if str(file) == "-" else file)
+    used_threads = _set_threads(threads)
+    from .engine.policy import CachePolicy
+    from .engine.session import Session
+    from .experiments.evaluate import evaluate as run
+    from .kernels.warmup import warm_up
+
+    with Bars(quiet) as bars:
+        loaded = _load_each(model, {weights, reference_weights}, bars)
+        ids = _first_tokens(loaded[weights], text, tokens)
+        reference = Session(loaded[reference_weights], CachePolicy.full())
+        candidate = Session(loaded[weights], policy)
+        warm_up(bars.bar("preparing kernels (compiled once)"))
+        begun = time.perf_counter()
+        found = run(reference, candidate, ids, progress=bars.bar("evaluating"))
+    seconds = time.perf_counter() - begun
+    about = {"model": model, "policy": str(policy), "weights": weights, "reference_weights": reference_weights}
+    result = {**found.to_dict(), **about, "threads": used_threads, "seconds": seconds}
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _print_table(_rounded(result))
+
+
+def _load_each(model: str, formats: set[str], bars: Bars) -> dict[str, "Model"]:
+    """The model in each weight format."""
+    from .models.load import load
+
+    return {
+        weights: load(
+            model, weights, progress=bars.bar(f"loading {weights}"), download_progress=bars.bar("downloading")
+        )
+        for weights in sorted(formats)
+    }
+
+
+def _first_tokens(model: "Model", text: str, most: int | None) -> list[int]:
+    """The ids of a text, ``most`` of them at most; PromptError where they do not fit and nobody said how many to take."""
+    ids, context = model.encode(text), model.config.max_position_embeddings
+    if most is None and len(ids) > context:
+        raise PromptError(f"the text has {len(ids)} tokens, the context {context}: --tokens takes the first of them")
+    return ids[:most]
+
+
+def _rounded(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Numbers as people read them: six digits, and "none" for what is not a finite number."""
+    return {
+        name: _rounded(x) if isinstance(x, dict) else "none" if x is None else f"{x:.6g}" if isinstance(x, float) else x
+        for name, x in numbers.items()
     }
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from ..engine.policy import CachePolicy
 from ..models.errors import UsageError
-from ..models.linear import check_weights_option
 from ..models.load import Model
+from ..models.pack import check_weights_option
 from .ranges import parse_numbers, parse_pairs, split_words
 
 MAX_REPETITIONS = 10_000

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..models.errors import MixkvError, UsageError
-from ..models.linear import check_weights_option
 from ..models.load import open_model
+from ..models.pack import check_weights_option
 from . import machine
 from .plan import check_repetitions
 from .tables import Column, Row

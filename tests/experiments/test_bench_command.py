@@ -138,7 +138,7 @@ def test_a_start_is_measured_by_its_parts() -> None:
         (["-r", "-3"], ["found -3"]),
         (["--kv", "q4"], ["cache policy 'q4'", "f16, bf16, f32", "k4v4"]),
         (["--kv", "k4v4:window=x"], ["window", "'x'"]),
-        (["--weights", "q4"], ["weights", "q4", "auto, f32"]),
+        (["--weights", "q5"], ["weights", "q5", "auto, f32, bf16, q8, q4"]),
         (["--weights", "auto,"], ["--weights", "empty"]),
         (["-t", "0"], ["--threads", "found 0"]),
         (["-t", "1,60000"], ["--threads", "60000", "cores"]),
@@ -146,7 +146,7 @@ def test_a_start_is_measured_by_its_parts() -> None:
         (["-m", "no-such-model"], ["no-such-model", "smollm2"]),
         (["--startup", "-p", "8", "--kv", "f32"], ["-p, --kv has no effect with --startup"]),
         (["--startup", "-r", "0"], ["-r must be", "found 0"]),
-        (["--startup", "--weights", "q4"], ["weights", "q4"]),
+        (["--startup", "--weights", "q5"], ["weights", "q5"]),
         (["--startup", "-m", "no-such-model"], ["no-such-model"]),
     ],
 )
