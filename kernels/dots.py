@@ -70,7 +70,7 @@ def _dot_bytes(context: Any, builder: Any, sums: Any, address: Any, offset: int,
     if _IS_X86 and cpu_has(context, "avx512vnni"):
         signature = ir.FunctionType(_V_I32, [_V_I32, _V_I32, address.type])
         return builder.asm(
-            signature, f"vpdpbusd {offset}($3){{1to16}}, $2, $0", "=v,0,v,r", [sums, codes, address], False
+            signature, f"vpdpbusd {offset}($3){{1to16}}, $2, $0", "=v,0,v,r", [sums, codes, address], True
         )
     number = _load(builder, builder.add(address, _number(address, offset)), _I32)
     number = _broadcast(builder, number, _V_I32)
@@ -115,7 +115,7 @@ def _bytes(bits: int, has_minima: bool) -> Any:
             place = builder.mul(loop.i, _number(x, 4 * TILE_ROWS))
             own_scales, own_others = builder.add(x_scales, place), builder.add(x_others, place)
             at = builder.add(codes, builder.mul(loop.i, _number(codes, group_nbytes)))
-            for line in range(0, group_nbytes, VECTOR):
+            for line in range(0, group_nbytes, VECTOR) if n_rows <= 2 else ():  # many rows read a block many times
                 _ask_ahead(builder, builder.add(at, _number(at, line)))
             half = builder.mul(loop.i, _number(x, 2 * LANES))
             sums = []

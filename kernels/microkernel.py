@@ -43,6 +43,7 @@ VECTOR = 4 * LANES  # bytes of a vector of words
 CHAINS = {1: 4, 2: 2, 3: 2, 4: 2, 8: 1}  # sums of a row, by rows: together at least the cycles that a dot product takes
 # Bytes, and how near a cache (3: the first level): tiles are read in the order of memory, but the processor's own
 # prefetcher stops whenever something else is computed for a while.
+PAIRS_FROM = 24  # rows; measured with AVX-512, where 8 rows share the work
 AHEAD = ((8192, 1), (2048, 3))
 _V_I16_PAIRS = ir.VectorType(_I16, 2 * LANES)
 
@@ -294,7 +295,7 @@ def _scaled(
 
 def _codes(bits: int) -> Any:
     per_word = 8 if bits == 3 else 16 // bits  # pairs
-    words_a_turn = 2 if bits == 8 else 1
+    words_a_turn = {16: 4, 8: 2}.get(bits, 1)
 
     def body(context: Any, builder: Any, *args: Any) -> None:
         a, a_stride, b, b_stride, tops_plane, first_pair, count, rows, vectors = args[:9]
@@ -326,7 +327,8 @@ def _codes(bits: int) -> Any:
             numbers = [builder.add(row, builder.mul(inner.i, _number(a, 4))) for row in a_rows]
             fields: list[Callable[[], Any]] = []
             for w in range(words_a_turn):
-                _ask_ahead(builder, builder.add(source, _number(a, VECTOR * w)))
+                if bits < 16:  # pairs come from a cache
+                    _ask_ahead(builder, builder.add(source, _number(a, VECTOR * w)))
                 words = _load(builder, builder.add(source, _number(a, VECTOR * w)), _V_I32)
                 if bits == 3:
                     place = builder.add(pair, inner.i)
@@ -374,3 +376,39 @@ def _codes(bits: int) -> Any:
 
 
 multiply_codes8, multiply_codes4, multiply_codes3, multiply_codes2 = (_codes(bits) for bits in (8, 4, 3, 2))
+multiply_pairs = _codes(16)
+
+
+def _take_apart(bits: int) -> Any:
+    per_word = 8 if bits == 3 else 16 // bits  # pairs
+
+    def body(_: Any, builder: Any, codes: Any, tops_plane: Any, words: Any, target: Any) -> None:
+        loop = _Loop(builder, words, 1, "word")
+        vector = _load(builder, builder.add(codes, builder.mul(loop.i, _number(codes, VECTOR))), _V_I32)
+        if bits == 3:
+            top = builder.mul(builder.lshr(loop.i, _number(codes, 1)), _number(codes, VECTOR))
+            shift = builder.mul(builder.and_(loop.i, _number(codes, 1)), _number(codes, 8))
+            fields = _fields3(builder, vector, _load(builder, builder.add(tops_plane, top), _V_I32), shift)
+        else:
+            fields = _fields(builder, vector, bits)
+        to = builder.add(target, builder.mul(loop.i, _number(target, VECTOR * per_word)))
+        for i, field in enumerate(fields):
+            at = builder.add(to, _number(to, VECTOR * i))
+            builder.store(field(), _pointer(builder, at, _V_I32)).align = 4
+        loop.turn([])
+
+    body.__name__ = f"take_apart{bits}"
+    body.__doc__ = f"""Codes of {bits} bits as pairs of int16, less the middle one, for ``multiply_pairs``.
+
+    Arguments: the codes, the plane of third bits (3 bits only), vectors of words (1 or more), the target.
+    """
+    return _operation(types.void, *[types.intp] * 4)(body)
+
+
+take_apart8, take_apart4, take_apart3, take_apart2 = (_take_apart(bits) for bits in (8, 4, 3, 2))
+
+
+@_operation(types.int64)
+def pairs_from(context: Any, builder: Any) -> Any:
+    """From how many rows on it costs less to take codes apart once for all rows than for every few again."""
+    return ir.Constant(ir.IntType(64), PAIRS_FROM if cpu_has(context, "avx512f") else PAIRS_FROM // 4)

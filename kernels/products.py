@@ -25,6 +25,7 @@ from .layout import BF16, F16, F32, GROUP, KIND, LIMBS, PARTS, PER_LANE, Q2, Q3,
 from .simd import LANES
 
 VECTOR = 4 * LANES  # bytes of a vector of words
+PAIRS = -1  # codes that have been taken apart, in the place of a kind
 FOLDED = 16  # rows that are folded together, so that one need not wait for the other's maximum
 _LARGEST = 32767.0  # of a 16-bit factor
 _LIMB = 65534.0  # what the second limb is the finer by: the rest of rounding is at most 1/2
@@ -143,15 +144,29 @@ def _next_part(words, factors, offsets, rows, length):  # type: ignore[no-untype
     return words + 2 * rows * length, factors + vectors, offsets + vectors
 
 
-@standalone(types.void(*[types.int64] * 15))
+@inner
+def _take_apart(kind, codes, third_bits, pairs, target):  # type: ignore[no-untyped-def]
+    """All codes of a tile as ``pairs`` vectors of pairs."""
+    if kind == Q8:
+        microkernel.take_apart8(codes, 0, pairs // 2, target)
+    elif kind == Q4:
+        microkernel.take_apart4(codes, 0, pairs // 4, target)
+    elif kind == Q3:
+        microkernel.take_apart3(codes, third_bits, pairs // 8, target)
+    elif kind == Q2:
+        microkernel.take_apart2(codes, 0, pairs // 8, target)
+
+
+@standalone(types.void(*[types.int64] * 16))
 def multiply_tile(  # type: ignore[no-untyped-def]
-    words, factors, offsets, folded, first, rows, lanes, steps, codes, scales, side, fresh, targets, column, tops
+    words, factors, offsets, folded, first, rows, lanes, steps, codes, scales, side, fresh, targets, column, tops, room
 ):  # fmt: skip
     """The integer route, second step: the products of folded rows and the codes of one tile. All arguments are numbers.
 
     words, factors, offsets: of all ``folded`` rows (see ``fold``), of which those of this tile are ``rows``, from ``first``
     on. codes: as stored. fresh: 1 if the targets are written, not added to. targets: address of int64, an address a row;
-    column: an offset of all of them. tops: the same of vectors that keep the largest values written, or 0.
+    column: an offset of all of them. tops: the same of vectors that keep the largest values written, or 0. room: for the
+    codes as pairs of int16, in which many rows take them.
     """
     group, parts = simd.integer_at(side + 8 * GROUP), simd.integer_at(side + 8 * PARTS)
     per_lane, kind = simd.integer_at(side + 8 * PER_LANE), simd.integer_at(side + 8 * KIND)
@@ -160,6 +175,9 @@ def multiply_tile(  # type: ignore[no-untyped-def]
     a_word = 2 if kind == Q8 else 4 if kind == Q4 else 8  # pairs
     stride, third_bits = steps // 2 // a_word * VECTOR, codes + lanes * steps // 32 // 8 * VECTOR
     scale_step = VECTOR if per_lane else 0
+    if rows >= microkernel.pairs_from():
+        _take_apart(kind, codes, third_bits, lanes * steps // 32, room)
+        kind, codes, a_word, stride = PAIRS, room, 1, steps // 2 * VECTOR
     for turn in range(parts * limbs):
         part = turn // limbs
         first_step, first_lane = (part * length, 0) if per_lane else (0, part * span)
@@ -184,6 +202,8 @@ def multiply_tile(  # type: ignore[no-untyped-def]
                 microkernel.multiply_codes3(at, 2 * length, source, stride, third_bits, pair, *common)
             elif kind == Q2:
                 microkernel.multiply_codes2(at, 2 * length, source, stride, 0, 0, *common)
+            else:
+                microkernel.multiply_pairs(at, 2 * length, source, stride, 0, 0, *common)
             i += count
         words, factors, offsets = _next_part(words, factors, offsets, folded, length)
 

@@ -148,6 +148,7 @@ def _multiply_tile(  # type: ignore[no-untyped-def]
         get(room, TILE_KERNEL), get(room, WORDS), get(room, FACTORS), get(room, OFFSETS), row_int(table, FIRST, tiles),
         first, row_int(table, FIRST, nth + 1) - first, lanes, steps, codes, scales, side, fresh,
         row_field(table, TARGETS) + 8 * first, column, row_field(table, TOPS) + 8 * first if has_tops else 0,
+        get(room, CODES),
     )  # fmt: skip
 
 
