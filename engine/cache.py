@@ -23,9 +23,11 @@ from ..kernels.simd import LANES
 from ..kernels.state import pad_last_axis
 from ..kernels.tables import (
     APPENDED,
+    CALL_FIELDS,
     EXACT,
     FRESH,
     LOST,
+    MAX_SEGMENTS,
     N_HEADS,
     N_PARTS,
     N_QUERIES,
@@ -37,6 +39,7 @@ from ..kernels.tables import (
     RANGES,
     SCALE,
     SEGMENTS,
+    STEP,
 )
 from ..models.errors import NumericalError
 from .policy import DENSE, CachePolicy
@@ -47,22 +50,31 @@ _WIDER = "use a policy with dense='f32' and k_bits and v_bits of 32"
 class View:
     """What the queries of one step see, the same in every layer: absolute positions, cut into the three segments."""
 
-    def __init__(self, policy: CachePolicy, sinks: int, position: int, n_queries: int) -> None:
-        self.position, self.stop = position, position + n_queries
-        seen = np.arange(position + 1, position + n_queries + 1, dtype=np.int64)
+    def __init__(self, policy: CachePolicy, sinks: int, position: int, qkv: Float32, n_kv_heads: int) -> None:
+        n_queries, heads = len(qkv), qkv.shape[1] - 2 * n_kv_heads
+        self.position, self.n_queries, self.heads = position, n_queries, heads
+        self.stop, self.threads = position + n_queries, numba.get_num_threads()
+        self.state = np.empty((heads, n_queries, 2), np.float32)
+        seen = np.arange(position + 1, self.stop + 1, dtype=np.int64)
         boundaries = policy.boundaries(seen - 1)
         self.old_stop = int(boundaries[-1]) // policy.tile  # the tiles below are sealed
-        zeros, within = np.zeros_like(seen), np.minimum(seen, sinks)
-        recent = np.maximum(boundaries, sinks)
         # Of sink, old, recent: where each query starts and stops
-        self.ranges = np.stack([zeros, within, np.full_like(seen, sinks), boundaries, recent, seen])
-        firsts, lasts = self.ranges[::2, 0].tolist(), self.ranges[1::2, -1].tolist()
-        self.spans = list(zip(firsts, lasts, strict=True))
-        address, nbytes = self.ranges.ctypes.data, 8 * n_queries
-        self.fields = np.array(
-            [x for i, (low, high) in enumerate(self.spans)
-             for x in (address + 2 * i * nbytes, address + (2 * i + 1) * nbytes, low, high)]
+        self._ranges = np.stack(
+            [np.zeros_like(seen), np.minimum(seen, sinks), np.full_like(seen, sinks), boundaries,
+             np.maximum(boundaries, sinks), seen]
         )  # fmt: skip
+        firsts, lasts = self._ranges[::2, 0].tolist(), self._ranges[1::2, -1].tolist()
+        spans = list(zip(firsts, lasts, strict=True))
+        width = -(-qkv.shape[2] // LANES) * LANES
+        fields = np.zeros(CALL_FIELDS, np.int64)
+        fields[N_QUERIES], fields[Q_STRIDE], fields[APPENDED] = n_queries, 4 * qkv.shape[1] * width, 1
+        fields[POSITION] = position
+        fields[N_PARTS] = n_parts(n_queries, heads, n_kv_heads, spans, self.threads)
+        address, nbytes = self._ranges.ctypes.data, 8 * n_queries
+        for i, (low, high) in enumerate(spans):
+            own = address + 2 * i * nbytes, address + (2 * i + 1) * nbytes, low, high
+            fields[RANGES + 4 * i : RANGES + 4 * (i + 1)] = own
+        self.fields = fields[STEP:]
 
 
 class LayerCache:
@@ -89,51 +101,54 @@ class LayerCache:
         self._options = np.zeros(3, np.float32)
         self.tiles_quantized = 0  # each tile of the old segment once, which is tested by this count
 
-    def attend(self, qkv: Float32, position: int, scale: float, view: View | None = None) -> Float32:
+    def attend(
+        self, qkv: Float32, position: int, scale: float, out: Float32 | None = None, view: View | None = None
+    ) -> Float32:
         """Append keys and values at ``position``, and attend with the queries there.
 
-        qkv: float32 (T, n_heads + 2 * n_kv_heads, head_dim), queries, keys and values of T tokens, C order. view: what they
-        see, where the caller has it already.
+        Args:
+            qkv: float32 (T, n_heads + 2 * n_kv_heads, head_dim), queries, keys and values of T tokens, C order.
+            position: of the first of them.
+            scale: softmax scale.
+            out: float32 (T, n_heads, head_dim), C order, to write to.
+            view: what the queries see, where the caller has it already.
 
         Returns o, float32 (T, n_heads, head_dim). Nothing is final before ``commit``; to append something else at the
         same position, ``rollback`` first.
         """
-        layout = self.recent.layout
-        heads, head_dim = qkv.shape[1] - 2 * layout.n_kv_heads, qkv.shape[2]
         if view is None:
-            view = View(self.policy, self.sinks, position, len(qkv))
-        padded = pad_last_axis(qkv)
-        call = self._describe(padded, heads, view, scale)
-        seals = view.old_stop > self.old.stop
-        if seals:  # a tile may have to be full first
+            view = View(self.policy, self.sinks, position, qkv, self.recent.layout.n_kv_heads)
+        heads, head_dim, width = view.heads, qkv.shape[2], self.recent.layout.width
+        if out is None:
+            out = np.empty((view.n_queries, heads, head_dim), np.float32)
+        padded, result = qkv, out
+        if head_dim != width:
+            padded, result = pad_last_axis(qkv), np.empty((view.n_queries, heads, width), np.float32)
+        call = self._describe(view, scale)
+        if view.old_stop > self.old.stop:  # a tile may have to be full first
             call[APPENDED] = 0
             append_tokens.function(call.ctypes.data, padded.ctypes.data)
             self._check_kept(call, qkv, heads)
             self._seal(view.old_stop)
             call[SEGMENTS + 2 : SEGMENTS + 4] = self.old.addresses()
-        out, state = (
-            np.empty((len(qkv), heads, padded.shape[2]), np.float32),
-            np.empty((heads, len(qkv), 2), np.float32),
-        )
-        attend_segments(call, padded, out, state, numba.get_num_threads())
-        if not seals:
+        attend_segments(call, padded, result, view.state, view.threads)
+        if call[LOST]:
             self._check_kept(call, qkv, heads)
-        return out if out.shape[2] == head_dim else np.ascontiguousarray(out[..., :head_dim])
+        if result is not out:
+            out[...] = result[..., :head_dim]
+        return out
 
-    def _describe(self, qkv: Float32, heads: int, view: View, scale: float) -> Int64:
+    def _describe(self, view: View, scale: float) -> Int64:
         """The call of ``attend_segments``; places for new tokens are made."""
-        layout, n_queries = self.recent.layout, len(qkv)
-        while self.recent.stop * layout.tile < view.stop:
+        while self.recent.stop * self.recent.layout.tile < view.stop:
             self.recent.place(self.recent.stop)
             self.recent.append()
-        if self._call is None or self._call[N_HEADS] != heads:
-            self._call = self._begin_call(heads)
+        if self._call is None or self._call[N_HEADS] != view.heads:
+            self._call = self._begin_call(view.heads)
         call = self._call
         self._options[SCALE], self._options[EXACT] = scale, self.exact
-        call[N_QUERIES], call[Q_STRIDE], call[APPENDED], call[POSITION] = n_queries, qkv.strides[0], 1, view.position
+        call[STEP:] = view.fields
         call[SEGMENTS + 2 : SEGMENTS + 6] = *self.old.addresses(), *self.recent.addresses()
-        call[RANGES:] = view.fields
-        call[N_PARTS] = n_parts(n_queries, heads, layout.n_kv_heads, view.spans, numba.get_num_threads())
         return call
 
     def _begin_call(self, heads: int) -> Int64:
@@ -141,18 +156,19 @@ class LayerCache:
         old = self.old.layout
         most = max(side.parts * side.limbs for side in (old.k, old.v))
         call = empty_call(heads, old.n_kv_heads, old.width, most)
-        call[FRESH], call[N_SEGMENTS], call[N_SINKS] = 1, 3, self.sinks
+        call[FRESH], call[N_SEGMENTS], call[N_SINKS] = 1, MAX_SEGMENTS, self.sinks
         call[OPTIONS] = self._options.ctypes.data
         call[SEGMENTS : SEGMENTS + 2] = self._sink_addresses
         return call
 
     def _check_kept(self, call: Int64, qkv: Float32, heads: int) -> None:
         """NumericalError if a finite key or value of those just appended has become infinite."""
-        if call[LOST]:
-            try:
-                narrow(qkv[:, heads:], self.recent.layout.k_kind)
-            except OverflowError as error:
-                raise NumericalError(f"a key or value of {error}; {_WIDER}") from None
+        if not call[LOST]:
+            return
+        try:
+            narrow(qkv[:, heads:], self.recent.layout.k_kind)
+        except OverflowError as error:
+            raise NumericalError(f"a key or value of {error}; {_WIDER}") from None
 
     def commit(self, position: int) -> None:
         """Everything below ``position`` is final: forget the dense form of tiles that no query from there on sees."""
@@ -197,13 +213,13 @@ class Cache:
         self.layers = [LayerCache(policy, n_kv_heads, head_dim, context) for _ in range(n_layers)]
         self._view: View | None = None
 
-    def attend(self, layer: int, qkv: Float32, position: int, scale: float) -> Float32:
+    def attend(self, layer: int, qkv: Float32, position: int, scale: float, out: Float32 | None = None) -> Float32:
         """Append and attend in one layer; see ``LayerCache.attend``."""
-        view, cache = self._view, self.layers[layer]
-        if view is None or view.position != position or view.stop != position + len(qkv):
-            view = self._view = View(self.policy, cache.sinks, position, len(qkv))
+        cache = self.layers[layer]
+        if layer == 0 or self._view is None or self._view.position != position:
+            self._view = View(self.policy, cache.sinks, position, qkv, cache.recent.layout.n_kv_heads)
         try:
-            return cache.attend(qkv, position, scale, view)
+            return cache.attend(qkv, position, scale, out, self._view)
         except NumericalError as error:
             raise NumericalError(f"layer {layer}, position {position}: {error}") from None
 

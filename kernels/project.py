@@ -1,31 +1,34 @@
-"""A linear layer: rows of activations, normed or gated, times a packed weight matrix, into or onto an output.
+"""Chains of linear layers: rows of activations, normed or gated, times packed weights, into or onto an output, and on.
 
-The rows are made ready once for all weights (activations.py), then blocks of 16 weight rows are shared out to the threads.
-A single row is so quickly made ready that each thread does it for itself: there is one parallel region then, not two.
+In a layer, the rows are made ready once for all weights (activations.py), then blocks of 16 weight rows are shared out to
+the threads. A single row is so quickly made ready that each thread does it for itself: there is one parallel region then,
+not two. All layers between two attentions are one call: what Python does between calls is time in which no memory is read.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 from numba import prange, types
-from numpy.typing import NDArray
 
 from . import microkernel, simd
 from .activations import CODES, GATE, LESS_8, LESS_128, OFFSETS, SCALES, prepare_row, quantize_row, tile_nbytes
 from .dots import GROUP, TILE_ROWS, multiply_bytes4, multiply_bytes4m, multiply_bytes8, next_byte_rows
 from .jit import inner, kernel, parallel_kernel, standalone
+from .rotary import rotate_heads
 from .simd import LANES
-from .weights import CODE_BITS, W4, W4M, W8, WBF16, WF16, Matrix, row_of
-
-Float32 = NDArray[np.float32]
+from .tables import get
+from .weights import W4, W4M, W8, WBF16, WF16, row_of
 
 VECTOR = 4 * LANES
+# A link of a chain: one array of int64, behind which the parts of its matrix follow. EPS is the bits of a float32
+HOW, SOURCE, TARGET, COLUMNS, OUT_COLUMNS, ONTO, NORM_WEIGHT, EPS, BIAS, HAS_CODES, HAS_FLOATS = range(11)
+N_PARTS, ALL_BLOCKS, HEADS, HEAD_DIM = range(11, 15)
+MULTIPLY_KERNEL, PREPARE_KERNEL, ROTATE_KERNEL = range(15, 18)  # addresses
+LINK_FIELDS = 18
 KIND, DATA, BLOCK_NBYTES, BLOCKS, ROWS, FIRST = range(6)
 PART_FIELDS = 6
-# What a call is about: one array of int64, behind which the parts follow. EPS is the bits of a float32
-N_PARTS, COLUMNS, HOW, NORM_WEIGHT, EPS, BIAS, ONTO, HAS_CODES, HAS_FLOATS, OUT_COLUMNS, ALL_BLOCKS = range(11)
-MULTIPLY_KERNEL, PREPARE_KERNEL = range(11, 13)  # addresses
-CALL_FIELDS = 13
+ROTATE = 3  # a value of HOW besides those of activations.py: no product, but a rotation in place, of HEADS heads
+# The first of the buffers that a chain runs on: room for rows made ready, and the cosines and sines of rotations
+ROOM, COS, SIN = range(3)
+OWN_BUFFERS = 3
 
 
 @inner
@@ -87,7 +90,7 @@ def multiply_blocks(call, first, stop, tiles, floats, rows, out):  # type: ignor
     scratch = (own.ctypes.data + 63) // 64 * 64
     begin = np.int64(0)
     for p in range(simd.integer_at(call + 8 * N_PARTS)):
-        part = call + 8 * (CALL_FIELDS + PART_FIELDS * p)
+        part = call + 8 * (LINK_FIELDS + PART_FIELDS * p)
         kind, blocks = simd.integer_at(part + 8 * KIND), simd.integer_at(part + 8 * BLOCKS)
         n_rows, first_row = simd.integer_at(part + 8 * ROWS), simd.integer_at(part + 8 * FIRST)
         for b in range(max(first - begin, 0), min(stop - begin, blocks)):
@@ -144,138 +147,79 @@ def prepare_rows(call, x, first, stop, tiles, floats):  # type: ignore[no-untype
     own[0] = 0
 
 
-_multiply, _prepare = multiply_blocks.call, prepare_rows.call
+@standalone(types.void(*[types.int64] * 6))
+def rotate_rows(call, x, cos, sin, first, stop):  # type: ignore[no-untyped-def]
+    """Rotary embedding of the first HEADS heads of rows first .. stop (see rotary.py)."""
+    heads, stride = simd.integer_at(call + 8 * HEADS), 4 * simd.integer_at(call + 8 * COLUMNS)
+    half = simd.integer_at(call + 8 * HEAD_DIM) // 2
+    for row in range(first, stop):
+        rotate_heads(x + row * stride, heads, half, cos + row * half * 4, sin + row * half * 4)
+
+
+_multiply, _prepare, _rotate = multiply_blocks.call, prepare_rows.call, rotate_rows.call
 
 
 @inner
-def _one_row(call, x, out, first, stop):  # type: ignore[no-untyped-def]
-    groups = (call[COLUMNS] + GROUP - 1) // GROUP
+def _one_row(call, x, out, worker, workers):  # type: ignore[no-untyped-def]
+    """The share of one worker in a product with one row, which it makes ready for itself."""
+    groups, blocks = (get(call, COLUMNS) + GROUP - 1) // GROUP, get(call, ALL_BLOCKS)
     memory = np.empty(tile_nbytes(groups) + 4 * GROUP * groups + 64, np.uint8)
     tiles = (memory.ctypes.data + 63) // 64 * 64
     floats = tiles + tile_nbytes(groups)
-    _prepare(call[PREPARE_KERNEL], call.ctypes.data, x, np.int64(0), np.int64(1), tiles, floats)
-    _multiply(call[MULTIPLY_KERNEL], call.ctypes.data, first, stop, tiles, floats, np.int64(1), out)
+    _prepare(get(call, PREPARE_KERNEL), call, x, np.int64(0), np.int64(1), tiles, floats)
+    _multiply(
+        get(call, MULTIPLY_KERNEL), call, blocks * worker // workers, blocks * (worker + 1) // workers, tiles, floats,
+        np.int64(1), out,
+    )  # fmt: skip
     memory[0] = 0
 
 
 @parallel_kernel
-def project_row(call, x, out, workers):  # type: ignore[no-untyped-def]
-    """``project_rows`` for one row, in one parallel region."""
-    blocks = call[ALL_BLOCKS]
-    for worker in prange(workers):
-        w = np.int64(worker)
-        _one_row(call, x.ctypes.data, out.ctypes.data, blocks * w // workers, blocks * (w + 1) // workers)
+def run_chain(table, addresses, rows, workers, multiplying, rotating):  # type: ignore[no-untyped-def]
+    """Run ``rows`` rows through the links of ``table``, one after the other.
 
-
-@parallel_kernel
-def project_rows(call, x, memory, out, workers, multiplying):  # type: ignore[no-untyped-def]
-    """X (T, columns) through the layer that ``call`` describes, into or onto ``out`` (T, rows).
-
-    memory: uint8, room for the rows made ready. multiplying: the workers, once more: Numba would make one loop of two that
-    count to the same variable.
+    table: int64 (links, LINK_FIELDS and more), addresses: int64, those of the buffers. workers, multiplying, rotating: the
+    same number: Numba would make one loop of neighbours that count to the same variable.
     """
-    rows, blocks = x.shape[0], call[ALL_BLOCKS]
-    groups = (call[COLUMNS] + GROUP - 1) // GROUP
-    n_tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-    tiles = (memory.ctypes.data + 63) // 64 * 64
-    floats = tiles + n_tiles * tile_nbytes(groups) * call[HAS_CODES]
-    for worker in prange(workers):
-        w = np.int64(worker)
-        first, stop = n_tiles * w // workers * TILE_ROWS, min(rows, n_tiles * (w + 1) // workers * TILE_ROWS)
-        _prepare(call[PREPARE_KERNEL], call.ctypes.data, x.ctypes.data, first, stop, tiles, floats)
-    for worker in prange(multiplying):
-        w = np.int64(worker)
-        _multiply(
-            call[MULTIPLY_KERNEL], call.ctypes.data, blocks * w // multiplying, blocks * (w + 1) // multiplying, tiles,
-            floats, np.int64(rows), out.ctypes.data,
-        )  # fmt: skip
+    for i in range(table.shape[0]):
+        call = table.ctypes.data + 8 * i * table.shape[1]
+        source, target, room = addresses[get(call, SOURCE)], addresses[get(call, TARGET)], addresses[ROOM]
+        groups, blocks = (get(call, COLUMNS) + GROUP - 1) // GROUP, get(call, ALL_BLOCKS)
+        n_tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+        tiles = (room + 63) // 64 * 64
+        floats = tiles + n_tiles * tile_nbytes(groups) * get(call, HAS_CODES)
+        if get(call, HOW) == ROTATE:
+            if rows == 1:
+                _rotate(get(call, ROTATE_KERNEL), call, target, addresses[COS], addresses[SIN], np.int64(0), rows)
+            else:
+                for worker in prange(rotating):
+                    w = np.int64(worker)
+                    _rotate(
+                        get(call, ROTATE_KERNEL), call, target, addresses[COS], addresses[SIN], rows * w // rotating,
+                        rows * (w + 1) // rotating,
+                    )  # fmt: skip
+        elif rows == 1:
+            for worker in prange(workers):
+                _one_row(call, source, target, np.int64(worker), workers)
+        else:
+            for worker in prange(workers):
+                w = np.int64(worker)
+                first, stop = n_tiles * w // workers * TILE_ROWS, min(rows, n_tiles * (w + 1) // workers * TILE_ROWS)
+                _prepare(get(call, PREPARE_KERNEL), call, source, first, stop, tiles, floats)
+            for worker in prange(multiplying):
+                w = np.int64(worker)
+                _multiply(
+                    get(call, MULTIPLY_KERNEL), call, blocks * w // multiplying, blocks * (w + 1) // multiplying, tiles,
+                    floats, rows, target,
+                )  # fmt: skip
 
 
 @kernel
-def _take(call, ids, out):  # type: ignore[no-untyped-def]
-    """Rows ``ids`` of the first part, as float32."""
-    part = call.ctypes.data + 8 * CALL_FIELDS
+def take_rows(table, ids, out):  # type: ignore[no-untyped-def]
+    """Rows ``ids`` of the matrix of the first link, which has one part, as float32."""
+    part = table.ctypes.data + 8 * LINK_FIELDS
     for i in range(len(ids)):
         row_of(
-            simd.integer_at(part + 8 * KIND),
-            simd.integer_at(part + 8 * DATA) + ids[i] // LANES * simd.integer_at(part + 8 * BLOCK_NBYTES), ids[i] % LANES,
-            call[COLUMNS], out.ctypes.data + i * out.shape[1] * 4,
+            get(part, KIND), get(part, DATA) + ids[i] // LANES * get(part, BLOCK_NBYTES), ids[i] % LANES, table[0, COLUMNS],
+            out.ctypes.data + i * out.shape[1] * 4,
         )  # fmt: skip
-
-
-class Projection:
-    """A layer as the kernels take it. It keeps what its addresses point to.
-
-    Args:
-        parts: matrices of the same number of columns, whose rows follow one another.
-        bias: float32, one for every row of all parts, or None.
-        how: PLAIN, NORM or GATE: what is done with the input first.
-        norm_weight: float32 (columns,), for NORM; eps: its epsilon.
-
-    """
-
-    def __init__(
-        self, parts: Sequence[Matrix], bias: Float32 | None, how: int, norm_weight: Float32 | None, eps: float
-    ) -> None:
-        self.rows, self.columns = sum(part.rows for part in parts), parts[0].columns
-        self._in_columns = self.columns * (2 if how == GATE else 1)
-        self._has_codes = any(part.kind in CODE_BITS for part in parts)
-        self._has_floats = any(part.kind not in CODE_BITS for part in parts)
-        padded = np.zeros(-(-self.columns // GROUP) * GROUP, np.float32)
-        if norm_weight is not None:
-            padded[: self.columns] = norm_weight
-        bias = None if bias is None else np.ascontiguousarray(bias, np.float32)
-        self._kept = list(parts), padded, bias
-        first = np.cumsum([0, *(part.rows for part in parts)])
-        table = [
-            [part.kind, part.data.ctypes.data, part.block_nbytes, part.blocks, part.rows, first[i]]
-            for i, part in enumerate(parts)
-        ]
-        fields = [0] * CALL_FIELDS
-        fields[N_PARTS], fields[COLUMNS], fields[HOW] = len(parts), self.columns, how
-        fields[NORM_WEIGHT], fields[BIAS] = padded.ctypes.data, 0 if bias is None else bias.ctypes.data
-        fields[EPS] = int(np.float32(eps).view(np.uint32))
-        fields[HAS_CODES], fields[HAS_FLOATS] = self._has_codes, self._has_floats
-        fields[OUT_COLUMNS], fields[ALL_BLOCKS] = self.rows, sum(part.blocks for part in parts)
-        fields[MULTIPLY_KERNEL], fields[PREPARE_KERNEL] = multiply_blocks.address(), prepare_rows.address()
-        self._into = np.array([*fields, *sum(table, [])], np.int64)
-        self._onto = self._into.copy()
-        self._onto[ONTO] = 1
-
-    def __call__(self, x: Float32, onto: Float32 | None, workers: int) -> Float32:
-        """X float32 (T, columns), or (T, 2 * columns) for GATE, to float32 (T, rows); added to ``onto`` if given.
-
-        Raises:
-            ValueError: arrays that do not fit.
-
-        """
-        rows = len(x)
-        if x.shape != (rows, self._in_columns) or x.dtype != np.float32 or not x.flags.c_contiguous:
-            raise ValueError(f"x must be C-ordered float32 (T, {self._in_columns}), found {x.dtype} {x.shape}")
-        if onto is None:
-            call, out = self._into, np.empty((rows, self.rows), np.float32)
-        else:
-            call, out = self._onto, onto
-            if out.shape != (rows, self.rows) or out.dtype != np.float32 or not out.flags.c_contiguous:
-                raise ValueError(f"onto must be C-ordered float32 {(rows, self.rows)}, found {out.dtype} {out.shape}")
-        if rows == 1:
-            project_row(call, x, out, workers)
-        elif rows:
-            memory = np.empty(_room_nbytes(rows, self.columns, self._has_codes, self._has_floats), np.uint8)
-            project_rows(call, x, memory, out, workers, workers)
-        return out
-
-    def take(self, ids: NDArray[np.int64]) -> Float32:
-        """Rows of the matrix, which has one part, as float32 (len(ids), columns)."""
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self.rows:
-            raise ValueError(f"ids must be from 0 to {self.rows - 1}, found {ids.min()} to {ids.max()}")
-        out = np.empty((len(ids), self.columns), np.float32)
-        _take(self._into, ids, out)
-        return out
-
-
-def _room_nbytes(rows: int, columns: int, has_codes: bool, has_floats: bool) -> int:
-    """Bytes of what ``project_rows`` needs for rows made ready."""
-    groups, n_tiles = -(-columns // GROUP), -(-rows // TILE_ROWS)
-    tile = groups * TILE_ROWS * (GROUP + 16)
-    return n_tiles * (tile * has_codes + TILE_ROWS * 4 * GROUP * groups * has_floats) + 64

@@ -18,16 +18,17 @@ TILE, TILE_SHIFT, FIRST_TILE, WIDTH, KV_HEADS = range(5)
 K_SIDE, V_SIDE = 5, 5 + SIDE_NUMBERS  # where the numbers of each Side begin (see layout.py)
 
 # Indices into the int64 array that describes a call: numbers, addresses (0 for what there is not), bytes
-N_QUERIES, N_HEADS, N_KV_HEADS, ROW_WIDTH, Q_STRIDE = range(5)  # Q_STRIDE: from one query's row to the next
-OPTIONS, SLOPES, DISTANCES, MASKS, MASK_HEAD, MASK_QUERY = range(5, 11)
-FRESH = 11  # whether out and state are begun, not continued
-MOST_PARTS = 12  # the most that a side of any segment has, times its limbs
-SPLIT_KERNEL, TILE_FUNCTION, DENSE_FUNCTION, WORK_KERNEL, MERGE_KERNEL, APPEND_KERNEL = range(13, 19)
-APPENDED, POSITION, N_SINKS, LOST = range(19, 23)  # see append.py
-N_PARTS, N_SEGMENTS = 23, 24  # N_PARTS: of splits that are attended to apart and merged; 0: all in one go
-SEGMENTS = 25  # for each of up to MAX_SEGMENTS segments, the addresses of its table and geometry
+N_HEADS, N_KV_HEADS, ROW_WIDTH, MOST_PARTS = range(4)  # MOST_PARTS: the most of a side of any segment, times its limbs
+OPTIONS, SLOPES, DISTANCES, MASKS, MASK_HEAD, MASK_QUERY = range(4, 10)
+FRESH = 10  # whether out and state are begun, not continued
+SPLIT_KERNEL, TILE_FUNCTION, DENSE_FUNCTION, WORK_KERNEL, MERGE_KERNEL, APPEND_KERNEL = range(11, 17)
+N_SINKS, LOST = range(17, 19)  # see append.py
+N_SEGMENTS, SEGMENTS = 19, 20  # for each of up to MAX_SEGMENTS segments, the addresses of its table and geometry
 MAX_SEGMENTS = 3
-RANGES = SEGMENTS + 2 * MAX_SEGMENTS  # and of where each query starts and stops, and the first and last + 1 position
+STEP = SEGMENTS + 2 * MAX_SEGMENTS  # from here on, what is the same for all layers
+N_QUERIES, Q_STRIDE, APPENDED, POSITION = range(STEP, STEP + 4)  # Q_STRIDE: from one query's row to the next
+N_PARTS = STEP + 4  # of splits that are attended to apart and merged; 0: all in one go
+RANGES = STEP + 5  # for each segment, where each query starts and stops, and the first and last + 1 position
 CALL_FIELDS = RANGES + 4 * MAX_SEGMENTS
 
 CHUNK_ROWS = 32  # few rows are folded for several tiles at once, up to so many: none waits for another's maximum then

@@ -6,10 +6,10 @@ import numba
 import numpy as np
 
 from .activations import PLAIN
+from .chain import Projection
 from .flash import flash_attention
 from .matmul import matvec
-from .project import Projection
-from .rotary import rotate
+from .project import rotate_rows
 from .segment import quantize
 from .weights import W8, empty_matrix
 
@@ -21,10 +21,9 @@ def _attention(n_queries: int, n_keys: int) -> None:
 
 def _linear() -> None:
     layer = Projection([empty_matrix(W8, 16, 32)], None, PLAIN, None, 0.0)
-    for rows in (1, 2):
-        layer(np.ones((rows, 32), np.float32), None, numba.get_num_threads())
-    layer.take(np.zeros(1, np.int64))
-    rotate(np.ones((1, 1, 2), np.float32), 1, np.ones((1, 1), np.float32), np.ones((1, 1), np.float32))
+    layer(np.ones((1, 32), np.float32), numba.get_num_threads())
+    layer.take(np.zeros(1, np.int64), np.empty((1, 32), np.float32))
+    rotate_rows.address()
 
 
 STEPS: dict[str, Callable[[], object]] = {

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.activations import GATE, NORM, PLAIN
+from ..kernels.chain import Projection
 from ..kernels.matmul import matvec
-from ..kernels.project import Projection
 from ..kernels.simd import LANES
 from ..kernels.weights import Matrix
 
@@ -43,8 +43,8 @@ class Linear(Protocol):
     def nbytes(self) -> int:
         """Bytes read by one application."""
 
-    def __call__(self, x: Float32, *, onto: Float32 | None = None) -> Float32:
-        """X (T, in), or (T, 2 * in) behind a gate, to (T, out); added to ``onto`` (T, out) in place where that is given."""
+    def __call__(self, x: Float32) -> Float32:
+        """X (T, in), or (T, 2 * in) behind a gate, to (T, out)."""
 
     def take(self, ids: NDArray[np.int64]) -> Float32:
         """Rows of W as float32 (len(ids), in): W as an embedding."""
@@ -65,7 +65,7 @@ class FloatLinear:
         """Bytes read by one application."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def __call__(self, x: Float32, *, onto: Float32 | None = None) -> Float32:
+    def __call__(self, x: Float32) -> Float32:
         """See ``Linear``."""
         if isinstance(self.before, Norm):
             x = rms_norm(x, self.before.weight, self.before.eps)
@@ -77,10 +77,7 @@ class FloatLinear:
             y = x @ self.weight.T
         if self.bias is not None:
             y += self.bias
-        if onto is None:
-            return y
-        onto += y
-        return onto
+        return y
 
     def take(self, ids: NDArray[np.int64]) -> Float32:
         """See ``Linear``."""
@@ -98,23 +95,23 @@ class PackedLinear:
         self.parts, self.bias, self.before = list(parts), bias, before
         self.rows, self.columns = sum(part.rows for part in parts), parts[0].columns
         how = PLAIN if before is None else NORM if isinstance(before, Norm) else GATE
-        norm = before if isinstance(before, Norm) else None
-        self._projection = Projection(
-            self.parts, bias, how, None if norm is None else norm.weight, 0.0 if norm is None else norm.eps
-        )
+        weight, eps = (before.weight, before.eps) if isinstance(before, Norm) else (None, 0.0)
+        self.projection = Projection(self.parts, bias, how, weight, eps)
 
     @property
     def nbytes(self) -> int:
         """Bytes read by one application."""
         return sum(part.nbytes for part in self.parts) + (0 if self.bias is None else self.bias.nbytes)
 
-    def __call__(self, x: Float32, *, onto: Float32 | None = None) -> Float32:
+    def __call__(self, x: Float32) -> Float32:
         """See ``Linear``."""
-        return self._projection(x, onto, numba.get_num_threads())
+        return self.projection(x, numba.get_num_threads())
 
     def take(self, ids: NDArray[np.int64]) -> Float32:
         """See ``Linear``."""
-        return self._projection.take(ids)
+        out = np.empty((len(ids), self.columns), np.float32)
+        self.projection.take(ids, out)
+        return out
 
     def behind(self, before: Norm | Gate) -> "PackedLinear":
         """See ``Linear``."""

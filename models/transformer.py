@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.rotary import rotate
+from .chain import Apply, Buffers, Chain, Rotate
 from .config import ModelConfig
 from .linear import Linear
 
@@ -21,10 +21,11 @@ Float32 = NDArray[np.float32]
 class AttentionCache(Protocol):
     """What a layer needs of the cache of a sequence."""
 
-    def attend(self, layer: int, qkv: Float32, position: int, scale: float) -> Float32:
-        """Append keys and values from ``position`` on, and attend with the queries there: (T, n_heads, head_dim).
+    def attend(self, layer: int, qkv: Float32, position: int, scale: float, out: Float32) -> object:
+        """Append keys and values from ``position`` on, and attend with the queries there.
 
-        qkv: (T, n_heads + 2 * n_kv_heads, head_dim), the queries, keys and values of each token, C order.
+        qkv: (T, n_heads + 2 * n_kv_heads, head_dim), the queries, keys and values of each token, C order. out: (T, n_heads,
+        head_dim), C order, receives the output.
         """
 
 
@@ -65,6 +66,9 @@ class Weights:
         yield self.head
 
 
+X, QKV, ATTENDED, GATE_UP = range(4)  # the buffers of a pass
+
+
 class Transformer:
     """A decoder-only transformer of the Llama family."""
 
@@ -73,6 +77,25 @@ class Transformer:
         self.weights = weights
         half = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
         self._inverse_frequencies = (1.0 / np.float32(config.rope_theta) ** half).astype(np.float32)
+        self._heads = config.num_attention_heads, config.num_attention_heads + 2 * config.num_key_value_heads
+        self._widths = (
+            config.hidden_size, self._heads[1] * config.head_dim, self._heads[0] * config.head_dim,
+            2 * config.intermediate_size,
+        )  # fmt: skip
+        # What comes before the first attention, between two, and behind the last
+        before = [self._queries(layer) for layer in weights.layers]
+        after = [
+            [Apply(layer.o, ATTENDED, X, True), Apply(layer.gate_up, X, GATE_UP), Apply(layer.down, GATE_UP, X, True)]
+            for layer in weights.layers
+        ]
+        self._chains = [
+            Chain([*behind, *ahead]) for behind, ahead in zip([[], *after], [*before, []], strict=True)
+        ]  # fmt: skip
+
+    def _queries(self, layer: Layer) -> list[Apply | Rotate]:
+        config, all_heads = self.config, self._heads[1]
+        rotated = config.num_attention_heads + config.num_key_value_heads
+        return [Apply(layer.qkv, X, QKV), Rotate(QKV, rotated, all_heads, config.head_dim)]
 
     def forward(
         self,
@@ -86,12 +109,18 @@ class Transformer:
         Returns logits float32 (T, V) for "all", (len(spans), V) of each span's last row for "last", None for None.
         ``on_layer`` is called with the number of each layer and its output (T, E).
         """
-        weights = self.weights
-        cos, sin = self._rotary(step.positions)
-        x = weights.embedding.take(step.token_ids)  # (T, E)
-        for i, layer in enumerate(weights.layers):
-            layer.o(self._attention(i, layer, x, cos, sin, step), onto=x)
-            layer.down(layer.gate_up(x), onto=x)
+        weights, n_rows = self.weights, len(step.token_ids)
+        buffers = Buffers(n_rows, self._widths, *self._rotary(step.positions), self._room_nbytes(n_rows))
+        x = buffers.arrays[X]
+        x[:] = weights.embedding.take(step.token_ids)
+        qkv = buffers.arrays[QKV].reshape(n_rows, self._heads[1], -1)
+        attended = buffers.arrays[ATTENDED].reshape(n_rows, self._heads[0], -1)
+        self._chains[0](buffers)
+        for i, chain in enumerate(self._chains[1:]):
+            for cache, start, stop in step.spans:
+                position = int(step.positions[start])
+                cache.attend(i, qkv[start:stop], position, self.config.head_dim**-0.5, attended[start:stop])
+            chain(buffers)
             if on_layer is not None:
                 on_layer(i, x)
         if logits is None:
@@ -100,16 +129,8 @@ class Transformer:
             x = x[[stop - 1 for _, _, stop in step.spans]]
         return weights.head(x)
 
-    def _attention(self, i: int, layer: Layer, x: Float32, cos: Float32, sin: Float32, step: Step) -> Float32:
-        config, n_rows = self.config, len(x)
-        n_heads, n_kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        qkv = layer.qkv(x).reshape(n_rows, n_heads + 2 * n_kv_heads, head_dim)
-        rotate(qkv, n_heads + n_kv_heads, cos, sin)
-        o = [
-            cache.attend(i, qkv[start:stop], int(step.positions[start]), head_dim**-0.5)
-            for cache, start, stop in step.spans
-        ]
-        return (o[0] if len(o) == 1 else np.concatenate(o)).reshape(n_rows, -1)
+    def _room_nbytes(self, rows: int) -> int:
+        return 1 if rows == 1 else max(chain.room_nbytes(rows) for chain in self._chains)
 
     def _rotary(self, positions: NDArray[np.int64]) -> tuple[Float32, Float32]:
         """Cos and sin (T, head_dim / 2), from float32 angles, as the models were trained."""
