@@ -70,7 +70,7 @@ def _dot_bytes(context: Any, builder: Any, sums: Any, address: Any, offset: int,
     if _IS_X86 and cpu_has(context, "avx512vnni"):
         signature = ir.FunctionType(_V_I32, [_V_I32, _V_I32, address.type])
         return builder.asm(
-            signature, f"vpdpbusd {offset}($3){{1to16}}, $2, $0", "=v,0,v,r", [sums, codes, address], True
+            signature, f"vpdpbusd {offset}($3){{1to16}}, $2, $0", "=v,0,v,r", [sums, codes, address], False
         )
     number = _load(builder, builder.add(address, _number(address, offset)), _I32)
     number = _broadcast(builder, number, _V_I32)
