@@ -20,128 +20,13 @@ import numpy as np
 from numba import types
 
 from . import microkernel, simd
+from .fold import next_part
 from .jit import inner, standalone
 from .layout import BF16, F16, F32, GROUP, KIND, LIMBS, PARTS, PER_LANE, Q2, Q3, Q4, Q8
 from .simd import LANES
 
 VECTOR = 4 * LANES  # bytes of a vector of words
 PAIRS = -1  # codes that have been taken apart, in the place of a kind
-FOLDED = 16  # rows that are folded together, so that one need not wait for the other's maximum
-_LARGEST = 32767.0  # of a 16-bit factor
-_LIMB = 65534.0  # what the second limb is the finer by: the rest of rounding is at most 1/2
-_SMALLEST = 1e-33  # rows of smaller numbers count as zeros: 32767 / x would not be a float32
-
-
-@inner
-def _fold_rows(  # type: ignore[no-untyped-def]
-    xs, x_offset, scales, scales_offset, centres_offset, rows, count, words, factors, offsets, scratch
-):
-    """Round x * scale of up to 16 rows to int16 at ``words``, with x * scale ~ word * factor and offset = x . centre.
-
-    xs, scales: addresses of int64, an address a row. scales_offset: -1 for scales and centres of 1. The pairs are those of
-    the codes, (i, i + count/2). ``scratch`` has room for 16 rows of ``count`` floats and 32 + 1 vectors; what the rows were
-    multiplied with, 16 floats, is at its beginning afterwards.
-    """
-    simd.never_inline()
-    tops, sums = scratch, scratch + FOLDED * VECTOR
-    folded = scratch + 2 * FOLDED * VECTOR
-    for r in range(rows):
-        row, target = simd.integer_at(xs + 8 * r) + x_offset, folded + 4 * r * count
-        scale = simd.integer_at(scales + 8 * r) + scales_offset
-        centre = simd.integer_at(scales + 8 * r) + centres_offset
-        top, total = simd.splat(np.float32(0)), simd.splat(np.float32(0))
-        for i in range(0, 4 * count, VECTOR):
-            value = simd.load_f32(row + i)
-            if scales_offset >= 0:
-                total = simd.fma(value, simd.load_f32(centre + i), total)
-                value = simd.mul(value, simd.load_f32(scale + i))
-            else:
-                total = simd.add(value, total)
-            simd.store_f32(target + i, value)
-            top = simd.larger_magnitude(top, value)
-        simd.store_f32(tops + r * VECTOR, top)
-        simd.store_f32(sums + r * VECTOR, total)
-    largest, total = simd.splat(np.float32(0)), simd.splat(np.float32(0))
-    for quad in range((rows + 3) // 4):
-        largest = simd.replace_fourth(largest, simd.largest_four(tops + 4 * quad * VECTOR), quad)
-        total = simd.replace_fourth(total, simd.sum_four(sums + 4 * quad * VECTOR), quad)
-    largest = simd.turn_quads(largest)  # now lane r belongs to row r
-    simd.store_f32(factors, simd.mul(largest, simd.splat(np.float32(1 / _LARGEST))))
-    simd.store_f32(offsets, simd.turn_quads(total))
-    simd.store_f32(tops, simd.inverse_above(largest, np.float32(_LARGEST), np.float32(_SMALLEST)))
-    half = 2 * count
-    for r in range(rows):
-        inverse, source, target = simd.splat_at(tops + 4 * r), folded + 4 * r * count, words + r * half
-        for i in range(0, half, VECTOR):
-            pairs = simd.pair_factors(simd.load_f32(source + i), simd.load_f32(source + half + i), inverse)
-            simd.store_words(target + i, pairs)
-
-
-@inner
-def _fold_rest(xs, x_offset, rows, count, factors, words, own_factors, own_offsets):  # type: ignore[no-untyped-def]
-    """The second limb of what ``_fold_rows`` rounded (with scales of 1): its words, factors and offsets, 0.
-
-    own_factors: what the rows were multiplied with before they were rounded; it is replaced by their factors.
-    """
-    simd.never_inline()
-    half, finer = 2 * count, simd.splat(np.float32(_LIMB))
-    for r in range(rows):
-        x, inverse, target = (
-            simd.integer_at(xs + 8 * r) + x_offset,
-            simd.splat_at(own_factors + 4 * r),
-            words + r * half,
-        )
-        for i in range(0, half, VECTOR):
-            low = simd.rest_of_rounding(simd.load_f32(x + i), inverse)
-            high = simd.rest_of_rounding(simd.load_f32(x + half + i), inverse)
-            simd.store_words(target + i, simd.pair_factors(low, high, finer))
-    simd.store_f32(own_factors, simd.mul(simd.load_f32(factors), simd.splat(np.float32(1 / _LIMB))))
-    simd.store_f32(own_offsets, simd.splat(np.float32(0)))
-
-
-@inner
-def fold(xs, scales, rows, lanes, steps, side, words, factors, offsets, scratch):  # type: ignore[no-untyped-def]
-    """The integer route, first step: round what will be multiplied with codes.
-
-    xs, scales: addresses of int64, the addresses of x and of the scales of the tile it meets, for each of ``rows``; after
-    the scales come the centres, in the same order. side: the address of the Side's numbers. words: room for PARTS x LIMBS
-    times ``rows`` int16, as many each as a sum has steps, and one vector; factors, offsets: for PARTS x LIMBS times as many
-    floats as rows, rounded up to 16; scratch: see ``_fold_rows``.
-    """
-    simd.never_inline()
-    group, parts = simd.integer_at(side + 8 * GROUP), simd.integer_at(side + 8 * PARTS)
-    per_lane, limbs = simd.integer_at(side + 8 * PER_LANE), simd.integer_at(side + 8 * LIMBS)
-    length = group if per_lane else steps
-    for part in range(parts):
-        more_words, more_factors, more_offsets = _next_part(words, factors, offsets, rows, length)
-        x_offset, own_scales, own_centres = 0, np.int64(-1), np.int64(0)
-        if per_lane:
-            x_offset = 4 * part * length
-        else:
-            own_scales, own_centres = 4 * part * steps, 4 * (parts + part) * steps
-        for i in range(0, rows, FOLDED):
-            _fold_rows(
-                xs + 8 * i, x_offset, scales + 8 * i, own_scales, own_centres, min(FOLDED, rows - i), length,
-                words + 2 * i * length, factors + 4 * i, offsets + 4 * i, scratch,
-            )  # fmt: skip
-            if limbs == 2:
-                simd.store_f32(more_factors + 4 * i, simd.load_f32(scratch))  # what x was multiplied with
-        if limbs == 2:  # not before all rows have their first limb: a short row's last vector reaches into what follows
-            for i in range(0, rows, FOLDED):
-                _fold_rest(
-                    xs + 8 * i, x_offset, min(FOLDED, rows - i), length, factors + 4 * i, more_words + 2 * i * length,
-                    more_factors + 4 * i, more_offsets + 4 * i,
-                )  # fmt: skip
-        words, factors, offsets = more_words, more_factors, more_offsets
-        if limbs == 2:
-            words, factors, offsets = _next_part(words, factors, offsets, rows, length)
-
-
-@inner
-def _next_part(words, factors, offsets, rows, length):  # type: ignore[no-untyped-def]
-    """Where the folded rows of the next part, or of the next limb, are."""
-    vectors = (rows + FOLDED - 1) // FOLDED * VECTOR
-    return words + 2 * rows * length, factors + vectors, offsets + vectors
 
 
 @inner
@@ -205,7 +90,7 @@ def multiply_tile(  # type: ignore[no-untyped-def]
             else:
                 microkernel.multiply_pairs(at, 2 * length, source, stride, 0, 0, *common)
             i += count
-        words, factors, offsets = _next_part(words, factors, offsets, folded, length)
+        words, factors, offsets = next_part(words, factors, offsets, folded, length)
 
 
 @standalone(types.void(*[types.int64] * 11))

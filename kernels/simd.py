@@ -273,9 +273,7 @@ def smaller(context: Any, builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
 
-@_operation(f32x16, f32x16, f32x16)
-def larger_magnitude(context: Any, builder: Any, a: Any, b: Any) -> Any:
-    """Lane by lane the larger of |a| and |b|; where one is NaN, either or NaN."""
+def _larger_magnitude(context: Any, builder: Any, a: Any, b: Any) -> Any:
     if _IS_X86 and cpu_has(context, "avx512dq"):
         mask, maximum_of_magnitudes = ir.IntType(16)(0xFFFF), _I32(0b1011)
         args = [a, b, maximum_of_magnitudes, a, mask, _I32(4)]
@@ -286,6 +284,12 @@ def larger_magnitude(context: Any, builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
+@_operation(f32x16, f32x16, f32x16)
+def larger_magnitude(context: Any, builder: Any, a: Any, b: Any) -> Any:
+    """Lane by lane the larger of |a| and |b|; where one is NaN, either or NaN."""
+    return _larger_magnitude(context, builder, a, b)
+
+
 @_operation(f32x16, f32x16, f32x16, types.intp)
 def replace_fourth(context: Any, builder: Any, a: Any, b: Any, place: Any) -> Any:
     """A, but b in every fourth lane from lane ``place`` on."""
@@ -294,12 +298,7 @@ def replace_fourth(context: Any, builder: Any, a: Any, b: Any, place: Any) -> An
     return builder.select(chosen, b, a)
 
 
-@_operation(i32x16, f32x16, f32x16, f32x16)
-def pair_factors(context: Any, builder: Any, low: Any, high: Any, factor: Any) -> Any:
-    """16 pairs of int16, (low * factor, high * factor), products of at most 32767, rounded to the nearest.
-
-    What is not a number becomes any.
-    """
+def _pair_factors(context: Any, builder: Any, low: Any, high: Any, factor: Any) -> Any:
     halves = [builder.bitcast(_fma(context, builder, x, factor, _const(_V_F32, _ROUND)), _V_I32) for x in (low, high)]
     if _IS_X86 and cpu_has(context, "avx512f"):
         # As assembly: LLVM makes a slower permutation of the whole of a shift that it can see.
@@ -308,6 +307,15 @@ def pair_factors(context: Any, builder: Any, low: Any, high: Any, factor: Any) -
     else:
         upper = builder.shl(halves[1], _const(_V_I32, 16))
     return builder.or_(builder.and_(halves[0], _const(_V_I32, 0xFFFF)), upper)
+
+
+@_operation(i32x16, f32x16, f32x16, f32x16)
+def pair_factors(context: Any, builder: Any, low: Any, high: Any, factor: Any) -> Any:
+    """16 pairs of int16, (low * factor, high * factor), products of at most 32767, rounded to the nearest.
+
+    What is not a number becomes any.
+    """
+    return _pair_factors(context, builder, low, high, factor)
 
 
 @_operation(f32x16, f32x16, f32x16)
@@ -606,14 +614,17 @@ def _dot_pairs(context: Any, builder: Any, acc: Any, a: Any, b: Any) -> Any:
     return builder.add(acc, builder.add(builder.mul(*low), builder.mul(*high)))
 
 
-def _reduce_four(builder: Any, source: Any, combine: Callable[[Any, Any], Any]) -> Any:
-    """Reduce each of four vectors in memory as ``_fold`` does; lanes 4i .. 4i + 3 get the result of vector i."""
+def _load_four(builder: Any, source: Any) -> list[Any]:
+    return [_load(builder, builder.add(source, ir.Constant(source.type, 64 * i)), _V_F32) for i in range(4)]
+
+
+def _reduce_four(builder: Any, vectors: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
+    """Reduce each of four vectors as ``_fold`` does; lanes 4i .. 4i + 3 get the result of vector i."""
 
     def shuffle(a: Any, b: Any, order: list[int]) -> Any:
         return builder.shuffle_vector(a, b, ir.Constant(_V_I32, order))
 
-    word = source.type
-    a, b, c, d = (_load(builder, builder.add(source, ir.Constant(word, 64 * i)), _V_F32) for i in range(4))
+    a, b, c, d = vectors
     low, high = list(range(8)), list(range(8, 16))
     ab, cd = (
         combine(shuffle(x, y, low + [16 + i for i in low]), shuffle(x, y, high + [16 + i for i in high]))
@@ -629,13 +640,13 @@ def _reduce_four(builder: Any, source: Any, combine: Callable[[Any, Any], Any]) 
 @_operation(f32x16, types.intp)
 def sum_four(context: Any, builder: Any, source: Any) -> Any:
     """The sums over the lanes of four vectors at ``source``: lanes 4i .. 4i + 3 hold ``sum_lanes`` of vector i."""
-    return _reduce_four(builder, source, builder.fadd)
+    return _reduce_four(builder, _load_four(builder, source), builder.fadd)
 
 
 @_operation(f32x16, types.intp)
 def largest_four(context: Any, builder: Any, source: Any) -> Any:
     """The largest lanes of four vectors at ``source``: lanes 4i .. 4i + 3 hold vector i's; where one is NaN, any."""
-    return _reduce_four(builder, source, lambda x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))
+    return _reduce_four(builder, _load_four(builder, source), lambda x, y: _larger(builder, x, y))
 
 
 @_operation(f32x16, f32x16)
@@ -651,9 +662,13 @@ def zero_where_zero(context: Any, builder: Any, x: Any, y: Any) -> Any:
     return builder.select(builder.fcmp_ordered("==", y, _const(_V_F32, 0.0)), _const(_V_F32, 0.0), x)
 
 
-@_operation(f32x16, f32x16, types.float32, types.float32)
-def inverse_above(context: Any, builder: Any, x: Any, numerator: Any, least: Any) -> Any:
-    """``numerator`` / x where x is larger than ``least``, else 0."""
+def _inverse_above(builder: Any, x: Any, numerator: Any, least: Any) -> Any:
     quotient = builder.fdiv(_broadcast(builder, numerator, _V_F32), x)
     large = builder.fcmp_ordered(">", x, _broadcast(builder, least, _V_F32))
     return builder.select(large, quotient, _const(_V_F32, 0.0))
+
+
+@_operation(f32x16, f32x16, types.float32, types.float32)
+def inverse_above(context: Any, builder: Any, x: Any, numerator: Any, least: Any) -> Any:
+    """``numerator`` / x where x is larger than ``least``, else 0."""
+    return _inverse_above(builder, x, numerator, least)

@@ -7,9 +7,10 @@ import numpy as np
 from numba import types
 
 from . import simd
+from .fold import fold
 from .jit import inner, standalone
 from .layout import F32, GROUP, K_CODES, K_PARAMS, KIND, LIMBS, PARTS, PER_LANE, ROW, TOKEN, V_CODES, V_PARAMS
-from .products import fold, multiply_tile, score_floats, weigh_floats
+from .products import multiply_tile, score_floats, weigh_floats
 from .softmax import divide_by_sums, exponentials, find_maxima, finish_logits
 from .tables import (
     ACTIVE,

@@ -3,9 +3,9 @@
 import numpy as np
 
 from . import simd
+from .fold import FOLDED
 from .jit import inner
 from .layout import ADDRESSES, HEAD, PAGE, SIDE_NUMBERS
-from .products import FOLDED
 from .simd import LANES
 from .tiles import VECTOR
 
