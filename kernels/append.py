@@ -30,76 +30,101 @@ from .tables import (
 )
 
 VECTOR = 4 * LANES
-_TOO_LARGE = np.float32(np.inf)
 
 
 @inner
-def _narrow(kind, source, target):  # type: ignore[no-untyped-def]
-    """16 float32 as 16 numbers of a dense kind; True where one that was finite is not any more, or was not before."""
+def _narrow(kind, source, target, rest):  # type: ignore[no-untyped-def]
+    """16 float32 as 16 numbers of a dense kind; returns ``rest`` plus 0, or NaN in the lanes that became infinite."""
     x = simd.load_f32(source)
     if kind == F32:
         simd.store_f32(target, x)
-        return False
+        return rest
     if kind == BF16:
         simd.store_bf16(target, x)
         y = simd.load_bf16(target)
     else:
         simd.store_f16(target, x)
         y = simd.load_f16(target)
-    rest = simd.sum_lanes(simd.sub(y, y))  # 0 of finite numbers
-    return rest != 0
+    return simd.add(rest, simd.sub(y, y))
 
 
 @inner
-def _store_side(source, heads, width, kind, side, base, token_stride, channel_stride, scratch):  # type: ignore[no-untyped-def]
-    """The heads of one token, ``width`` float32 each, from ``source`` to ``base``; whether a number was lost."""
-    size, lost = 4 if kind == F32 else 2, False
+def _store_token(source, heads, width, kind, side, base, stride, scratch, rest):  # type: ignore[no-untyped-def]
+    """The heads of one token, ``width`` float32 each, from ``source`` to ``base``, ``stride`` bytes between channels."""
+    size = 4 if kind == F32 else 2
     for head in range(heads):
-        at = base + head * get(side, HEAD) + token_stride
+        at = base + head * get(side, HEAD)
         for c in range(0, width, LANES):
             place = source + 4 * (head * width + c)
-            if channel_stride == size:
-                lost |= _narrow(kind, place, at + c * size)
+            if stride == size:
+                rest = _narrow(kind, place, at + c * size, rest)
                 continue
-            lost |= _narrow(kind, place, scratch)
+            rest = _narrow(kind, place, scratch, rest)
             for i in range(LANES):
                 if kind == F32:
-                    simd.store_scalar(at + (c + i) * channel_stride, simd.scalar_at(scratch + 4 * i))
+                    simd.store_scalar(at + (c + i) * stride, simd.scalar_at(scratch + 4 * i))
                 else:
-                    simd.store_short(at + (c + i) * channel_stride, simd.short_at(scratch + 2 * i))
-    return lost
+                    simd.store_short(at + (c + i) * stride, simd.short_at(scratch + 2 * i))
+    return rest
+
+
+@inner
+def _store_sixteen(source, row_stride, heads, width, kind, side, base, stride, scratch, rest):  # type: ignore[no-untyped-def]
+    """The same of 16 tokens that lie side by side in the target, each channel in one piece."""
+    for head in range(heads):
+        for c in range(0, width, LANES):
+            for i in range(LANES):
+                row = simd.load_f32(source + i * row_stride + 4 * (head * width + c))
+                simd.store_f32(scratch + i * VECTOR, row)
+            simd.transpose(scratch, scratch)
+            for i in range(LANES):
+                target = base + head * get(side, HEAD) + (c + i) * stride
+                rest = _narrow(kind, scratch + i * VECTOR, target, rest)
+    return rest
 
 
 @standalone(types.void(types.int64, types.int64))
 def append_tokens(call, q):  # type: ignore[no-untyped-def]
-    """Store the keys and values of all rows of ``q`` from POSITION on; LOST says whether a number became infinite.
+    """Store the keys and values of all rows of ``q`` from POSITION on; LOST says whether one may have become infinite.
 
-    The last segment has room for all of them, the first for those that are sinks.
+    The last segment has room for all of them, the first for those that are sinks. LOST is also set by numbers that were
+    infinite or NaN before.
     """
-    width, heads = get(call, ROW_WIDTH), get(call, N_KV_HEADS)
-    own = np.empty(2 * LANES, np.float32)
+    width, heads, rows = get(call, ROW_WIDTH), get(call, N_KV_HEADS), get(call, N_QUERIES)
+    own = np.empty((LANES + 1) * LANES, np.float32)
     scratch = (own.ctypes.data + 63) // 64 * 64
-    recent = SEGMENTS + 2 * (get(call, N_SEGMENTS) - 1)
+    recent, row_stride = SEGMENTS + 2 * (get(call, N_SEGMENTS) - 1), get(call, Q_STRIDE)
     addresses, geometry = get(call, recent), get(call, recent + 1)
     sink_addresses, sink_geometry = get(call, SEGMENTS), get(call, SEGMENTS + 1)
-    shift, lost = get(geometry, TILE_SHIFT), False
-    for row in range(get(call, N_QUERIES)):
-        position = get(call, POSITION) + row
-        k = q + row * get(call, Q_STRIDE) + 4 * width * get(call, N_HEADS)
-        v = k + 4 * width * heads
-        tile, place = (position >> shift) - get(geometry, FIRST_TILE), position & ((1 << shift) - 1)
-        for is_k in (True, False):
-            side, x = geometry + 8 * (K_SIDE if is_k else V_SIDE), k if is_k else v
-            kind, stride = get(side, KIND), get(side, ROW)
-            size = 4 if kind == F32 else 2
-            base = tile_address(addresses, tile, K_CODES if is_k else V_CODES, side, 0)
-            lost |= _store_side(
-                x, heads, width, kind, side, base, place * (size if is_k else stride), stride if is_k else size, scratch
-            )
-            if position < get(call, N_SINKS):
-                side = sink_geometry + 8 * (K_SIDE if is_k else V_SIDE)
-                stride = get(side, TOKEN) if is_k else get(side, ROW)
-                base = tile_address(sink_addresses, 0, K_CODES if is_k else V_CODES, side, 0)
-                lost |= _store_side(x, heads, width, kind, side, base, position * stride, size, scratch)
-    simd.store_integer(call + 8 * LOST, lost)
+    shift, rest = get(geometry, TILE_SHIFT), simd.splat(np.float32(0))
+    for is_k in (True, False):
+        side, sink_side = geometry, sink_geometry
+        side += 8 * (K_SIDE if is_k else V_SIDE)
+        sink_side += 8 * (K_SIDE if is_k else V_SIDE)
+        which, kind, stride = K_CODES if is_k else V_CODES, get(side, KIND), get(side, ROW)
+        size = 4 if kind == F32 else 2
+        x = q + 4 * width * (get(call, N_HEADS) + (0 if is_k else heads))
+        row = np.int64(0)
+        while row < rows:
+            position, source = get(call, POSITION) + row, x + row * row_stride
+            tile, place = (position >> shift) - get(geometry, FIRST_TILE), position & ((1 << shift) - 1)
+            base, count = tile_address(addresses, tile, which, side, 0), np.int64(1)
+            if not is_k:
+                rest = _store_token(source, heads, width, kind, side, base + place * stride, size, scratch, rest)
+            elif place % LANES == 0 and row + LANES <= rows:
+                count = np.int64(LANES)
+                rest = _store_sixteen(
+                    source, row_stride, heads, width, kind, side, base + place * size, stride, scratch, rest
+                )
+            else:
+                rest = _store_token(source, heads, width, kind, side, base + place * size, stride, scratch, rest)
+            for i in range(count if position < get(call, N_SINKS) else 0):
+                if position + i < get(call, N_SINKS):
+                    at = (position + i) * get(sink_side, TOKEN if is_k else ROW)
+                    rest = _store_token(
+                        source + i * row_stride, heads, width, kind, sink_side,
+                        tile_address(sink_addresses, 0, which, sink_side, 0) + at, size, scratch, rest,
+                    )  # fmt: skip
+            row += count
+    simd.store_integer(call + 8 * LOST, simd.sum_lanes(rest) != 0)
     own[0] = 0
