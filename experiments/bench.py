@@ -16,6 +16,7 @@ from ..engine.policy import CachePolicy
 from ..engine.session import Session
 from ..models.load import Model
 from . import machine
+from .overhead import Overhead, overhead
 from .plan import Case, Plan
 from .tables import Column, Row
 
@@ -93,6 +94,7 @@ class Bench:
         self._progress, self._clock, self._bandwidth = progress, clock, bandwidth
         self._machine = machine.describe()
         self._rates: dict[int, float] = {}
+        self._aside: dict[tuple[int, int], Overhead] = {}
         self._done = 0
 
     def rows(self) -> Iterator[Row]:
@@ -113,6 +115,7 @@ class Bench:
             for policy in self._plan.policies:
                 for case in self._plan.cases:
                     measured = self._measure(model, policy, case, threads)
+                    aside = self._overhead(model, threads)
                     yield {
                         "model": model.name,
                         "weights": weights,
@@ -125,6 +128,9 @@ class Bench:
                         "n_depth": case.n_depth,
                         "test_time": datetime.now(UTC).isoformat(timespec="seconds"),
                         **measured,
+                        "python_seconds_per_token": aside.python_seconds,
+                        "handover_seconds_per_token": aside.handover_seconds,
+                        "regions_per_layer": aside.regions_per_layer,
                         "peak_memory_bytes": machine.peak_memory(),
                         **self._machine,
                     }
@@ -150,6 +156,13 @@ class Bench:
         found = statistics(case.n_timed, samples)
         rate = self._rates[threads] if generates else None
         return {**found, "kv_bytes": kv_bytes, **_traffic(weight_bytes(model) + kv_bytes, found["avg_ts"], rate)}
+
+    def _overhead(self, model: Model, threads: int) -> Overhead:
+        """What a step of packed weights costs besides arithmetic, with so many layers and threads; measured once."""
+        key = model.config.num_hidden_layers, threads
+        if key not in self._aside:
+            self._aside[key] = overhead(*key)
+        return self._aside[key]
 
     def _tell(self, what: str) -> None:
         if self._progress is not None:
@@ -183,6 +196,13 @@ def heading(rows: list[Row]) -> str:
     if rates:
         each = ", ".join(f"{rate / 1e9:.1f} GB/s with {threads} threads" for threads, rate in rates.items())
         lines.append(f"memory is read at {each}; roofline: GB/s as a part of that")
+    aside = {row["threads"]: row for row in rows}
+    lines += [
+        f"besides arithmetic, a token takes {row['python_seconds_per_token'] * 1e3:.2f} ms in Python and "
+        f"{row['handover_seconds_per_token'] * 1e3:.2f} ms in handing work to {threads} threads "
+        f"({row['regions_per_layer']} times a layer)"
+        for threads, row in aside.items()
+    ]
     lines.append(f"peak resident memory {rows[-1]['peak_memory_bytes'] / 1e6:.0f} MB")
     return "\n".join(f"{line}  " for line in lines)
 

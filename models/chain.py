@@ -82,6 +82,11 @@ class Chain:
         if rows:
             self._runs.append(chain_table(rows))
 
+    @property
+    def regions(self) -> int:
+        """Parallel regions of one row."""
+        return len(self._packed)
+
     def room_nbytes(self, rows: int) -> int:
         """Bytes that the buffers' room must have for so many rows."""
         return max([1, *(link.linear.projection.room_nbytes(rows) for link in self._packed)])  # type: ignore[union-attr]

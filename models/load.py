@@ -209,14 +209,14 @@ def load(
         )
     if tokenizer is not None and not config.eos_token_ids:
         config = replace(config, eos_token_ids=tuple(tokenizer.eos_ids))
-    loaded = _read_weights(config, source, weights, str(opened.path or name) if check_weights else None, progress)
+    loaded = read_weights(config, source, weights, str(opened.path or name) if check_weights else None, progress)
     return Model(name, config, Transformer(config, loaded), tokenizer)
 
 
-def _read_weights(
-    config: ModelConfig, source: Source, weights: str, checked: str | None, progress: Progress | None
+def read_weights(
+    config: ModelConfig, source: Source, weights: str, checked: str | None = None, progress: Progress | None = None
 ) -> Weights:
-    """All weights, layer by layer, some layers at once."""
+    """All weights, some layers at once. checked: where they come from; then NaN and infinity are refused."""
     total = config.num_hidden_layers + 1
     pack = Packer(source, source.stored_types.__getitem__, source.shapes.__getitem__, weights, checked)
 

@@ -88,7 +88,7 @@ class Transformer:
             [Apply(layer.o, ATTENDED, X, True), Apply(layer.gate_up, X, GATE_UP), Apply(layer.down, GATE_UP, X, True)]
             for layer in weights.layers
         ]
-        self._chains = [
+        self.chains = [
             Chain([*behind, *ahead]) for behind, ahead in zip([[], *after], [*before, []], strict=True)
         ]  # fmt: skip
 
@@ -115,8 +115,8 @@ class Transformer:
         x[:] = weights.embedding.take(step.token_ids)
         qkv = buffers.arrays[QKV].reshape(n_rows, self._heads[1], -1)
         attended = buffers.arrays[ATTENDED].reshape(n_rows, self._heads[0], -1)
-        self._chains[0](buffers)
-        for i, chain in enumerate(self._chains[1:]):
+        self.chains[0](buffers)
+        for i, chain in enumerate(self.chains[1:]):
             for cache, start, stop in step.spans:
                 position = int(step.positions[start])
                 cache.attend(i, qkv[start:stop], position, self.config.head_dim**-0.5, attended[start:stop])
@@ -130,7 +130,7 @@ class Transformer:
         return weights.head(x)
 
     def _room_nbytes(self, rows: int) -> int:
-        return 1 if rows == 1 else max(chain.room_nbytes(rows) for chain in self._chains)
+        return 1 if rows == 1 else max(chain.room_nbytes(rows) for chain in self.chains)
 
     def _rotary(self, positions: NDArray[np.int64]) -> tuple[Float32, Float32]:
         """Cos and sin (T, head_dim / 2), from float32 angles, as the models were trained."""
