@@ -256,7 +256,7 @@ def generate(
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message for the chat template.")] = None,
     weights: Annotated[
-        str, typer.Option(help="Weights in memory: f32, bf16, q8, q4, or auto, as they are stored.")
+        str, typer.Option(help="Weights in memory: f32, bf16, q8, q4, or auto: as stored, else q8.")
     ] = "auto",
     check_weights: Annotated[bool, typer.Option("--check-weights", help="Refuse NaN and infinite weights.")] = False,
     threads: Annotated[int | None, typer.Option(help="Threads; all cores unless given.")] = None,
@@ -521,6 +521,9 @@ def info(
     ] = None,
     *,
     cache: CacheOptions,
+    weights: Annotated[
+        str, typer.Option(help="Weights in memory: f32, bf16, q8, q4, or auto: as stored, else q8.")
+    ] = "auto",
     routes: Annotated[
         bool, typer.Option("--routes", help="How the kernels compute each format on this CPU, and what options cost.")
     ] = False,
@@ -534,7 +537,7 @@ def info(
 
         with Bars(quiet=as_json) as bars:
             opened = open_model(model or "smollm2", progress=bars.bar("downloading"))
-        described |= _described(opened, policy)
+        described |= _described(opened, policy, weights)
     if routes:
         from .kernels.routes import routes as all_routes
 
@@ -558,8 +561,13 @@ def _print_table(described: dict[str, Any], indent: str = "") -> None:
             print(f"{indent}{name:{width}} {value}")
 
 
-def _described(opened: "Opened", policy: "CachePolicy") -> dict[str, Any]:
-    config = opened.config
+def _described(opened: "Opened", policy: "CachePolicy", weights: str) -> dict[str, Any]:
+    from .models.pack import check_weights_option, kept_as, kept_nbytes
+
+    check_weights_option(weights)
+    config, source = opened.config, opened.source
+    matrices = {name: shape for name, shape in source.shapes.items() if len(shape) == 2}
+    kept = {source.stored_types[name]: kept_as(weights, source.stored_types[name]) for name in matrices}
     layers, heads, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     old, recent = (layers * nbytes for nbytes in policy.nbytes_per_token(heads, head_dim))
     parameters = sum(functools.reduce(int.__mul__, shape, 1) for shape in opened.source.shapes.values())
@@ -571,6 +579,9 @@ def _described(opened: "Opened", policy: "CachePolicy") -> dict[str, Any]:
         "stored_bytes": opened.source.nbytes,
         "stored_types": " ".join(sorted(set(opened.source.stored_types.values()))),
         "f32_bytes": 4 * parameters,
+        "weights": weights,
+        "matrices_kept_as": kept,
+        "matrices_bytes": sum(kept_nbytes(weights, source.stored_types[n], s) for n, s in matrices.items()),
         "layers": layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,

@@ -216,10 +216,11 @@ class Cache:
     def attend(self, layer: int, qkv: Float32, position: int, scale: float, out: Float32 | None = None) -> Float32:
         """Append and attend in one layer; see ``LayerCache.attend``."""
         cache = self.layers[layer]
-        if layer == 0 or self._view is None or self._view.position != position:
-            self._view = View(self.policy, cache.sinks, position, qkv, cache.recent.layout.n_kv_heads)
+        view = self._view
+        if layer == 0 or view is None or (view.position, view.n_queries) != (position, len(qkv)):
+            view = self._view = View(self.policy, cache.sinks, position, qkv, cache.recent.layout.n_kv_heads)
         try:
-            return cache.attend(qkv, position, scale, out, self._view)
+            return cache.attend(qkv, position, scale, out, view)
         except NumericalError as error:
             raise NumericalError(f"layer {layer}, position {position}: {error}") from None
 

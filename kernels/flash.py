@@ -79,7 +79,7 @@ def flash_attention(
         softcap: 0 for none.
         max_bias: ALiBi's largest slope exponent (8 in the paper, https://arxiv.org/abs/2108.12409); 0 for none.
         sink_logits: float32 (H,): a logit a head that takes part in the sum but has no value. Counted in this call.
-        precision: "f32" keeps everything float32. "default" multiplies codes as integers, with queries and weights rounded
+        precision: "f32" keeps everything float32. "default" multiplies codes as integers, with q and p rounded
             to 16 bits; dense keys are float32 in both (see kernels/routes.py).
         state: float32 (H, T, 2) with [..., 0] = M, [..., 1] = S, natural logarithm; read, and updated in place.
         out: float32 (T, H, D), the normalised output that belongs to the state; updated in place and returned.
@@ -167,7 +167,7 @@ def attend(
     mask: Float32 | None = None,
     exact: bool = False,
 ) -> None:
-    """Continue ``out`` and ``state`` over a segment. The checked inside of ``flash_attention``; the cache calls it too.
+    """Continue ``out`` and ``state`` over a segment. The checked inside of ``flash_attention``.
 
     Args:
         q: float32 (T, H, width), C order, width a multiple of 16.

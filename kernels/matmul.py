@@ -1,7 +1,8 @@
-"""Products of a weight matrix with activations. Today: a float32 matrix with one row, at memory speed.
+"""The product of a float32 weight matrix with one row of activations, at memory speed.
 
 Many rows go through NumPy's BLAS (models/linear.py). One row does not: BLAS has a thread pool of its own, and two pools
-that take turns 120 times a token on the same cores wait for each other (measured in docs/log.md).
+that take turns 120 times a token on the same cores wait for each other (measured in docs/log.md). Packed weights have
+kernels of their own (project.py).
 """
 
 import numba

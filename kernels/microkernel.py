@@ -43,8 +43,8 @@ VECTOR = 4 * LANES  # bytes of a vector of words
 CHAINS = {1: 4, 2: 2, 3: 2, 4: 2, 8: 1}  # sums of a row, by rows: together at least the cycles that a dot product takes
 # Bytes, and how near a cache (3: the first level): tiles are read in the order of memory, but the processor's own
 # prefetcher stops whenever something else is computed for a while.
-PAIRS_FROM = 24  # rows; measured with AVX-512, where 8 rows share the work
 AHEAD = ((8192, 1), (2048, 3))
+PAIRS_FROM = 24  # rows; measured with AVX-512, where 8 rows share the work
 _V_I16_PAIRS = ir.VectorType(_I16, 2 * LANES)
 
 
@@ -362,15 +362,15 @@ def _codes(bits: int) -> Any:
                     builder.store(top_value, _pointer(builder, top, _V_F32)).align = 4
             outer.turn([])
 
-    body.__name__ = f"multiply_codes{bits}"
+    body.__name__ = f"multiply_codes{bits}" if bits < 16 else "multiply_pairs"
     body.__doc__ = f"""target[r][v] += factors[r] * scales[v] * (sum of a[r][i] . b[v][i]) + offsets[r] * centres[v].
 
-    a are pairs of int16 and b codes of {bits} bits, less the middle one, in words of 16 lanes (layout.py). Sums are exact,
-    in int32; the rest is float32. Arguments: a, its row stride, b, its vector stride, the plane of third bits and the
-    place of the first pair in it (3 bits only), count (pairs), rows, vectors, the addresses of the rows' targets (int64),
-    an offset of all targets, whether they are fresh (1: they count as 0), factors, offsets (float32, one a row), scales,
-    centres (vectors), the step from one to the next (0: all are 1), the addresses of vectors that keep the largest
-    values (int64, one a row; 0 for none).
+    a are pairs of int16 and b codes of {bits} bits, less the middle one, in words of 16 lanes (layout.py); of 16 bits is
+    what ``take_apart8`` and its like have made of such codes. Sums are exact, in int32; the rest is float32. Arguments: a,
+    its row stride, b, its vector stride, the plane of third bits and the place of the first pair in it (3 bits only), count
+    (pairs), rows, vectors, the addresses of the rows' targets (int64), an offset of all targets, whether they are fresh (1:
+    they count as 0), factors, offsets (float32, one a row), scales, centres (vectors), the step from one to the next (0:
+    all are 1), the addresses of vectors that keep the largest values (int64, one a row; 0 for none).
     """
     return _operation(types.void, *[types.intp] * 18)(body)
 

@@ -58,7 +58,7 @@ def _multiply_codes(kind, block, groups, tile, place, rows, target, stride, fres
 
 
 @inner
-def _multiply_floats(kind, block, columns, x, x_stride, rows, target, stride, scratch):  # type: ignore[no-untyped-def]
+def _multiply_floats(kind, block, columns, x, x_stride, rows, target, stride):  # type: ignore[no-untyped-def]
     """Some rows of float32 times one block of dense weights; target is added to."""
     simd.never_inline()
     if kind == WBF16:
@@ -117,7 +117,7 @@ def multiply_blocks(call, first, stop, tiles, floats, rows, out):  # type: ignor
                         simd.store_f32(scratch + VECTOR * i, simd.splat(np.float32(0)))
                     _multiply_floats(
                         kind, block, columns, floats + row * groups * GROUP * 4, groups * GROUP * 4, count, scratch,
-                        np.int64(VECTOR), scratch,
+                        np.int64(VECTOR),
                     )  # fmt: skip
                     _finish(scratch, count, lanes, target, stride, bias + 4 * column if bias else 0, onto)
                 row += count

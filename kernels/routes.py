@@ -6,7 +6,7 @@ from typing import Any
 from .layout import DENSE_DTYPES, KIND_BITS
 
 FLOAT32 = "float32"
-INTEGER = "int16 x codes"  # queries and weights rounded to 16 bits, times the codes, summed exactly in 32 bits
+INTEGER = "int16 x codes"  # queries and exponentials rounded to 16 bits, times the codes, summed exactly in 32 bits
 
 # Every option runs on every route. What it costs, beyond the plain call:
 OPTIONS = {

@@ -1,7 +1,7 @@
 """A segment: keys and values that one call of the kernel attends to, as the kernel wants them described.
 
 Whether dense or quantized, in tiles or as plain arrays, a segment is a table of tile addresses and one small array of
-integers (``geometry``, indexed by the names in attention.py).
+integers (``geometry``, indexed by the names in tables.py).
 """
 
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ class Segment:
 
 
 def make_geometry(tile: int, first_tile: int, width: int, n_kv_heads: int, k: Side, v: Side) -> Int64:
-    """The integers that describe a segment, in the order of the index names in attention.py."""
+    """The integers that describe a segment, in the order of the index names in tables.py."""
     return np.concatenate(
         [np.array([tile, tile.bit_length() - 1, first_tile, width, n_kv_heads]), side_numbers(k), side_numbers(v)]
     )

@@ -27,7 +27,7 @@ LANES = 16
 binding.initialize_native_asmparser()  # for the few instructions that are written as assembly
 
 _F32, _I32, _I16, _I8 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(8)
-_V_F32, _V_I32, _V_I16, _V_I8, _V_F16 = (ir.VectorType(t, LANES) for t in (_F32, _I32, _I16, _I8, ir.HalfType()))
+_V_F32, _V_I32, _V_I16, _V_F16 = (ir.VectorType(t, LANES) for t in (_F32, _I32, _I16, ir.HalfType()))
 
 
 class _Vector(types.Type):  # type: ignore[misc]

@@ -14,7 +14,7 @@ BLOCK_ROWS = 96  # query rows that share the unpacking of a tile: their logits t
 LOGITS_ROW = np.int64((SPLIT + LANES) * 4)  # bytes between rows of logits: a power of two would share cache sets
 
 # Indices into the int64 array that describes a segment (see segment.py)
-TILE, TILE_SHIFT, FIRST_TILE, WIDTH, KV_HEADS = range(5)
+TILE, TILE_SHIFT, FIRST_TILE, WIDTH = range(4)  # the fifth is the number of KV heads
 K_SIDE, V_SIDE = 5, 5 + SIDE_NUMBERS  # where the numbers of each Side begin (see layout.py)
 
 # Indices into the int64 array that describes a call: numbers, addresses (0 for what there is not), bytes
@@ -42,9 +42,9 @@ SCALE, SOFTCAP, EXACT = range(3)  # EXACT: not 0 for float32 throughout
 # A worker's room: addresses, on 64-byte boundaries, of
 #     QUERIES  float32 [rows][width], scaled            OUT      float32 [rows][width], the partial output of a split
 #     LOGITS   float32 [rows][SPLIT + 16]               SUMS     a vector a row: largest logits, then sums of exponentials
-#     CODES    one side of a tile as pairs of uint16    VALUES   one side of a tile as float32
+#     CODES    one side of a tile as pairs, uint16 or int16    VALUES   one side of a tile as float32
 #     SCALES   scales and centres of some tiles, or room to transpose
-#     WORDS, FACTORS, OFFSETS, SCRATCH                  for products.fold and products.multiply_tile
+#     WORDS, FACTORS, OFFSETS, SCRATCH                  for fold.fold and products.multiply_tile
 # and, of kernels that are called by their address, TILE_KERNEL (products.multiply_tile) and DENSE_KERNEL (multiply_dense).
 QUERIES, OUT, LOGITS, SUMS, CODES, VALUES, SCALES, WORDS, FACTORS, OFFSETS, SCRATCH = range(11)
 TILE_KERNEL, DENSE_KERNEL = range(11, 13)

@@ -10,6 +10,7 @@ from .chain import Projection
 from .flash import flash_attention
 from .matmul import matvec
 from .project import rotate_rows
+from .rotary import rotate
 from .segment import quantize
 from .weights import W8, empty_matrix
 
@@ -24,6 +25,7 @@ def _linear() -> None:
     layer(np.ones((1, 32), np.float32), numba.get_num_threads())
     layer.take(np.zeros(1, np.int64), np.empty((1, 32), np.float32))
     rotate_rows.address()
+    rotate(np.ones((1, 1, 2), np.float32), 1, np.ones((1, 1), np.float32), np.ones((1, 1), np.float32))
 
 
 STEPS: dict[str, Callable[[], object]] = {

@@ -1,13 +1,13 @@
 """From the tensors of a file to linear layers, in the format that was asked for.
 
-"auto" changes no number where the kernels know the stored format (Q4_0, Q4_1, Q8_0, bfloat16, float16, float32); what
-they do not know is kept as q8. Every other choice converts everything that is stored otherwise.
+"auto" changes no number where the kernels know the stored format (Q4_0, Q4_1, Q8_0, bfloat16, float16, float32); float64
+becomes float32, and what they do not know, K types for example, is kept as q8. Every other choice converts everything that
+is stored otherwise.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,6 +23,7 @@ from ..kernels.weights import (
     CodedRows,
     Matrix,
     Stored,
+    block_nbytes,
     code_rows,
     empty_matrix,
     store_coded,
@@ -36,7 +37,6 @@ Float32 = NDArray[np.float32]
 WEIGHTS = ("auto", "f32", "bf16", "q8", "q4")
 _KINDS = {"bf16": WBF16, "q8": W8, "q4": W4M}
 _LOSSLESS = {"F32": None, "F64": None, "F16": WF16, "BF16": WBF16, "Q8_0": W8, "Q4_0": W4, "Q4_1": W4M}
-_OF_DTYPE = {np.dtype(np.float16): WF16, np.dtype(ml_dtypes.bfloat16): WBF16}
 
 
 class TensorSource(Protocol):
@@ -63,6 +63,12 @@ def kept_as(weights: str, stored_type: str) -> str:
     """The format in which a matrix is kept that a file stores as ``stored_type`` ("Q4_K"), by its name: "q8"."""
     kind = _kind(weights, stored_type)
     return "f32" if kind is None else NAMES[kind]
+
+
+def kept_nbytes(weights: str, stored_type: str, shape: tuple[int, int]) -> int:
+    """Bytes that such a matrix then takes, padding included."""
+    kind, (rows, columns) = _kind(weights, stored_type), shape
+    return 4 * rows * columns if kind is None else -(-rows // LANES) * block_nbytes(kind, columns)
 
 
 def _kind(weights: str, stored_type: str) -> int | None:
