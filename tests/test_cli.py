@@ -67,6 +67,16 @@ def test_json_is_one_object_with_everything_in_it() -> None:
     assert stats["policy"] == "window=128 sinks=4 k_bits=4 v_bits=4 tile=64 dense=f16"
 
 
+@pytest.mark.parametrize("weights", ["f32", "bf16", "q8", "q4"])
+def test_text_is_generated_with_weights_in_every_format(weights: str) -> None:
+    options = ("generate", "hello", "--model", "toy", "--weights", weights, "--json", "-n", "20")
+    result = mixkv(*options)
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert len(answer["token_ids"]) == 20 and answer["text"].isprintable() and answer["finish_reason"] == "length"
+    assert json.loads(mixkv(*options, "--threads", "1").stdout)["token_ids"] == answer["token_ids"]
+
+
 def test_the_prompt_comes_from_argument_file_or_stdin(tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_bytes("grün".encode())

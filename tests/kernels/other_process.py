@@ -16,6 +16,7 @@ import numpy as np
 
 from .microkernels import summary
 from .oracle import CODED, DTYPES, expected, normal, quantize_as, read_segment, segment_tiles
+from .projections import projection_bits, projections
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,6 +81,10 @@ def bits() -> dict[str, Any]:
     return {"threads": numba.get_num_threads(), **attention_bits()}
 
 
+def projection() -> dict[str, Any]:
+    return {"threads": numba.get_num_threads(), **projection_bits()}
+
+
 def merge() -> dict[str, Any]:
     """One merge, the smallest kernel: the result, and whether it was compiled here or loaded from disk."""
     from mixkv.kernels import merge_states
@@ -105,6 +110,7 @@ def cpu() -> dict[str, Any]:
     errors = {
         "halves": wrong_halves(), "stored halves": wrong_stored_halves(), "exp": exp_error(),
         "attention": attention_errors(), "microkernels": summary(), "codes": wrong_codes(),
+        "projections": projections(),
     }  # fmt: skip
     return {"features": features, "bits": attention_bits(), "tiles": tile_hashes(), **errors}
 
@@ -262,7 +268,7 @@ def exp_error(low: float = -87.3, high: float = 0.0) -> float:
     return float((units / (2 + np.abs(x) / 4)).max())
 
 
-COMMANDS = {"where": where, "bits": bits, "merge": merge, "cpu": cpu}
+COMMANDS = {"where": where, "bits": bits, "projection": projection, "merge": merge, "cpu": cpu}
 
 if __name__ == "__main__":
     print(json.dumps(COMMANDS[sys.argv[1]]()))

@@ -14,6 +14,7 @@ from mixkv.kernels import simd
 from .microkernels import summary
 from .oracle import TOLERANCE
 from .other_process import attention_bits, attention_errors, run_process, tile_hashes, wrong_codes
+from .projections import projection_bits, projections
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 HASWELL = ("f16c", "fma", "avx2")
@@ -37,11 +38,20 @@ def microkernels(features: Sequence[str]) -> dict[str, Any]:
     return {"counts": found, "products": []}
 
 
+def check_projections(found: dict[str, Any], features: Sequence[str]) -> None:
+    """Dot products of bytes are exact, for as many rows as there are registers for, and layers are close to float64."""
+    rows = [1, 2, 4, 8] if "avx512f" in features else [1, 2] if "avx2" in features else [1]
+    assert (found["byte rows"], found["wrong"]) == (rows, [])
+    assert found["errors"].keys() == projections()["errors"].keys() and max(found["errors"].values()) <= 1, found
+
+
 def test_this_cpu() -> None:
     context = cpu_target.target_context
+    features = [x for x in ("avx2", "avx512f") if simd.cpu_has(context, x)]
     assert_close(attention_errors())
-    assert summary() == microkernels([x for x in ("avx2", "avx512f") if simd.cpu_has(context, x)])
+    assert summary() == microkernels(features)
     assert wrong_codes() == []
+    check_projections(projections(), features)
 
 
 def host_has(*features: str) -> bool:
@@ -68,7 +78,8 @@ def test_a_cpu_without_avx512_or_avx2_computes_the_same(name: str, features: tup
     assert found["tiles"] == tile_hashes()
     assert found["attention"].keys() == attention_errors().keys()
     assert_close(found["attention"])
+    check_projections(found["projections"], features)
     if "fma" in features:  # the order of every sum is fixed: only an unfused multiply and add changes bits
-        assert found["bits"] == attention_bits()
+        assert found["bits"] == attention_bits() and found["projections"]["bits"] == projection_bits()
     # Without a fused multiply-add, what rounding x / ln 2 costs is not undone.
     assert found["exp"] <= (1 if "fma" in features else 4.2)

@@ -1,0 +1,392 @@
+"""Products with packed weights: against float64, and bit for bit the same however rows are put together."""
+
+from collections.abc import Sequence
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from mixkv.kernels.chain import Projection, chain_table, rotation
+from mixkv.kernels.project import run_chain
+from mixkv.kernels.rotary import rotate
+from mixkv.kernels.weights import W8, WBF16, empty_matrix
+
+from .oracle import DTYPES, normal
+from .other_process import run_process
+from .projections import (
+    CODES,
+    GROUP,
+    HOWS,
+    KINDS,
+    Layer,
+    Rows,
+    apply,
+    coded_rows,
+    projection_bits,
+    random_layer,
+    round_groups,
+)
+
+MOST = 40  # rows of activations: five tiles of eight
+
+
+def identity(kind: str, size: int, how: str = "plain", norm_weight: np.ndarray | None = None) -> Layer:
+    """A layer whose outputs are what is multiplied; of codes, the first is 1 and all others are 0."""
+    ones = np.eye(size)
+    if kind in DTYPES:
+        rows = Rows(kind, ones.astype(DTYPES[kind]), ones)
+    else:
+        scales = np.ones((size, size // GROUP))
+        minima = np.zeros_like(scales) if kind == "q4m" else None
+        rows = coded_rows(kind, ones.astype(np.int64).reshape(size, -1, GROUP), scales, minima)
+    return Layer([rows], how, None, norm_weight)
+
+
+# --- Against float64 -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(list(KINDS)), st.sampled_from(list(HOWS)), st.integers(16, 60), st.integers(1, 130), st.booleans(),
+    st.integers(1, MOST), st.integers(1, 4), st.integers(0, 2**32),
+)  # fmt: skip
+def test_a_product_is_that_of_rounded_activations(
+    kind: str, how: str, rows: int, columns: int, biased: bool, t: int, workers: int, seed: int
+) -> None:
+    """Rounded to 127ths of the largest of each 32 where weights are codes, and not at all where they are numbers."""
+    rng = np.random.default_rng(seed)
+    layer = random_layer(rng, [(kind, rows)], columns, how, biased)
+    x = layer.input(rng, t)
+    found = apply(layer, x, workers)
+    assert found.shape == (t, rows) and layer.error(x, found) <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(list(KINDS)), st.integers(1, 40)), min_size=1, max_size=5),
+    st.sampled_from(list(KINDS)), st.sampled_from(list(HOWS)), st.integers(1, 100), st.booleans(), st.integers(1, 20),
+    st.integers(1, 4), st.integers(0, 2**32),
+)  # fmt: skip
+def test_parts_of_different_kinds_are_one_layer(
+    parts: list[tuple[str, int]], first: str, how: str, columns: int, biased: bool, t: int, workers: int, seed: int
+) -> None:
+    """Whatever their numbers of rows are; and each part has the bits that it has alone."""
+    rng = np.random.default_rng(seed)
+    layer = random_layer(rng, [(first, 16), *parts], columns, how, biased)
+    x = layer.input(rng, t)
+    found, start = apply(layer, x, workers), 0
+    assert layer.error(x, found) <= 1
+    for part in layer.parts:
+        stop = start + len(part.values)
+        bias = None if layer.bias is None else layer.bias[start:stop]
+        alone = apply(Layer([part], how, bias, layer.norm_weight), x)
+        np.testing.assert_array_equal(found[:, start:stop], alone)
+        start = stop
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [32, 21])
+def test_an_output_may_be_added_to(kind: str, biased: bool, rows: int) -> None:
+    """One addition more, and the same otherwise; what was in an output that is not added to never shows."""
+    rng = np.random.default_rng(1)
+    layer = random_layer(rng, [(kind, rows)], 70, biased=biased)
+    projection = layer.projection()
+    for t in (1, 2, 9):
+        x, before = layer.input(rng, t), normal(rng, t, rows)
+        want = apply(layer, x)
+        for onto, number in ((True, None), (False, np.nan), (False, np.inf)):
+            out = before.copy() if number is None else np.full_like(before, number)
+            run([projection.link(3, 4, onto=onto)], [x, out], projection.room_nbytes(t))
+            np.testing.assert_array_equal(out, before + want if onto else want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", HOWS)
+def test_no_rows_and_rows_of_zeros(kind: str, how: str) -> None:
+    rng = np.random.default_rng(2)
+    layer = random_layer(rng, [(kind, 37)], 70, how, biased=True)
+    assert apply(layer, layer.input(rng, 0)).shape == (0, 37)
+    for t in (1, 5):
+        zeros = np.zeros_like(layer.input(rng, t))
+        np.testing.assert_array_equal(apply(layer, zeros), np.tile(layer.bias, (t, 1)))
+        x = layer.input(rng, t)
+        x[-1] = 0
+        np.testing.assert_array_equal(apply(layer, x)[-1], layer.bias)
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_a_group_of_zeros_adds_nothing(kind: str) -> None:
+    """The others are what they are without it."""
+    rng = np.random.default_rng(3)
+    layer = random_layer(rng, [(kind, 20)], 96)
+    x = layer.input(rng, 6)
+    x[:, 32:64] = 0
+    assert layer.error(x, apply(layer, x)) <= 1
+    x[:, :32] = x[:, 64:] = 0
+    assert not apply(layer, x).any()
+
+
+# --- Rounding to bytes ---------------------------------------------------------------------------------------------------
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """Activations (T, a multiple of 32) as they are multiplied with codes."""
+    return apply(identity("q8", x.shape[1]), np.ascontiguousarray(x))
+
+
+@settings(max_examples=150, deadline=None)
+@given(arrays(np.float32, (2, 64), elements=st.floats(-(2.0**100), 2.0**100, width=32), fill=st.just(1e-36)))
+def test_activations_are_rounded_by_half_a_step_at_most(x: np.ndarray) -> None:
+    """Whatever they are. Groups below 1e-35 become 0."""
+    found = rounded(x).astype(np.float64)
+    groups = np.abs(x.astype(np.float64)).reshape(2, 2, GROUP)
+    steps = np.repeat(groups.max(axis=2) / 127, GROUP, axis=1)
+    assert (np.abs(found - x) <= 0.50001 * steps + 1e-35).all()
+    codes = found / np.where(steps < 1e-37, np.inf, steps)
+    np.testing.assert_allclose(codes, np.rint(codes), rtol=0, atol=127 * 4 * 2.0**-24)
+
+
+def test_activations_between_two_codes_go_to_the_nearest_and_to_the_even_one() -> None:
+    x = np.zeros((1, 32), np.float32)
+    x[0, :10] = 127, 0.5, 1.5, 2.5, -0.5, -1.5, 0.5000001, 126.5, -126.5, -127
+    found = rounded(x)[0, :10]
+    np.testing.assert_array_equal(found, [127, 0, 2, 2, 0, -2, 1, 126, -126, -127])
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_every_kind_of_codes_meets_the_same_rounded_activations(kind: str) -> None:
+    x = normal(np.random.default_rng(4), 5, 96)
+    want, doubts = round_groups(x.astype(np.float64))
+    found = apply(identity(kind, 96), x)
+    assert (np.abs(found - want) <= doubts + 1e-6 * np.abs(want)).all() and (doubts == 0).mean() > 0.99
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(list(KINDS)), st.integers(1, 10), st.integers(-80, 80), st.integers(0, 2**32))
+def test_activations_of_another_magnitude_give_outputs_of_another_magnitude(
+    kind: str, t: int, power: int, seed: int
+) -> None:
+    """Exactly, for powers of two."""
+    rng = np.random.default_rng(seed)
+    layer = random_layer(rng, [(kind, 24)], 80)
+    x = layer.input(rng, t)
+    found = apply(layer, np.ldexp(x, power))
+    np.testing.assert_array_equal(found, np.ldexp(apply(layer, x), power))
+
+
+# --- Norms and gates -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 130), st.floats(-30, 17), st.integers(1, 10), st.integers(0, 2**32))
+def test_a_norm_divides_by_the_root_of_the_mean_square(columns: int, power: float, t: int, seed: int) -> None:
+    """Seen through an identity; where eps is all that counts, too."""
+    rng = np.random.default_rng(seed)
+    weight = rng.uniform(-2, 2, columns).astype(np.float32)
+    layer = identity("bf16", columns, "norm", weight)
+    x = (normal(rng, t, columns) * 10.0**power).astype(np.float32)
+    np.testing.assert_allclose(apply(layer, x), layer.before(x), rtol=1e-6, atol=1e-36)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 100), st.floats(-10, 30), st.floats(-10, 3), st.integers(1, 10), st.integers(0, 2**32))
+def test_a_gate_is_silu_times_what_is_gated(columns: int, power: float, up_power: float, t: int, seed: int) -> None:
+    """Seen through an identity. Below -87 the kernels' exponential ends, where a SiLU is next to nothing."""
+    rng = np.random.default_rng(seed)
+    layer = identity("f16", columns, "gate")
+    x = layer.input(rng, t)
+    x[:, :columns] *= np.float32(10.0**power)
+    x[:, columns:] *= np.float32(10.0**up_power)
+    want, found = layer.before(x), apply(layer, x)
+    size = np.abs(x[:, :columns].astype(np.float64) * x[:, columns:])
+    units = 2 + np.minimum(np.abs(x[:, :columns]), 88) / 4 + 4
+    assert (np.abs(found - want) <= units * 2.0**-23 * np.abs(want) + 1e-37 * (1 + size)).all()
+
+
+def test_the_ends_of_a_gate() -> None:
+    gate = np.array([0, -0.0, 88, 89, 1000, -88, -89, -1000, 3e38, -1e30], np.float32)
+    x = np.concatenate([gate, np.ones_like(gate)])[None]
+    found = apply(identity("bf16", len(gate), "gate"), x)[0]
+    np.testing.assert_allclose(found, [0, 0, 88, 89, 1000, 0, 0, 0, 3e38, 0], rtol=1e-6, atol=1e-8)
+
+
+# --- What is not a number ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(list(KINDS)), st.sampled_from(list(HOWS)), st.sampled_from([np.nan, np.inf, -np.inf]),
+    st.integers(1, 20), st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True), st.integers(0, 2**32),
+)  # fmt: skip
+def test_what_is_not_a_number_spoils_its_own_row_and_no_other(
+    kind: str, how: str, number: float, t: int, row: float, column: float, seed: int
+) -> None:
+    """All of it, so that nobody takes it for an answer. Infinity times a number stays infinite, times a code it is NaN."""
+    rng = np.random.default_rng(seed)
+    layer = random_layer(rng, [(kind, 37)], 70, how)
+    x = layer.input(rng, t)
+    clean, bad = apply(layer, x), int(row * t)
+    x[bad, int(column * x.shape[1])] = number
+    found = apply(layer, x)
+    assert np.isnan(found[bad]).all() if kind in CODES else not np.isfinite(found[bad]).any()
+    others = np.arange(t) != bad
+    np.testing.assert_array_equal(found[others], clean[others])
+
+
+# --- The same bits -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "all"])
+@pytest.mark.parametrize("how", HOWS)
+def test_a_row_alone_has_the_bits_that_it_has_among_others(kind: str, how: str) -> None:
+    """At every place of a tile, in front of any others and behind them, and by any number of workers."""
+    rng = np.random.default_rng(5)
+    kinds = KINDS if kind == "all" else [kind]
+    layer = random_layer(rng, [(name, 37) for name in kinds], 112, how, biased=how == "plain")
+    projection, x = layer.projection(), layer.input(rng, MOST)
+    alone = np.concatenate([projection(x[i : i + 1], 1) for i in range(MOST)])
+    assert len(np.unique(alone)) > 0.99 * alone.size
+    for workers in (1, 2, 3, 7):
+        for i in (0, 3, 39):
+            np.testing.assert_array_equal(projection(x[i : i + 1], workers)[0], alone[i])
+        for t in range(1, MOST + 1):
+            np.testing.assert_array_equal(projection(x[:t], workers), alone[:t])
+    for shift in range(1, MOST, 3):
+        found = projection(np.roll(x, shift, axis=0), 2)
+        np.testing.assert_array_equal(found, np.roll(alone, shift, axis=0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(list(KINDS)), st.integers(1, 40)), min_size=1, max_size=4), st.integers(1, 130),
+    st.sampled_from(list(HOWS)), st.booleans(), st.integers(1, MOST), st.integers(0, MOST), st.integers(1, 5),
+    st.integers(0, 2**32),
+)  # fmt: skip
+def test_where_rows_are_cut_changes_nothing(
+    parts: list[tuple[str, int]], columns: int, how: str, biased: bool, t: int, cut: int, workers: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    layer = random_layer(rng, parts, columns, how, biased)
+    projection, x = layer.projection(), layer.input(rng, t)
+    both = [projection(np.ascontiguousarray(part), workers) for part in (x[:cut], x[cut:])]
+    np.testing.assert_array_equal(np.concatenate(both), projection(x, 1))
+
+
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="this process may run one thread only")
+def test_one_thread_and_two_give_the_same_bits() -> None:
+    found = []
+    try:
+        for threads in (1, 2):
+            numba.set_num_threads(threads)
+            found.append(projection_bits())
+    finally:
+        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+    assert found[0] == found[1] and len(set(found[0].values())) == len(found[0])
+
+
+def test_more_threads_than_cores_give_the_same_bits() -> None:
+    found = run_process("projection", {"NUMBA_NUM_THREADS": "4"})
+    assert found == {"threads": 4, **projection_bits()}
+
+
+# --- Chains --------------------------------------------------------------------------------------------------------------
+
+
+def run(
+    links: Sequence[list[int]], arrays: Sequence[np.ndarray], room_nbytes: int, workers: int = 2,
+    cos: np.ndarray | None = None, sin: np.ndarray | None = None,
+) -> None:  # fmt: skip
+    """Run a chain on arrays (rows, width), whose numbers are 3 and following; nothing may be written beside its room."""
+    room = np.full(room_nbytes + 128, 0xA5, np.uint8)
+    own = room.ctypes.data + 64, *(0 if x is None else x.ctypes.data for x in (cos, sin))
+    addresses = np.array([*own, *(x.ctypes.data for x in arrays)])
+    run_chain(chain_table(links), addresses, len(arrays[0]), workers, workers, workers)
+    assert (room[:64] == 0xA5).all() and (room[-64:] == 0xA5).all()
+
+
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER = 3, 1, 20, 50, 70
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mixed"])
+@pytest.mark.parametrize("t", [1, 2, 8, 9, MOST])
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_a_chain_is_its_calls_one_after_the_other(kind: str, t: int, workers: int) -> None:
+    """What stands between two attentions: o onto x, gate and up, down onto x, the next layer's q, k and v, rotation."""
+    rng = np.random.default_rng(6)
+    kinds = iter([*KINDS] * 2 if kind == "mixed" else [kind] * 10)
+    width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    o = random_layer(rng, [(next(kinds), HIDDEN)], HEADS * HEAD_DIM, biased=True)
+    gate_up = random_layer(rng, [(next(kinds), INNER), (next(kinds), INNER)], HIDDEN, "norm")
+    down = random_layer(rng, [(next(kinds), HIDDEN)], INNER, "gate")
+    qkv = random_layer(rng, [(next(kinds), HEADS * HEAD_DIM), (next(kinds), 2 * KV_HEADS * HEAD_DIM)], HIDDEN, "norm")
+    rest, angles = normal(rng, t, width), 100 * normal(rng, t, HEAD_DIM // 2)
+    x, attended, cos, sin = normal(rng, t, HIDDEN), normal(rng, t, HEADS * HEAD_DIM), np.cos(angles), np.sin(angles)
+
+    want = x + apply(o, attended)
+    middle = apply(gate_up, want)
+    want += apply(down, middle)
+    queries = apply(qkv, want)
+    rotated = queries.copy()
+    rotate(rotated.reshape(t, -1, HEAD_DIM), HEADS + KV_HEADS, cos, sin)
+
+    arrays = [x, rest.copy(), attended, np.full((t, 2 * INNER), np.nan, np.float32)]
+    first, second, third, fourth = (layer.projection() for layer in (o, gate_up, down, qkv))
+    links = [
+        first.link(5, 3, onto=True), second.link(3, 6), third.link(6, 3, onto=True), fourth.link(3, 4),
+        rotation(4, HEADS + KV_HEADS, HEAD_DIM, HEADS + 2 * KV_HEADS),
+    ]  # fmt: skip
+    room = 1 if t == 1 else max(p.room_nbytes(t) for p in (first, second, third, fourth))
+    run(links, arrays, room, workers, cos, sin)
+    np.testing.assert_array_equal(arrays[0], want)
+    np.testing.assert_array_equal(arrays[3], middle)
+    np.testing.assert_array_equal(arrays[1], rotated)
+    assert np.isfinite(rotated).all() and not np.array_equal(rotated, queries)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 12), st.integers(1, 5), st.integers(0, 4), st.sampled_from([2, 6, 16, 64]), st.integers(1, 4),
+    st.integers(0, 2**32),
+)  # fmt: skip
+def test_rotation_turns_the_first_heads_and_leaves_the_others(
+    t: int, heads: int, more: int, head_dim: int, workers: int, seed: int
+) -> None:
+    """Channel i with i + head_dim/2, as complex numbers; alone and as the link of a chain."""
+    rng, half = np.random.default_rng(seed), head_dim // 2
+    angles = 100 * normal(rng, t, half)
+    cos, sin, x = np.cos(angles), np.sin(angles), normal(rng, t, heads + more, head_dim)
+    turned = (x[..., :half] + 1j * x[..., half:].astype(np.float64)) * (cos + 1j * sin.astype(np.float64))[:, None]
+    want = np.concatenate([turned.real, turned.imag], axis=2)
+    want[:, heads:] = x[:, heads:]
+    alone, linked = x.copy(), x.reshape(t, -1).copy()
+    rotate(alone, heads, cos, sin)
+    run([rotation(3, heads, head_dim, heads + more)], [linked], 1, workers, cos, sin)
+    np.testing.assert_allclose(alone, want, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(alone[:, heads:], x[:, heads:])
+    np.testing.assert_array_equal(linked.reshape(alone.shape), alone)
+
+
+# --- What is refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "x",
+    [np.zeros((2, 33), np.float32), np.zeros(32, np.float32), np.zeros((2, 32)), np.zeros((1, 2, 32), np.float32),
+     np.zeros((32, 2), np.float32).T, np.zeros((2, 64), np.float32)[:, ::2]],
+)  # fmt: skip
+def test_an_input_that_does_not_fit_is_refused(x: np.ndarray) -> None:
+    layer = Projection([empty_matrix(W8, 5, 32), empty_matrix(WBF16, 3, 32)], None, HOWS["plain"], None, 0.0)
+    assert (layer.rows, layer.columns, layer.in_columns) == (8, 32, 32)
+    with pytest.raises(ValueError, match=r"x must be C-ordered float32 \(T, 32\), found"):
+        layer(x, 1)
+
+
+def test_a_gate_wants_twice_the_columns() -> None:
+    layer = Projection([empty_matrix(W8, 5, 32)], None, HOWS["gate"], None, 0.0)
+    assert (layer.columns, layer.in_columns) == (32, 64)
+    with pytest.raises(ValueError, match=r"float32 \(T, 64\), found float32 \(2, 32\)"):
+        layer(np.zeros((2, 32), np.float32), 1)
