@@ -1,5 +1,6 @@
 """``flash_attention``: the public door of the kernel. It validates everything before the first write, then calls it."""
 
+import functools
 import math
 from numbers import Real
 
@@ -21,14 +22,12 @@ from .tables import (
     MAX_N_REP,
     MOST_PARTS,
     N_HEADS,
-    N_KV_HEADS,
     N_PARTS,
     N_QUERIES,
     N_SEGMENTS,
     OPTIONS,
     Q_STRIDE,
     RANGES,
-    ROW_WIDTH,
     SEGMENTS,
     SLOPES,
     SPLIT,
@@ -202,8 +201,15 @@ def attend(
 
 def empty_call(n_heads: int, n_kv_heads: int, width: int, most_parts: int) -> Int64:
     """What describes a call of ``attend_segments``, int64 (CALL_FIELDS,): what does not change from call to call."""
+    call = _kernels().copy()
+    call[N_HEADS : MOST_PARTS + 1] = n_heads, n_kv_heads, width, most_parts
+    return call
+
+
+@functools.cache
+def _kernels() -> Int64:
+    """A call of nothing, with the addresses of the kernels."""
     call = np.zeros(CALL_FIELDS, np.int64)
-    call[N_HEADS], call[N_KV_HEADS], call[ROW_WIDTH], call[MOST_PARTS] = n_heads, n_kv_heads, width, most_parts
     for field, kernel in KERNELS.items():
         call[field] = kernel.address()
     return call
