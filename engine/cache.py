@@ -132,8 +132,7 @@ class LayerCache:
             self._seal(view.old_stop)
             call[SEGMENTS + 2 : SEGMENTS + 4] = self.old.addresses()
         attend_segments(call, padded, result, view.state, view.threads)
-        if call[LOST]:
-            self._check_kept(call, qkv, heads)
+        self._check_kept(call, qkv, heads)
         if result is not out:
             out[...] = result[..., :head_dim]
         return out

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..engine.policy import CachePolicy
 from ..engine.session import Session
+from ..models.linear import PackedLinear
 from ..models.load import Model
 from . import machine
 from .overhead import Overhead, overhead
@@ -115,7 +116,6 @@ class Bench:
             for policy in self._plan.policies:
                 for case in self._plan.cases:
                     measured = self._measure(model, policy, case, threads)
-                    aside = self._overhead(model, threads)
                     yield {
                         "model": model.name,
                         "weights": weights,
@@ -128,9 +128,7 @@ class Bench:
                         "n_depth": case.n_depth,
                         "test_time": datetime.now(UTC).isoformat(timespec="seconds"),
                         **measured,
-                        "python_seconds_per_token": aside.python_seconds,
-                        "handover_seconds_per_token": aside.handover_seconds,
-                        "regions_per_layer": aside.regions_per_layer,
+                        **self._overhead(model, threads),
                         "peak_memory_bytes": machine.peak_memory(),
                         **self._machine,
                     }
@@ -157,12 +155,15 @@ class Bench:
         rate = self._rates[threads] if generates else None
         return {**found, "kv_bytes": kv_bytes, **_traffic(weight_bytes(model) + kv_bytes, found["avg_ts"], rate)}
 
-    def _overhead(self, model: Model, threads: int) -> Overhead:
-        """What a step of packed weights costs besides arithmetic, with so many layers and threads; measured once."""
-        key = model.config.num_hidden_layers, threads
+    def _overhead(self, model: Model, threads: int) -> Row:
+        """What a step costs besides arithmetic; None where layers are float32, which are not run by chains alone."""
+        names = "python_seconds", "handover_seconds", "regions_per_layer"
+        if not all(isinstance(linear, PackedLinear) for linear in model.transformer.weights.linears()):
+            return dict.fromkeys(names)
+        key = model.config.num_hidden_layers, threads  # that is all it depends on
         if key not in self._aside:
             self._aside[key] = overhead(*key)
-        return self._aside[key]
+        return {name: getattr(self._aside[key], name) for name in names}
 
     def _tell(self, what: str) -> None:
         if self._progress is not None:
@@ -196,10 +197,10 @@ def heading(rows: list[Row]) -> str:
     if rates:
         each = ", ".join(f"{rate / 1e9:.1f} GB/s with {threads} threads" for threads, rate in rates.items())
         lines.append(f"memory is read at {each}; roofline: GB/s as a part of that")
-    aside = {row["threads"]: row for row in rows}
+    aside = {row["threads"]: row for row in rows if row["regions_per_layer"]}
     lines += [
-        f"besides arithmetic, a token takes {row['python_seconds_per_token'] * 1e3:.2f} ms in Python and "
-        f"{row['handover_seconds_per_token'] * 1e3:.2f} ms in handing work to {threads} threads "
+        f"besides arithmetic, a token takes {row['python_seconds'] * 1e3:.2f} ms in Python and "
+        f"{row['handover_seconds'] * 1e3:.2f} ms in handing work to {threads} threads "
         f"({row['regions_per_layer']} times a layer)"
         for threads, row in aside.items()
     ]

@@ -40,6 +40,7 @@ from .simd import (
 )
 
 VECTOR = 4 * LANES
+GROUP_NBYTES = TILE_ROWS * (GROUP + 4 * 4)  # of a tile: codes, and four arrays of 32 bits
 CODES, SCALES, OFFSETS, LESS_8, LESS_128 = range(5)
 PLAIN, NORM, GATE = range(3)  # what is done with a row before it is rounded
 
@@ -85,7 +86,7 @@ def quantize_group(context: Any, builder: Any, x: Any, codes: Any, numbers: Any,
 @inner
 def tile_nbytes(groups):  # type: ignore[no-untyped-def]
     """Bytes of a tile of activations."""
-    return groups * TILE_ROWS * (GROUP + 16)
+    return groups * GROUP_NBYTES
 
 
 @inner

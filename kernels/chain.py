@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .activations import GATE
+from .activations import GATE, GROUP_NBYTES
 from .dots import GROUP, TILE_ROWS
 from .project import (
     ALL_BLOCKS,
@@ -90,7 +90,7 @@ class Projection:
         """Bytes that so many rows made ready take."""
         groups, n_tiles = -(-self.columns // GROUP), -(-rows // TILE_ROWS)
         codes, floats = self._fields[HAS_CODES], self._fields[HAS_FLOATS]
-        return n_tiles * groups * TILE_ROWS * ((GROUP + 16) * codes + 4 * GROUP * floats) + 64
+        return n_tiles * groups * (GROUP_NBYTES * codes + TILE_ROWS * 4 * GROUP * floats) + 64
 
     def __call__(self, x: Float32, workers: int) -> Float32:
         """X float32 (T, in_columns), C order, to float32 (T, rows).

@@ -13,14 +13,12 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .microkernel import _ask_ahead, _at, _choose, _largest_of, _Loop, _number
+from .microkernel import _ask_ahead, _at, _choose, _largest_of, _load_dense, _Loop, _number
 from .simd import (
     _F32,
     _I32,
     _IS_X86,
-    _V_F16,
     _V_F32,
-    _V_I16,
     _V_I32,
     LANES,
     _broadcast,
@@ -28,7 +26,6 @@ from .simd import (
     _const,
     _dot_pairs,
     _fma,
-    _half_bits_to_float,
     _join,
     _load,
     _operation,
@@ -47,12 +44,6 @@ def byte_rows(context: Any) -> tuple[int, ...]:
     if cpu_has(context, "avx512f"):
         return 1, 2, 4, 8
     return (1, 2) if cpu_has(context, "avx2") else (1,)
-
-
-def _load_half(context: Any, builder: Any, address: Any) -> Any:
-    if cpu_has(context, "f16c"):
-        return builder.fpext(_load(builder, address, _V_F16), _V_F32)
-    return _half_bits_to_float(builder, builder.zext(_load(builder, address, _V_I16), _V_I32))
 
 
 def _bytes_as_pairs(builder: Any, words: Any, signed: bool) -> tuple[Any, Any]:
@@ -129,8 +120,8 @@ def _bytes(bits: int, has_minima: bool) -> Any:
                 for r in range(n_rows):
                     i = u % chains
                     sums[r][i] = _dot_bytes(context, builder, sums[r][i], own_x, GROUP * r + column, words, bits)
-            scale = _load_half(context, builder, builder.add(scales, half))
-            minimum = _load_half(context, builder, builder.add(minima, half)) if has_minima else None
+            scale = _load_dense(context, builder, builder.add(scales, half), "f16")
+            minimum = _load_dense(context, builder, builder.add(minima, half), "f16") if has_minima else None
             for r in range(n_rows):
                 total = sums[r][0]
                 for more in sums[r][1:]:

@@ -15,7 +15,7 @@ from .jit import inner, kernel, parallel_kernel, standalone
 from .rotary import rotate_heads
 from .simd import LANES
 from .tables import get
-from .weights import W4, W4M, W8, WBF16, WF16, row_of
+from .weights import W4, W4M, W8, WBF16, WF16, WF32, codes_of, row_of
 
 VECTOR = 4 * LANES
 # A link of a chain: one array of int64, behind which the parts of its matrix follow. EPS is the bits of a float32
@@ -45,7 +45,7 @@ def _multiply_codes(kind, block, groups, tile, place, rows, target, stride, fres
     simd.never_inline()
     others = OFFSETS if kind == W4M else LESS_8 if kind == W4 else LESS_128
     params = groups * LANES * 2
-    codes = block + ((2 if kind == W4M else 1) * params + 63) // 64 * 64
+    codes = codes_of(kind, block, groups)
     x = _array_of(tile, groups, CODES) + place * GROUP
     scales = _array_of(tile, groups, SCALES) + 4 * place
     others_at = _array_of(tile, groups, others) + 4 * place
@@ -65,6 +65,8 @@ def _multiply_floats(kind, block, columns, x, x_stride, rows, target, stride):  
         microkernel.multiply_bf16(x, x_stride, block, 2 * LANES, 0, columns, rows, 1, target, stride, 0)
     elif kind == WF16:
         microkernel.multiply_f16(x, x_stride, block, 2 * LANES, 0, columns, rows, 1, target, stride, 0)
+    elif kind == WF32:
+        microkernel.multiply_f32(x, x_stride, block, 4 * LANES, 0, columns, rows, 1, target, stride, 0)
 
 
 @inner

@@ -58,10 +58,10 @@ class Segment:
         raise TypeError("a Segment holds addresses and cannot be copied or pickled")
 
 
-def make_geometry(tile: int, first_tile: int, width: int, n_kv_heads: int, k: Side, v: Side) -> Int64:
+def make_geometry(tile: int, first_tile: int, width: int, k: Side, v: Side) -> Int64:
     """The integers that describe a segment, in the order of the index names in tables.py."""
     return np.concatenate(
-        [np.array([tile, tile.bit_length() - 1, first_tile, width, n_kv_heads]), side_numbers(k), side_numbers(v)]
+        [np.array([tile, tile.bit_length() - 1, first_tile, width]), side_numbers(k), side_numbers(v)]
     )
 
 
@@ -91,7 +91,7 @@ def segment_of_arrays(k: object, v: object) -> Segment:
     tiles = np.arange(-(-n // ARRAY_TILE), dtype=np.int64) * ARRAY_TILE
     table = np.zeros((len(tiles), ADDRESSES), np.int64)
     table[:, K_CODES], table[:, V_CODES] = (x.ctypes.data + tiles * x.strides[0] for x in (k, v))
-    geometry = make_geometry(ARRAY_TILE, 0, width, heads, *sides)
+    geometry = make_geometry(ARRAY_TILE, 0, width, *sides)
     return Segment(table, geometry, 0, n, heads, head_dim, (k, v))
 
 
@@ -122,7 +122,7 @@ class TileStore:
 
     def __init__(self, layout: TileLayout) -> None:
         self.layout = layout
-        self._geometry = make_geometry(layout.tile, 0, layout.width, layout.n_kv_heads, layout.k, layout.v)
+        self._geometry = make_geometry(layout.tile, 0, layout.width, layout.k, layout.v)
         # First tile, one past the last, the pages that hold them by number, a row of the table for each tile from the
         # first, and the table's address
         self._held: tuple[int, int, dict[int, Bytes], Int64, int] = 0, 0, {}, *_addressed(_empty_table())

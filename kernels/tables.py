@@ -14,8 +14,8 @@ BLOCK_ROWS = 96  # query rows that share the unpacking of a tile: their logits t
 LOGITS_ROW = np.int64((SPLIT + LANES) * 4)  # bytes between rows of logits: a power of two would share cache sets
 
 # Indices into the int64 array that describes a segment (see segment.py)
-TILE, TILE_SHIFT, FIRST_TILE, WIDTH = range(4)  # the fifth is the number of KV heads
-K_SIDE, V_SIDE = 5, 5 + SIDE_NUMBERS  # where the numbers of each Side begin (see layout.py)
+TILE, TILE_SHIFT, FIRST_TILE, WIDTH = range(4)
+K_SIDE, V_SIDE = 4, 4 + SIDE_NUMBERS  # where the numbers of each Side begin (see layout.py)
 
 # Indices into the int64 array that describes a call: numbers, addresses (0 for what there is not), bytes
 N_HEADS, N_KV_HEADS, ROW_WIDTH, MOST_PARTS = range(4)  # MOST_PARTS: the most of a side of any segment, times its limbs

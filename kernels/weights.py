@@ -4,7 +4,7 @@
         scales, minima     [16 rows] float16; together rounded up to 64 bytes a block
         8 bits             [8 words][16 rows] of 32 bits: bytes without a sign, code + 128, four columns a word
         4 bits             [4 words][16 rows]: the lower half of byte b of word w is column 4 w + b, the upper 16 + 4 w + b
-    float16, bfloat16      [blocks of 16 rows][columns][16 rows]
+    float16, bfloat16, float32    [blocks of 16 rows][columns][16 rows]
 
 A group is 32 columns. A value is ``scale * (code - middle)``, or ``scale * code + minimum``. Rows are filled up to 16 and
 columns to 32 with zeros.
@@ -24,10 +24,10 @@ from .simd import LANES
 
 Bytes = NDArray[np.uint8]
 
-W8, W4, W4M, WBF16, WF16 = range(5)
-NAMES = ("q8", "q4", "q4 with minima", "bf16", "f16")
+W8, W4, W4M, WBF16, WF16, WF32 = range(6)
+NAMES = ("q8", "q4", "q4 with minima", "bf16", "f16", "f32")
 CODE_BITS = {W8: 8, W4: 4, W4M: 4}
-DENSE = {WBF16: np.dtype(ml_dtypes.bfloat16), WF16: np.dtype(np.float16)}
+DENSE = {WBF16: np.dtype(ml_dtypes.bfloat16), WF16: np.dtype(np.float16), WF32: np.dtype(np.float32)}
 _ALIGNMENT = 64
 
 
@@ -88,7 +88,7 @@ def params_nbytes(kind: int, groups: int) -> int:
 def block_nbytes(kind: int, columns: int) -> int:
     """Bytes of a block of 16 rows."""
     if kind in DENSE:
-        return columns * LANES * 2
+        return columns * LANES * DENSE[kind].itemsize
     groups = -(-columns // GROUP)
     return params_nbytes(kind, groups) + groups * GROUP * LANES * CODE_BITS[kind] // 8
 
@@ -163,17 +163,23 @@ def code_rows(values: NDArray[np.float32], kind: int) -> CodedRows:
 
 
 @inner
+def codes_of(kind, block, groups):  # type: ignore[no-untyped-def]
+    """Where the codes of a block begin: behind ``params_nbytes``. Addresses."""
+    return block + ((2 if kind == W4M else 1) * groups * LANES * 2 + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
+
+
+@inner
 def row_of(kind, block, lane, columns, target):  # type: ignore[no-untyped-def]
     """One row of a block, as float32 at address ``target``. Addresses."""
-    if kind in (WBF16, WF16):
+    if kind > W4M:
         for c in range(columns):
-            at = block + (c * LANES + lane) * 2
-            simd.store_scalar(target + 4 * c, simd.bf16_at(at) if kind == WBF16 else simd.f16_at(at))
+            at = block + (c * LANES + lane) * (4 if kind == WF32 else 2)
+            x = simd.scalar_at(at) if kind == WF32 else simd.bf16_at(at) if kind == WBF16 else simd.f16_at(at)
+            simd.store_scalar(target + 4 * c, x)
         return
     groups = (columns + GROUP - 1) // GROUP
     n_words, middle = (8, np.float32(128)) if kind == W8 else (4, np.float32(8) if kind == W4 else np.float32(0))
-    minima = block + groups * LANES * 2
-    codes = block + ((2 if kind == W4M else 1) * groups * LANES * 2 + 63) // 64 * 64
+    minima, codes = block + groups * LANES * 2, codes_of(kind, block, groups)
     for c in range(columns):
         group, b = c // GROUP, c % GROUP
         scale = simd.f16_at(block + 2 * (group * LANES + lane))

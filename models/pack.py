@@ -20,6 +20,7 @@ from ..kernels.weights import (
     W8,
     WBF16,
     WF16,
+    WF32,
     CodedRows,
     Matrix,
     Stored,
@@ -72,7 +73,7 @@ def kept_nbytes(weights: str, stored_type: str, shape: tuple[int, int]) -> int:
 
 
 def _kind(weights: str, stored_type: str) -> int | None:
-    """The kernels' format for it; None is float32."""
+    """The kernels' format for it; None is float32, which is packed only beside parts that are."""
     if weights == "f32":
         return None
     if weights == "auto":
@@ -118,11 +119,10 @@ class Packer:
         weights = [f"{name}.weight" for name in names]
         bias = np.concatenate([self.read(f"{name}.bias") for name in names]) if biased else None
         kinds = [_kind(self._weights, self._type(name)) for name in weights]
-        if None in kinds:  # parts of one layer may be stored differently; float32 loses nothing
+        if set(kinds) == {None}:
             return FloatLinear(self._floats(weights), bias, before)
         parts: list[Matrix] = []
-        for kind, run in _runs(kinds, weights, self._shape):
-            assert kind is not None
+        for kind, run in _runs([WF32 if kind is None else kind for kind in kinds], weights, self._shape):
             columns = self._shape(run[0])[1]
             matrix = empty_matrix(kind, sum(self._shape(name)[0] for name in run), columns)
             first = 0
@@ -169,10 +169,10 @@ class Packer:
 
 
 def _runs(
-    kinds: Sequence[int | None], names: Sequence[str], shape: Callable[[str], tuple[int, ...]]
-) -> list[tuple[int | None, list[str]]]:
+    kinds: Sequence[int], names: Sequence[str], shape: Callable[[str], tuple[int, ...]]
+) -> list[tuple[int, list[str]]]:
     """Neighbours of one format go into one matrix, as long as each ends with a whole block of rows."""
-    runs: list[tuple[int | None, list[str]]] = []
+    runs: list[tuple[int, list[str]]] = []
     whole = False
     for kind, name in zip(kinds, names, strict=True):
         if runs and whole and runs[-1][0] == kind:

@@ -5,7 +5,11 @@ import itertools
 import numba
 import pytest
 
+import mixkv
+from mixkv import CachePolicy
+from mixkv.experiments.bench import Bench, heading
 from mixkv.experiments.overhead import overhead
+from mixkv.experiments.plan import Case, Plan
 
 
 def test_each_call_of_a_clock_that_ticks_evenly_costs_one_tick() -> None:
@@ -20,3 +24,13 @@ def test_a_layer_has_five_parallel_regions(layers: int) -> None:
     found = overhead(layers, 1)
     assert found.regions_per_layer == 5
     assert found.python_seconds + found.handover_seconds > 0
+
+
+@pytest.mark.parametrize(("weights", "regions"), [("q8", 5), ("f32", None)])
+def test_a_benchmark_says_so_where_all_weights_are_packed(weights: str, regions: int | None) -> None:
+    """Layers of float32 go through NumPy one by one: what chains cost says nothing about them."""
+    model, plan = mixkv.load("toy", weights), Plan([weights], [1], [CachePolicy()], [Case(1, 0, 0)], 1, warmup=False)
+    (row,) = Bench(plan, lambda _: model, lambda _: None).rows()
+    assert row["regions_per_layer"] == regions
+    assert ("besides arithmetic" in heading([row])) == (regions is not None)
+    assert (row["python_seconds"] is None) == (row["handover_seconds"] is None) == (regions is None)

@@ -90,7 +90,8 @@ def assert_within(
 ) -> None:
     """(out, state) against (o, M, S): outputs relative to the largest of the call, M as it is, S relative to itself.
 
-    Where all outputs happen to be tiny sums of larger values, they are held against 1/64 of the largest of ``values``.
+    Where all outputs happen to be tiny sums of larger values, they are held against 1/64 of the largest of ``values``: that
+    allows 2^-23 and 2^-17 of a value, about what float32 and weights of 16 bits round by.
     """
     (out, state), (o, M, S) = found, want
     assert out.dtype == state.dtype == np.float32

@@ -23,6 +23,7 @@ from mixkv.kernels.weights import (
     W8,
     WBF16,
     WF16,
+    WF32,
     CodedRows,
     Matrix,
     Stored,
@@ -33,7 +34,7 @@ from mixkv.kernels.weights import (
 
 from .oracle import DTYPES, normal
 
-KINDS = {"q8": W8, "q4": W4, "q4m": W4M, "bf16": WBF16, "f16": WF16}
+KINDS = {"q8": W8, "q4": W4, "q4m": W4M, "bf16": WBF16, "f16": WF16, "f32": WF32}
 CODES = ("q8", "q4", "q4m")
 LOWEST = {"q8": -128, "q4": -8, "q4m": 0}  # of the codes less their middle
 LEVELS = {"q8": 256, "q4": 16, "q4m": 16}

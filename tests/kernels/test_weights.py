@@ -100,13 +100,13 @@ def test_any_rows_are_taken_in_any_order(kind: str, ids: list[int], seed: int) -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_code_and_every_number_comes_back(kind: str) -> None:
-    """All codes at all places of a group in all lanes; of dense kinds, all bit patterns."""
+    """All codes at all places of a group in all lanes; of dense kinds, all bit patterns (of float32 every 2^16-th)."""
     if kind in DTYPES:
-        stored = np.arange(1 << 16, dtype=np.uint16).view(DTYPES[kind]).reshape(1024, 64)
+        patterns = np.arange(1 << 16, dtype=np.uint32) << 16 if kind == "f32" else np.arange(1 << 16, dtype=np.uint16)
+        stored = patterns.view(DTYPES[kind]).reshape(1024, 64)
         matrix = empty_matrix(KINDS[kind], 1024, 64)
-        matrix.data.view(np.uint16).reshape(64, 64, 16)[:] = (
-            stored.view(np.uint16).reshape(64, 16, 64).transpose(0, 2, 1)
-        )
+        held = matrix.data.view(patterns.dtype).reshape(64, 64, 16)
+        held[:] = patterns.reshape(64, 16, 64).transpose(0, 2, 1)
         found = take(matrix)
         np.testing.assert_array_equal(found, stored.astype(np.float32))
         return
@@ -136,7 +136,7 @@ def test_an_empty_matrix_is_aligned_zeros_of_the_size_that_the_description_gives
     matrix = empty_matrix(KINDS[kind], rows, columns)
     groups = -(-columns // GROUP)
     if kind in DTYPES:
-        size = columns * 16 * 2
+        size = columns * 16 * (4 if kind == "f32" else 2)
     else:
         scales = groups * 16 * 2 * (2 if kind == "q4m" else 1)
         size = -(-scales // 64) * 64 + groups * GROUP * 16 * CODE_BITS[KINDS[kind]] // 8
@@ -147,7 +147,7 @@ def test_an_empty_matrix_is_aligned_zeros_of_the_size_that_the_description_gives
 
 
 def test_every_kind_has_its_name() -> None:
-    assert [NAMES[kind] for kind in KINDS.values()] == ["q8", "q4", "q4 with minima", "bf16", "f16"]
+    assert [NAMES[kind] for kind in KINDS.values()] == ["q8", "q4", "q4 with minima", "bf16", "f16", "f32"]
     assert set(CODE_BITS) | set(DENSE) == set(KINDS.values()) and not set(CODE_BITS) & set(DENSE)
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import mixkv
 from mixkv import CachePolicy, Session, cli
-from mixkv.kernels.weights import NAMES, W4, W4M, W8, WBF16, WF16
+from mixkv.kernels.weights import NAMES, W4, W4M, W8, WBF16, WF16, WF32
 from mixkv.models.errors import ModelError, NumericalError
 from mixkv.models.linear import FloatLinear, Linear, Norm, PackedLinear
 from mixkv.models.load import Model, load
@@ -215,9 +215,6 @@ class Oracle:
         y = np.where(self._rounded, rounded @ self._weight.T, x @ self._weight.T)
         return (y if self._bias is None else y + self._bias).astype(np.float32)
 
-    def behind(self, before: object) -> "Oracle":
-        raise NotImplementedError
-
 
 def oracle(model: Model, *, rounds: bool) -> Model:
     """The same model with layers in float64."""
@@ -258,14 +255,20 @@ def test_logits_are_those_of_layers_in_float64_with_rounded_activations(
 
 
 @pytest.mark.parametrize("part", ["0.self_attn.k_proj", "1.self_attn.v_proj", "0.mlp.up_proj", "1.self_attn.o_proj"])
-def test_a_layer_with_a_part_in_float32_is_float32(tmp_path: Path, part: str) -> None:
-    """So nothing of the part is lost, nor of the others; it stands between layers of codes."""
+def test_a_part_in_float32_stays_that_beside_parts_in_codes(tmp_path: Path, part: str) -> None:
+    """A layer of float32 alone is NumPy's; neither loses a bit of any part."""
     types = {f"{part}.weight": "F32", ".weight": "Q4_1"}
     values, model = tensors(), load(str(write_model(tmp_path / "model.gguf", types)))
     for names, linear in linears(model):
-        assert isinstance(linear, FloatLinear) == (f"model.layers.{part}.weight" in names)
-        want = np.concatenate([read_back(values[name], type_of(name, types)) for name in names])
-        np.testing.assert_array_equal(all_rows(linear), want)
+        want = [read_back(values[name], type_of(name, types)) for name in names]
+        if f"model.layers.{part}.weight" not in names or len(names) > 1:
+            assert isinstance(linear, PackedLinear)
+            assert {held.kind for held in linear.parts} == {
+                WF32 if type_of(name, types) == "F32" else W4M for name in names
+            }
+        else:
+            assert isinstance(linear, FloatLinear)
+        np.testing.assert_array_equal(all_rows(linear), np.concatenate(want))
     assert share_of_near_logits(model) >= 0.8
 
 
