@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine.generate import Token, generate
-    from .engine.policy import CachePolicy
+    from .engine.policy import CachePolicy, Override, Tier
     from .engine.sampler import SamplingParams
     from .engine.session import Session
     from .models.errors import MixkvError
@@ -20,13 +20,17 @@ _HOME = {
     "CachePolicy": "engine.policy",
     "MixkvError": "models.errors",
     "Model": "models.load",
+    "Override": "engine.policy",
     "SamplingParams": "engine.sampler",
     "Session": "engine.session",
+    "Tier": "engine.policy",
     "Token": "engine.generate",
     "generate": "engine.generate",
     "load": "models.load",
 }
-__all__ = ["CachePolicy", "MixkvError", "Model", "SamplingParams", "Session", "Token", "generate", "load"]
+__all__ = [
+    "CachePolicy", "MixkvError", "Model", "Override", "SamplingParams", "Session", "Tier", "Token", "generate", "load",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -40,30 +40,81 @@ app = typer.Typer(
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="Registry name (see `mixkv models`), a model folder, or a .gguf file.")
 ]
-Window = Annotated[int, typer.Option(help="Recent tokens that every query sees at high precision.")]
-Sinks = Annotated[int, typer.Option(help="First tokens that stay at high precision.")]
-KBits = Annotated[int, typer.Option(help="Bits of old keys: 2, 3, 4, 8, 16 or 32.")]
-VBits = Annotated[int, typer.Option(help="Bits of old values: 2, 3, 4, 8, 16 or 32.")]
-Tile = Annotated[int, typer.Option(help="Tokens quantized together: 32, 64 or 128.")]
-Dense = Annotated[str, typer.Option(help="Type of sinks and recent tokens: f16, bf16 or f32.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
-class CacheOptions(NamedTuple):
-    """The options of a cache, in the order of the fields of ``CachePolicy``, with their defaults."""
+def _unless(default: object) -> str:
+    """What help says of an option that changes a field of the policy."""
+    return f"{default}, or as --policy says"
 
-    window: Window = 128
-    sinks: Sinks = 4
-    k_bits: KBits = 4
-    v_bits: VBits = 4
-    tile: Tile = 64
-    dense: Dense = "f16"
+
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        "--policy",
+        help="full, f16, balanced, small, tiny; k4v2; words such as 'old=k4c/v2t32 rot=k'; or a .toml file.",
+        show_default="balanced",
+    ),
+]
+Window = Annotated[
+    int | None, typer.Option(help="Recent tokens that every query sees at high precision.", show_default=_unless(128))
+]
+Sinks = Annotated[int | None, typer.Option(help="First tokens that stay at high precision.", show_default=_unless(4))]
+KBits = Annotated[int | None, typer.Option(help="Bits of old keys: 2, 3, 4, 8, 16 or 32.", show_default=_unless(4))]
+VBits = Annotated[int | None, typer.Option(help="Bits of old values: 2, 3, 4, 8, 16 or 32.", show_default=_unless(4))]
+Tile = Annotated[int | None, typer.Option(help="Tokens quantized together: 32, 64 or 128.", show_default=_unless(64))]
+Dense = Annotated[
+    str | None, typer.Option(help="Type of sinks and recent tokens: f16, bf16 or f32.", show_default=_unless("f16"))
+]
+KAxis = Annotated[
+    str | None, typer.Option(help="Scales of old keys: by channel or token.", show_default=_unless("channel"))
+]
+VAxis = Annotated[
+    str | None, typer.Option(help="Scales of old values: by channel or token.", show_default=_unless("token"))
+]
+KGroup = Annotated[
+    int | None, typer.Option(help="Channels of old keys a scale by token.", show_default=_unless("0: up to 64"))
+]
+VGroup = Annotated[
+    int | None, typer.Option(help="Channels of old values a scale by token.", show_default=_unless("0: up to 64"))
+]
+Rotate = Annotated[
+    str | None, typer.Option(help="What is kept Hadamard-rotated: none, k, v or kv.", show_default=_unless("none"))
+]
+Rollback = Annotated[int | None, typer.Option(help="Tokens that the session can go back.", show_default=_unless(0))]
+
+
+class CacheOptions(NamedTuple):
+    """The options of a cache: a policy, and fields that are to be otherwise than it says; None where nobody said so."""
+
+    policy_text: Policy = None
+    window: Window = None
+    sinks: Sinks = None
+    k_bits: KBits = None
+    v_bits: VBits = None
+    tile: Tile = None
+    dense: Dense = None
+    k_axis: KAxis = None
+    v_axis: VAxis = None
+    k_group: KGroup = None
+    v_group: VGroup = None
+    rotate: Rotate = None
+    rollback: Rollback = None
 
     def policy(self) -> "CachePolicy":
         """The policy that they ask for; UsageError where there is none."""
-        from .engine.policy import CachePolicy
+        from dataclasses import replace
 
-        return CachePolicy(*self)
+        from .engine.policy import CachePolicy
+        from .engine.policy_text import rotation
+
+        text = "balanced" if self.policy_text is None else self.policy_text
+        policy = CachePolicy.load(text) if text.endswith(".toml") else CachePolicy.parse(text)
+        own = {name: value for name, value in self._asdict().items() if value is not None}
+        own.pop("policy_text", None)
+        if "rotate" in own:
+            own["rotate_k"], own["rotate_v"] = rotation("rotate", own.pop("rotate"))
+        return replace(policy, **own)
 
 
 def _takes_cache_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -404,7 +455,10 @@ def bench(
     weights: Annotated[list[str] | None, typer.Option(help="Weight formats in memory.", show_default="auto")] = None,
     kv: Annotated[
         list[str] | None,
-        typer.Option(help="Cache policies: f32, f16, k4v2, k8v8:window=64:sinks=0:tile=32.", show_default="k4v4"),
+        typer.Option(
+            help="Cache policies: f32, f16, k4v2, k8v8:window=64:sinks=0:tile=32, small, 'old=k4c/v2t32 rot=k'.",
+            show_default="k4v4",
+        ),
     ] = None,
     threads: Annotated[
         list[str] | None, typer.Option("--threads", "-t", help="Threads; all cores unless given.")
@@ -527,10 +581,19 @@ def info(
     routes: Annotated[
         bool, typer.Option("--routes", help="How the kernels compute each format on this CPU, and what options cost.")
     ] = False,
+    as_toml: Annotated[
+        bool, typer.Option("--toml", help="Print only the policy, as a file for --policy; of no model.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Describe a model, and what its cache takes under a policy."""
     policy = cache.policy()
+    if as_toml:
+        idle = [name for name, given in (("MODEL", model), ("--routes", routes), ("--json", as_json)) if given]
+        if idle:
+            raise UsageError(f"{', '.join(idle)} has no effect with --toml, which prints only the policy")
+        print(policy.to_toml(), end="")
+        return
     described: dict[str, Any] = {}
     if model is not None or not routes:
         from .models.load import open_model
@@ -538,10 +601,13 @@ def info(
         with Bars(quiet=as_json) as bars:
             opened = open_model(model or "smollm2", progress=bars.bar("downloading"))
         described |= _described(opened, policy, weights)
+    described |= {"policy": str(policy), "policy_digest": policy.digest}
+    if as_json:
+        described["policy_toml"] = policy.to_toml()
     if routes:
         from .kernels.routes import routes as all_routes
 
-        described |= {"policy": str(policy), "routes": {"segments": policy.routes(), **all_routes()}}
+        described["routes"] = {"segments": policy.routes(), **all_routes()}
     if as_json:
         print(json.dumps(described))
         return
@@ -569,7 +635,7 @@ def _described(opened: "Opened", policy: "CachePolicy", weights: str) -> dict[st
     matrices = {name: shape for name, shape in source.shapes.items() if len(shape) == 2}
     kept = {source.stored_types[name]: kept_as(weights, source.stored_types[name]) for name in matrices}
     layers, heads, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    old, recent = (layers * nbytes for nbytes in policy.nbytes_per_token(heads, head_dim))
+    policy.check_model(layers, head_dim)
     parameters = sum(functools.reduce(int.__mul__, shape, 1) for shape in opened.source.shapes.values())
     return {
         "model": opened.name,
@@ -590,11 +656,18 @@ def _described(opened: "Opened", policy: "CachePolicy", weights: str) -> dict[st
         "head_dim": head_dim,
         "vocab_size": config.vocab_size,
         "context": config.max_position_embeddings,
-        "policy": str(policy),
-        "kv_bytes_per_old_token": old,
-        "kv_bytes_per_recent_token": recent,
+        **_bytes_per_token(policy, layers, heads, head_dim),
         "kv_bytes_per_token_float16": layers * heads * head_dim * 4,
     }
+
+
+def _bytes_per_token(policy: "CachePolicy", n_layers: int, n_kv_heads: int, head_dim: int) -> dict[str, float]:
+    """Bytes of a token in all layers, by tier and dense; the last tier of a layer stands for those that it has not."""
+    each = [policy.for_layer(i, n_layers).nbytes_per_token(n_kv_heads, head_dim) for i in range(n_layers)]
+    n_tiers = max(len(tiers) for tiers, _ in each)
+    old = [sum(tiers[min(t, len(tiers) - 1)] for tiers, _ in each) for t in range(n_tiers)]
+    by_tier = {f"kv_bytes_per_old{t + 1 if t else ''}_token": nbytes for t, nbytes in enumerate(old)}
+    return {**by_tier, "kv_bytes_per_recent_token": sum(dense for _, dense in each)}
 
 
 @app.command("eval")

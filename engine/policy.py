@@ -1,38 +1,66 @@
 """CachePolicy: what a cache keeps, and how precisely."""
 
-import re
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..kernels.layout import BF16, F16, F32, KIND_OF_BITS, PAGE, TILES, TileLayout
+from ..kernels.layout import BF16, F16, F32, KIND_OF_BITS, PAGE, TileLayout
 from ..kernels.routes import route
-from ..kernels.simd import LANES
 from ..models.check import shown
 from ..models.errors import UsageError
+from ..models.limits import MAX_LAYERS, MAX_OVERRIDES, MAX_POLICY_BYTES
+from .policy_fields import (
+    BITS,
+    MAX_ROLLBACK,
+    MAX_SINKS,
+    MAX_TIERS,
+    MAX_WINDOW,
+    SCALARS,
+    SIDE_AXES,
+    SIDES,
+    Override,
+    Tier,
+    check_field,
+    settled_groups,
+    settled_tiers,
+)
+from .policy_text import SUFFIXES, check_length, fields_of_line, fields_of_short, is_one_line, named, one_line
+from .policy_toml import fields_of_toml, toml
+
+__all__ = [
+    "BITS", "DENSE", "MAX_ROLLBACK", "MAX_SINKS", "MAX_TIERS", "MAX_WINDOW", "PRESETS", "CachePolicy", "Override", "Tier",
+]  # fmt: skip
 
 DENSE = {"f16": F16, "bf16": BF16, "f32": F32}
-BITS = (2, 3, 4, 8, 16, 32)
-MAX_WINDOW = 1 << 24
-MAX_SINKS = 1 << 16
-_SUFFIXES = ("window", "sinks", "tile", "dense")
 
 
 @dataclass(frozen=True, slots=True)
 class CachePolicy:
-    """How the KV cache of a session is kept. Frozen, and checked when it is made.
+    """How the KV cache of a session is kept. Frozen, hashable, and checked when it is made.
 
     Attributes:
         window: tokens of the recent past that every query is guaranteed to see at high precision, itself included (with a
             window of 0, a query that ends a tile sees all of it, itself too, as old).
         sinks: first tokens of the text that stay at high precision for ever.
-        k_bits, v_bits: bits of a code of the old segment, 2, 3, 4 or 8; 16 and 32 are float16 and float32.
+        k_bits, v_bits: bits of a code of the first old tier, 2, 3, 4 or 8; 16 and 32 are float16 (bfloat16 where ``dense``
+            is) and float32, whose axis and group have no effect and must be the usual ones.
         tile: tokens that are quantized together: 32, 64 or 128.
         dense: dtype of the sinks and the recent segment: "f16", "bf16" or "f32".
+        k_axis, v_axis: which have scales of their own: "channel" or "token".
+        k_group, v_group: by token, channels that share a scale, a multiple of 16 up to 256; 0 for the layout's default. By
+            channel it is the tile, which is kept as 0.
+        rotate_k, rotate_v: whether keys (and queries), or values, are kept Hadamard-rotated.
+        rollback: tokens that a session can always be taken back by.
+        older: further tiers of age, youngest first, at most 3; each begins ``after`` more tokens than the one before.
+        overrides: what is otherwise in some layers; of two that name a field for a layer the later one counts. They must
+            make legal policies in a model of 4,096 layers; what else overlaps in a smaller one, ``check_model`` finds.
 
     Raises:
-        UsageError: (a ValueError) a value out of its range, with the range.
+        UsageError: (a ValueError) a value out of its range, with the range and the nearest legal value.
 
     """
 
@@ -42,114 +70,240 @@ class CachePolicy:
     v_bits: int = 4
     tile: int = 64
     dense: str = "f16"
+    k_axis: str = SIDE_AXES["k"]
+    v_axis: str = SIDE_AXES["v"]
+    k_group: int = 0
+    v_group: int = 0
+    rotate_k: bool = False
+    rotate_v: bool = False
+    rollback: int = 0
+    older: tuple[Tier, ...] = ()
+    overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
-        self._check_range("window", self.window, 0, MAX_WINDOW)
-        self._check_range("sinks", self.sinks, 0, MAX_SINKS)
-        for name, allowed in (("k_bits", BITS), ("v_bits", BITS), ("tile", TILES)):
-            value = getattr(self, name)
-            if not _is_int(value) or value not in allowed:
-                nearest = f"; the nearest is {min(allowed, key=lambda a: abs(a - value))}" if _is_int(value) else ""
-                raise UsageError(f"{name} must be one of {', '.join(map(str, allowed))}, found {value!r}{nearest}")
-        if not isinstance(self.dense, str) or self.dense not in DENSE:
-            raise UsageError(f"dense must be one of {', '.join(DENSE)}, found {self.dense!r}")
+        for name in SCALARS:
+            check_field(name, getattr(self, name))
+        set_ = object.__setattr__
+        for name, group in settled_groups(self._fields(), self.tile).items():
+            set_(self, name, group)
+        set_(self, "older", settled_tiers(self.older, self.window, self.tile))
+        if not isinstance(self.overrides, list | tuple) or not all(isinstance(o, Override) for o in self.overrides):
+            raise UsageError(f"overrides must be a tuple of Override, found {shown(self.overrides)}")
+        set_(self, "overrides", tuple(self.overrides))
+        if len(self.overrides) > MAX_OVERRIDES:
+            raise UsageError(f"overrides must be at most {MAX_OVERRIDES}, found {len(self.overrides)}")
+        if self.overrides:
+            check_length(str(self))
+            self._check_overrides()
 
-    @staticmethod
-    def _check_range(name: str, value: object, low: int, high: int) -> None:
-        if not _is_int(value) or not low <= value <= high:  # type: ignore[operator]
-            raise UsageError(f"{name} must be a whole number from {low} to {high}, found {value!r}")
+    def _check_overrides(self) -> None:
+        """Make the policies of all layers of a deep model, one for each combination of overrides."""
+        spans = [override.spans(MAX_LAYERS) for override in self.overrides]
+        starts = {0} | {layer for own in spans for first, last in own for layer in (first, last + 1)}
+        seen: set[tuple[bool, ...]] = set()
+        for layer in starts - {MAX_LAYERS}:
+            covered = tuple(any(first <= layer <= last for first, last in own) for own in spans)
+            if covered not in seen:
+                seen.add(covered)
+                self._with([o for o, covers in zip(self.overrides, covered, strict=True) if covers])
+
+    def _with(self, overrides: list[Override]) -> "CachePolicy":
+        """The policy that these overrides make of this one, in their order."""
+        own: dict[str, Any] = {}
+        for override in overrides:
+            own |= dict(override.fields)
+        try:
+            return replace(self, overrides=(), **own)
+        except UsageError as error:
+            which = ", ".join(override.layers for override in overrides)
+            raise UsageError(f"with the overrides for layers {which}: {error}") from None
+
+    def _fields(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def full(cls) -> "CachePolicy":
         """Everything in float32: no token is ever rounded."""
         return cls(window=0, sinks=0, k_bits=32, v_bits=32, dense="f32")
 
+    # --- as text -------------------------------------------------------------------------------------------------
+
     @classmethod
     def parse(cls, text: str) -> "CachePolicy":
-        """The policy of a short name: "k4v2", "k8v8:window=64:sinks=0:tile=32:dense=bf16", or a dense type alone.
+        """The policy of a text: the name of a preset, a short name, or the one-line form.
 
-        "f32", "f16" and "bf16" keep every token in that type, without window and sinks; suffixes change that.
+        Short names are "k4v2", "k8v8:window=64:sinks=0:tile=32:dense=bf16", or a dense type alone: "f32", "f16" and "bf16"
+        keep every token in that type, without window and sinks; suffixes change that. The one-line form is what ``str``
+        gives, in any order; what it does not name is as by default (policy_text.py).
 
         Raises:
-            UsageError: a name or suffix that is none, or a value out of its range.
+            UsageError: a text that is none of them, or a value out of its range.
 
         """
-        name, *suffixes = text.split(":")
-        fields, given = _named(name), set()
+        if text in PRESETS:
+            return PRESETS[text]
         try:
-            if not fields:
-                raise UsageError(f"the name must be one of {', '.join(DENSE)}, or like k4v4, found {shown(name)}")
-            for suffix in suffixes:
-                field, _, value = suffix.partition("=")
-                if field not in _SUFFIXES or field in given:
-                    raise UsageError(f"after the name, {', '.join(_SUFFIXES)} may follow once, found {shown(suffix)}")
-                given.add(field)
-                fields[field] = int(value) if re.fullmatch("[0-9]{1,9}", value) else value
-            return cls(**fields)
+            check_length(text)
+            return cls(**(fields_of_line(text) if is_one_line(text) else fields_of_short(text, PRESETS)))
         except UsageError as error:
             raise UsageError(f"cache policy {shown(text)}: {error}") from None
 
+    def __str__(self) -> str:
+        """The canonical one-line form: ``parse`` reads it back, and ``digest`` is made of it."""
+        named_fields = self._fields()
+        if not (self.rotate_k or self.rotate_v):
+            del named_fields["rotate_k"], named_fields["rotate_v"]
+        if not self.rollback:
+            del named_fields["rollback"]
+        return one_line(named_fields)
+
+    @property
+    def digest(self) -> str:
+        """The first 16 hexadecimal digits of the SHA-256 of the canonical form."""
+        return hashlib.sha256(str(self).encode("ascii")).hexdigest()[:16]
+
     @property
     def spec(self) -> str:
-        """The one short name that ``parse`` turns into this policy; what is as the name implies is left out."""
-        everything = CachePolicy(**_named(self.dense), tile=self.tile)
+        """The shortest text that ``parse`` turns into this policy: a short name where there is one, else ``str``."""
+        everything = CachePolicy(**named(self.dense), tile=self.tile)
         name = self.dense if self == everything else f"k{self.k_bits}v{self.v_bits}"
-        implied = CachePolicy(**_named(name))
-        own = [field for field in _SUFFIXES if getattr(self, field) != getattr(implied, field)]
-        return ":".join([name, *(f"{field}={getattr(self, field)}" for field in own)])
+        implied = CachePolicy(**named(name))
+        own = {field: getattr(self, field) for field in SUFFIXES if getattr(self, field) != getattr(implied, field)}
+        if replace(implied, **own) != self:
+            return str(self)
+        return ":".join([name, *(f"{field}={value}" for field, value in own.items())])
 
-    def boundary(self, position: int) -> int:
-        """B(p): the query at this position sees old tokens below it and dense ones from it on; a multiple of ``tile``."""
-        return self.tile * max(0, (position + 1 - self.window) // self.tile)
+    @classmethod
+    def from_toml(cls, text: str) -> "CachePolicy":
+        """The policy of a TOML text: the names of the fields as keys, and [[older]] and [[overrides]] as tables.
 
-    def boundaries(self, positions: np.ndarray) -> np.ndarray:
+        Raises:
+            UsageError: what is no TOML; unknown keys; wrong types, and values out of their range.
+
+        """
+        return cls(**fields_of_toml(text))
+
+    def to_toml(self) -> str:
+        """The TOML that ``from_toml`` reads back, every field written out."""
+        return toml(self._fields())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CachePolicy":
+        """The policy of a TOML file of at most 1 MiB; UsageError, which names the file, where there is none in it."""
+        path = Path(path)
+        try:
+            if not path.is_file():  # also keeps pipes and devices, which never end, from being opened
+                raise UsageError("no such file")
+            with path.open("rb") as file:
+                data = file.read(MAX_POLICY_BYTES + 1)
+            if len(data) > MAX_POLICY_BYTES:
+                raise UsageError(f"a policy must be at most {MAX_POLICY_BYTES} bytes, found more")
+            return cls.from_toml(data.decode("utf-8"))
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path}: not UTF-8 at byte {error.start}") from None
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+
+    # --- what it says --------------------------------------------------------------------------------------------
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """All old tiers, youngest first: the policy's own, after the window, then ``older``."""
+        return Tier(self.window, **{name: getattr(self, name) for name in SIDES}), *self.older
+
+    def for_layer(self, layer: int, n_layers: int) -> "CachePolicy":
+        """The policy of one layer of a model, without overrides.
+
+        Args:
+            layer: from 0 on.
+            n_layers: of the model.
+
+        Raises:
+            UsageError: a layer, or one that an override names, that the model has not; overrides that together are illegal.
+
+        """
+        if not 0 <= layer < n_layers:
+            raise UsageError(f"layer must be from 0 to {n_layers - 1}, found {layer}")
+        if not self.overrides:
+            return self
+        return self._with([override for override in self.overrides if override.covers(layer, n_layers)])
+
+    def check_model(self, n_layers: int, head_dim: int) -> None:
+        """UsageError where an override names a layer that a model has not, or a group does not fit its ``head_dim``."""
+        first: dict[CachePolicy, int] = {}
+        for layer in range(n_layers):
+            first.setdefault(self.for_layer(layer, n_layers), layer)
+        for policy, layer in first.items():
+            try:
+                policy.tier_layouts(1, head_dim)
+            except UsageError as error:
+                raise UsageError(f"layer {layer}: {error}" if self.overrides else str(error)) from None
+
+    def boundary(self, position: int, tier: int = 0) -> int:
+        """B(p) of a tier: the query at this position sees what lies below it in this tier or an older one.
+
+        A multiple of ``tile``; from the B(p) of tier 0 on tokens are dense.
+        """
+        return self.tile * max(0, (position + 1 - self._after(tier)) // self.tile)
+
+    def boundaries(self, positions: np.ndarray, tier: int = 0) -> np.ndarray:
         """B(p) of many positions, int64."""
-        return self.tile * np.maximum(0, (positions + 1 - self.window) // self.tile)
+        return self.tile * np.maximum(0, (positions + 1 - self._after(tier)) // self.tile)
+
+    def _after(self, tier: int) -> int:
+        return self.older[tier - 1].after if tier else self.window
 
     def dense_layout(self, n_kv_heads: int, head_dim: int) -> TileLayout:
         """The layout of the recent segment's tiles."""
         return TileLayout(n_kv_heads, head_dim, self.tile, DENSE[self.dense], DENSE[self.dense])
 
-    def old_layout(self, n_kv_heads: int, head_dim: int) -> TileLayout:
-        """The layout of the old segment's tiles."""
-        k, v = (_kind(bits, self.dense) for bits in (self.k_bits, self.v_bits))
-        return TileLayout(n_kv_heads, head_dim, self.tile, k, v, page_tiles=PAGE // self.tile)
+    def tier_layouts(self, n_kv_heads: int, head_dim: int) -> list[TileLayout]:
+        """The layouts of the old tiers' tiles, one a tier; UsageError for a group or codes that do not fit ``head_dim``."""
+        layouts = []
+        for name, tier in self._named_tiers().items():
+            k, v = self._kinds(tier)
+            axes = tier.k_axis, tier.v_axis, tier.k_group, tier.v_group
+            try:
+                layouts.append(TileLayout(n_kv_heads, head_dim, self.tile, k, v, *axes, page_tiles=PAGE // self.tile))
+            except ValueError as error:
+                raise UsageError(f"{name}: {error}") from None
+        return layouts
 
-    def nbytes_per_token(self, n_kv_heads: int, head_dim: int) -> tuple[float, float]:
-        """Bytes of one token of one layer: (old, dense), scales and padding included."""
-        old, dense = self.old_layout(n_kv_heads, head_dim), self.dense_layout(n_kv_heads, head_dim)
-        return old.nbytes / self.tile, dense.nbytes / self.tile
+    def old_layout(self, n_kv_heads: int, head_dim: int) -> TileLayout:
+        """The layout of the first old tier's tiles."""
+        return self.tier_layouts(n_kv_heads, head_dim)[0]
+
+    def nbytes_per_token(self, n_kv_heads: int, head_dim: int) -> tuple[list[float], float]:
+        """Bytes of one token of one layer: (of each tier, dense), scales and padding included; without overrides."""
+        tiers, dense = self.tier_layouts(n_kv_heads, head_dim), self.dense_layout(n_kv_heads, head_dim)
+        return [layout.nbytes / self.tile for layout in tiers], dense.nbytes / self.tile
 
     def routes(self) -> dict[str, dict[str, str]]:
-        """How a segment is computed, {"sink": {"k": ..., "v": ...}, "old": ..., "recent": ...}; see kernels/routes.py."""
-        old, dense = self.old_layout(1, LANES), self.dense_layout(1, LANES)
-        return {
-            name: {"k": route(layout.k_kind), "v": route(layout.v_kind)}
-            for name, layout in (("sink", dense), ("old", old), ("recent", dense))
-        }
+        """How each segment is computed, without overrides; see kernels/routes.py.
 
-    def __str__(self) -> str:
-        return (
-            f"window={self.window} sinks={self.sinks} k_bits={self.k_bits} v_bits={self.v_bits} "
-            f"tile={self.tile} dense={self.dense}"
-        )
+        {"sink": {"k": ..., "v": ...}, "old": ..., "recent": ...}, with "old2" and so on for further tiers.
+        """
+        dense = DENSE[self.dense], DENSE[self.dense]
+        kinds = {name: self._kinds(tier) for name, tier in self._named_tiers().items()}
+        segments = {"sink": dense, **kinds, "recent": dense}
+        return {name: {"k": route(k), "v": route(v)} for name, (k, v) in segments.items()}
 
+    def _named_tiers(self) -> Mapping[str, Tier]:
+        return {f"old{i + 1 if i else ''}": tier for i, tier in enumerate(self.tiers)}
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _named(name: str) -> dict[str, Any]:
-    """The fields that the name of a policy stands for; none for what is no name."""
-    if name in DENSE:
-        bits = 32 if name == "f32" else 16
-        return {"window": 0, "sinks": 0, "k_bits": bits, "v_bits": bits, "dense": name}
-    codes = re.fullmatch("k([0-9]{1,9})v([0-9]{1,9})", name)
-    return {} if codes is None else {"k_bits": int(codes[1]), "v_bits": int(codes[2])}
+    def _kinds(self, tier: Tier) -> tuple[int, int]:
+        """The formats of a tier's K and V; 16 bits are bfloat16 where the dense parts are."""
+        half = BF16 if self.dense == "bf16" else F16
+        kinds = {**KIND_OF_BITS, 16: half, 32: F32}
+        return kinds[tier.k_bits], kinds[tier.v_bits]
 
 
-def _kind(bits: int, dense: str) -> int:
-    """The format of so many bits; 16 bits are bfloat16 where the dense parts are."""
-    if bits == 16:
-        return BF16 if dense == "bf16" else F16
-    return F32 if bits == 32 else KIND_OF_BITS[bits]
+PRESETS = {
+    "full": CachePolicy.full(),
+    "f16": CachePolicy(window=0, sinks=0, k_bits=16, v_bits=16),
+    "balanced": CachePolicy(),
+    "small": CachePolicy(k_bits=3, v_bits=3, v_group=32),
+    "tiny": CachePolicy(older=(Tier(1024, k_bits=3, v_bits=2, v_group=32), Tier(4096, k_bits=2, v_bits=2, v_group=32))),
+}

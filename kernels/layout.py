@@ -167,9 +167,10 @@ class TileLayout:
         else:
             group = group or default_group(self.width)
             if group not in legal_groups(self.width):
-                legal = ", ".join(map(str, legal_groups(self.width)))
+                legal = legal_groups(self.width)
                 raise ValueError(
-                    f"{name}_group by token must be one of {legal} at head_dim {self.head_dim}, found {group}"
+                    f"{name}_group by token must be one of {', '.join(map(str, legal))} at head_dim {self.head_dim}, "
+                    f"found {group}; the nearest is {min(legal, key=lambda g: abs(g - group))}"
                 )
         params = 4 * (self.tile * self.width // group)
         parts = 1 if axis == "channel" else self.width // group

@@ -28,3 +28,10 @@ MAX_TEMPLATE_BYTES = 256 << 10  # the longest published chat templates have abou
 MAX_TEMPLATE_NODES = 20_000  # names, operators, tags: compiling takes a second for so many
 MAX_TEMPLATE_STEPS = 200_000  # loop iterations and macro calls of one rendering
 MAX_TEMPLATE_WORK = 32 << 20  # characters that one rendering may read or make, beyond a multiple of the conversation
+
+# Cache policies
+MAX_POLICY_CHARS = 4_096  # of the one-line form; that of a policy with every field set, and no overrides, has under 250
+MAX_POLICY_BYTES = 1 << 20  # of a TOML file
+MAX_POLICY_DOTS = 100  # in one of its lines; the time that tomllib takes grows with the square of a dotted key
+MAX_OVERRIDES = 32
+MAX_LAYER_ITEMS = 32  # of one override

@@ -64,7 +64,7 @@ def test_json_is_one_object_with_everything_in_it() -> None:
     assert stats["prompt_tokens"] == 5 and stats["generated_tokens"] == 9
     assert set(stats["kv_bytes"]) == {"sink", "old", "recent", "total"}
     assert stats["kv_bytes_float16"] == 3 * 2 * 16 * 2 * 2 * (5 + 8)  # the last token was not fed back
-    assert stats["policy"] == "window=128 sinks=4 k_bits=4 v_bits=4 tile=64 dense=f16"
+    assert stats["policy"] == "sinks=4 recent=128:f16 tile=64 old=k4c/v4t"
 
 
 @pytest.mark.parametrize("weights", ["f32", "bf16", "q8", "q4"])
@@ -112,7 +112,7 @@ def test_every_cache_option_reaches_the_policy() -> None:
     options = ["--window", "32", "--sinks", "2", "--k-bits", "8", "--v-bits", "16", "--tile", "32", "--dense", "f32"]
     result = mixkv("generate", "x" * 200, "-m", "toy", "-n", "2", "--json", *options)
     stats = json.loads(result.stdout)["stats"]
-    assert stats["policy"] == "window=32 sinks=2 k_bits=8 v_bits=16 tile=32 dense=f32"
+    assert stats["policy"] == "sinks=2 recent=32:f32 tile=32 old=k8c/v16"
     assert stats["kv_bytes"]["old"] > 0 and stats["kv_bytes"]["sink"] == 3 * 2 * 2 * 2 * 16 * 4
 
 
