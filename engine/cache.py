@@ -1,24 +1,32 @@
-"""The mixed KV cache: for each layer a list of three segments - sink, old, recent - and one rule for who sees what.
+"""The mixed KV cache: for each layer a list of segments - sink, tiers of codes, recent - and one rule for who sees what.
 
 Positions are absolute. Tile t holds the positions t * tile .. (t + 1) * tile. While it is recent it is dense; it is
-*sealed* (quantized, once) as soon as a query comes that may not see it densely. The query at position p sees
+*sealed* (quantized into the youngest tier) as soon as a query comes that may not see it densely, and goes on from tier to
+tier as it ages. With B_0(p) >= B_1(p) >= ... the boundaries of the tiers (``CachePolicy.boundary``), and L(p) the first
+position of a sliding window, or 0, the query at position p sees
 
-    sinks   [0, min(sinks, p + 1))        old   [sinks, B(p))        recent   [max(B(p), sinks), p + 1)
+    sinks        [L(p), min(sinks, p + 1))             in tier i    [max(B_i+1(p), sinks, L(p)), B_i(p))
+    recent       [max(B_0(p), sinks, L(p)), p + 1)     the oldest   [max(sinks, L(p)), B_n-1(p))
 
-with B(p) = ``CachePolicy.boundary(p)``. While a prompt is processed in chunks, a tile may exist in both forms; the range
-of each query picks one. So a query sees what it would have seen token by token, however the prompt was cut.
+While a prompt is processed in chunks, a tile may exist in several forms; the range of each query picks one. So a query sees
+what it would have seen token by token, however the prompt was cut.
+
+Keys, and queries with them, or values may be rotated (kernels/hadamard.py); then every segment holds them so.
 """
+
+import math
+from collections.abc import Sequence
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.append import append_tokens
 from ..kernels.attention import attend_segments
 from ..kernels.flash import empty_call, n_parts
+from ..kernels.hadamard import block_size
 from ..kernels.layout import DENSE_DTYPES
-from ..kernels.quantize import Float32, narrow, quantize_tile
-from ..kernels.segment import Int64, TileStore, segment_of_arrays
+from ..kernels.quantize import IMPOSSIBLE_AT, Float32, narrow
+from ..kernels.segment import Int64, TileStore, seal_job, segment_of_arrays, widen_as_found
 from ..kernels.simd import LANES
 from ..kernels.state import pad_last_axis
 from ..kernels.tables import (
@@ -26,8 +34,12 @@ from ..kernels.tables import (
     CALL_FIELDS,
     EXACT,
     FRESH,
+    HEAD_DIM,
+    JOB_STARTS,
+    JOBS,
+    K_BLOCK,
+    LEDGER,
     LOST,
-    MAX_SEGMENTS,
     N_HEADS,
     N_PARTS,
     N_QUERIES,
@@ -40,6 +52,7 @@ from ..kernels.tables import (
     SCALE,
     SEGMENTS,
     STEP,
+    V_BLOCK,
 )
 from ..models.errors import NumericalError
 from .policy import DENSE, CachePolicy
@@ -48,23 +61,35 @@ _WIDER = "use a policy with dense='f32' and k_bits and v_bits of 32"
 
 
 class View:
-    """What the queries of one step see, the same in every layer: absolute positions, cut into the three segments."""
+    """What the queries of one step see, the same in every layer of one policy and window: positions, by segment."""
 
-    def __init__(self, policy: CachePolicy, sinks: int, position: int, qkv: Float32, n_kv_heads: int) -> None:
+    def __init__(
+        self,
+        policy: CachePolicy,
+        sinks: int,
+        position: int,
+        qkv: Float32,
+        n_kv_heads: int,
+        sliding_window: int | None = None,
+    ) -> None:
         n_queries, heads = len(qkv), qkv.shape[1] - 2 * n_kv_heads
         self.position, self.n_queries, self.heads = position, n_queries, heads
         self.stop, self.threads = position + n_queries, numba.get_num_threads()
         self.state = np.empty((heads, n_queries, 2), np.float32)
         seen = np.arange(position + 1, self.stop + 1, dtype=np.int64)
-        boundaries = policy.boundaries(seen - 1)
-        self.old_stop = int(boundaries[-1]) // policy.tile  # the tiles below are sealed
-        # Of sink, old, recent: where each query starts and stops
-        self._ranges = np.stack(
-            [np.zeros_like(seen), np.minimum(seen, sinks), np.full_like(seen, sinks), boundaries,
-             np.maximum(boundaries, sinks), seen]
-        )  # fmt: skip
-        firsts, lasts = self._ranges[::2, 0].tolist(), self._ranges[1::2, -1].tolist()
-        spans = list(zip(firsts, lasts, strict=True))
+        begin = np.zeros_like(seen) if sliding_window is None else np.maximum(seen - sliding_window, 0)
+        behind = np.maximum(begin, sinks)
+        ages = [policy.boundaries(seen - 1, i) for i in range(len(policy.tiers))]
+        # Tiles below are in the tier, unless a sliding window never reaches it
+        in_reach = [sliding_window is None or sliding_window > tier.after for tier in policy.tiers]
+        self.sealed = [int(x[-1]) // policy.tile if yes else 0 for x, yes in zip(ages, in_reach, strict=True)]
+        # Of sink, tiers from the oldest on, recent: where each query starts and stops
+        edges = [behind, *(np.maximum(x, behind) for x in reversed(ages))]
+        ranges = [begin, np.minimum(seen, sinks)]
+        for start, stop in zip(edges, [*reversed(ages), seen], strict=True):
+            ranges += [start, stop]
+        self._ranges = np.stack(ranges)
+        spans = list(zip(self._ranges[::2, 0].tolist(), self._ranges[1::2, -1].tolist(), strict=True))
         width = -(-qkv.shape[2] // LANES) * LANES
         fields = np.zeros(CALL_FIELDS, np.int64)
         fields[N_QUERIES], fields[Q_STRIDE], fields[APPENDED] = n_queries, 4 * qkv.shape[1] * width, 1
@@ -81,25 +106,55 @@ class LayerCache:
     """Keys and values of one layer, from position 0 to the last one appended.
 
     ``exact`` keeps attention float32 throughout, as ``precision="f32"`` of ``flash_attention`` does.
+
+    Args:
+        policy: one without overrides (``CachePolicy.for_layer``).
+        n_kv_heads, head_dim: shape of a token's keys and of its values.
+        context: the most tokens there will be, if that is known.
+        sliding_window: a query sees no more than so many positions, itself included; None for all.
+
     """
 
     exact = False
 
-    def __init__(self, policy: CachePolicy, n_kv_heads: int, head_dim: int, context: int | None = None) -> None:
-        self.policy = policy
+    def __init__(
+        self,
+        policy: CachePolicy,
+        n_kv_heads: int,
+        head_dim: int,
+        context: int | None = None,
+        sliding_window: int | None = None,
+    ) -> None:
+        self.policy, self.head_dim, self.sliding_window = policy, head_dim, sliding_window
         self.sinks = (
             policy.sinks if context is None else min(policy.sinks, context)
         )  # there are no more tokens than that
-        self.old = TileStore(policy.old_layout(n_kv_heads, head_dim))
+        self.tiers = [TileStore(layout) for layout in policy.tier_layouts(n_kv_heads, head_dim)]  # youngest first
         self.recent = TileStore(policy.dense_layout(n_kv_heads, head_dim))
         dtype = DENSE_DTYPES[DENSE[policy.dense]]
-        self.sink_k: NDArray[np.generic] = np.zeros((self.sinks, n_kv_heads, -(-head_dim // LANES) * LANES), dtype)
-        self.sink_v: NDArray[np.generic] = np.zeros_like(self.sink_k)
-        self._sink_segment = segment_of_arrays(self.sink_k, self.sink_v)
-        self._sink_addresses = self._sink_segment.table.ctypes.data, self._sink_segment.geometry.ctypes.data
+        self._set_sinks(*np.zeros((2, self.sinks, n_kv_heads, -(-head_dim // LANES) * LANES), dtype))
         self._call: Int64 | None = None
         self._options = np.zeros(3, np.float32)
-        self.tiles_quantized = 0  # each tile of the old segment once, which is tested by this count
+        self._jobs = np.zeros((0, 0), np.int64)
+        self.ledger: Float32 | None = None  # (segments, H, T, 2): the state after each segment of the last ``attend``
+        self.keeps_ledger = False
+        self.tiles_quantized = 0  # each tile once for every tier that it enters, which is tested by this count
+
+    @property
+    def old(self) -> TileStore:
+        """The youngest tier."""
+        return self.tiers[0]
+
+    @property
+    def view_key(self) -> tuple[object, ...]:
+        """Layers for which this is the same have the same ``View``."""
+        policy = self.policy
+        return self.sinks, policy.tile, *(tier.after for tier in policy.tiers), self.sliding_window
+
+    def _set_sinks(self, k: NDArray[np.generic], v: NDArray[np.generic]) -> None:
+        self.sink_k, self.sink_v = k, v
+        segment = self._sink_segment = segment_of_arrays(k, v)
+        self._sink_addresses = segment.table.ctypes.data, segment.geometry.ctypes.data
 
     def attend(
         self, qkv: Float32, position: int, scale: float, out: Float32 | None = None, view: View | None = None
@@ -107,117 +162,214 @@ class LayerCache:
         """Append keys and values at ``position``, and attend with the queries there.
 
         Args:
-            qkv: float32 (T, n_heads + 2 * n_kv_heads, head_dim), queries, keys and values of T tokens, C order.
+            qkv: float32 (T, n_heads + 2 * n_kv_heads, head_dim), queries, keys and values of T tokens, C order. What the
+                policy rotates is rotated in place.
             position: of the first of them.
             scale: softmax scale.
             out: float32 (T, n_heads, head_dim), C order, to write to.
             view: what the queries see, where the caller has it already.
 
         Returns o, float32 (T, n_heads, head_dim). Nothing is final before ``commit``; to append something else at the
-        same position, ``rollback`` first.
+        same position, ``truncate`` to it first.
         """
         if view is None:
-            view = View(self.policy, self.sinks, position, qkv, self.recent.layout.n_kv_heads)
+            view = self.view(position, qkv)
         heads, head_dim, width = view.heads, qkv.shape[2], self.recent.layout.width
         if out is None:
             out = np.empty((view.n_queries, heads, head_dim), np.float32)
         padded, result = qkv, out
         if head_dim != width:
             padded, result = pad_last_axis(qkv), np.empty((view.n_queries, heads, width), np.float32)
-        call = self._describe(view, scale)
-        if view.old_stop > self.old.stop:  # a tile may have to be full first
+        tiles = self._places_in_tiers(view)
+        while True:
+            call = self._describe(view, scale, tiles)
+            attend_segments(call, padded, result, view.state, view.threads)
+            if call[LOST]:
+                self._explain_lost(padded[:, heads:])
+            if not (
+                tiles and self._widened(tiles)
+            ):  # else float16 did not do for some scales, and others have room now
+                break
             call[APPENDED] = 0
-            append_tokens.function(call.ctypes.data, padded.ctypes.data)
-            self._check_kept(call, qkv, heads)
-            self._seal(view.old_stop)
-            call[SEGMENTS + 2 : SEGMENTS + 4] = self.old.addresses()
-        attend_segments(call, padded, result, view.state, view.threads)
-        self._check_kept(call, qkv, heads)
         if result is not out:
             out[...] = result[..., :head_dim]
         return out
 
-    def _describe(self, view: View, scale: float) -> Int64:
+    def view(self, position: int, qkv: Float32) -> View:
+        """What the queries of ``attend`` see."""
+        return View(self.policy, self.sinks, position, qkv, self.recent.layout.n_kv_heads, self.sliding_window)
+
+    def _places_in_tiers(self, view: View) -> list[tuple[int, int]]:
+        """Make places for the tiles that are to enter a tier: (tier, tile) of each, tier after tier."""
+        found: list[tuple[int, int]] = []
+        for i, (tier, stop) in enumerate(zip(self.tiers, view.sealed, strict=True)):
+            if tier.stop < stop:
+                tier.forget_before(self._first_seen(view.position))  # what a sliding window has left behind
+                for t in range(tier.stop, stop):
+                    tier.append()
+                    found.append((i, t))
+        return found
+
+    def _describe(self, view: View, scale: float, tiles: list[tuple[int, int]]) -> Int64:
         """The call of ``attend_segments``; places for new tokens are made."""
-        while self.recent.stop * self.recent.layout.tile < view.stop:
-            self.recent.place(self.recent.stop)
-            self.recent.append()
+        recent = self.recent
+        while recent.stop * recent.layout.tile < view.stop:
+            recent.append()
         if self._call is None or self._call[N_HEADS] != view.heads:
             self._call = self._begin_call(view.heads)
         call = self._call
         self._options[SCALE], self._options[EXACT] = scale, self.exact
         call[STEP:] = view.fields
-        call[SEGMENTS + 2 : SEGMENTS + 6] = *self.old.addresses(), *self.recent.addresses()
+        at = SEGMENTS + 2
+        for store in (*reversed(self.tiers), recent):
+            call[at : at + 2] = store.addresses()
+            at += 2
+        call[JOB_STARTS + 1 : STEP] = 0
+        if tiles:
+            stores = [recent, *self.tiers]
+            dead = [min(max(self.sinks - t * self.policy.tile, 0), self.policy.tile) for _, t in tiles]
+            jobs = [seal_job(stores[i], stores[i + 1], t, x) for (i, t), x in zip(tiles, dead, strict=True)]
+            self._jobs = np.array(jobs, np.int64)
+            call[JOBS] = self._jobs.ctypes.data
+            for i in range(len(self.tiers)):
+                call[JOB_STARTS + i + 1] = sum(tier <= i for tier, _ in tiles)
+        if self.keeps_ledger:
+            self.ledger = np.empty((len(self.tiers) + 2, view.heads, view.n_queries, 2), np.float32)
+        call[LEDGER] = self.ledger.ctypes.data if self.ledger is not None else 0
         return call
 
     def _begin_call(self, heads: int) -> Int64:
         """What is the same in every call with so many query heads."""
-        old = self.old.layout
-        most = max(side.parts * side.limbs for side in (old.k, old.v))
-        call = empty_call(heads, old.n_kv_heads, old.width, most)
-        call[FRESH], call[N_SEGMENTS], call[N_SINKS] = 1, MAX_SEGMENTS, self.sinks
+        layouts = [tier.layout for tier in self.tiers]
+        most = max(side.parts * side.limbs for layout in layouts for side in (layout.k, layout.v))
+        call = empty_call(heads, layouts[0].n_kv_heads, layouts[0].width, most)
+        call[FRESH], call[N_SEGMENTS], call[N_SINKS] = 1, len(self.tiers) + 2, self.sinks
+        block, policy = block_size(self.head_dim), self.policy
+        call[HEAD_DIM], call[K_BLOCK], call[V_BLOCK] = self.head_dim, block * policy.rotate_k, block * policy.rotate_v
         call[OPTIONS] = self._options.ctypes.data
         call[SEGMENTS : SEGMENTS + 2] = self._sink_addresses
         return call
 
-    def _check_kept(self, call: Int64, qkv: Float32, heads: int) -> None:
+    def _explain_lost(self, kv: Float32) -> None:
         """NumericalError if a finite key or value of those just appended has become infinite."""
-        if not call[LOST]:
-            return
+        self._call[LOST] = 0  # type: ignore[index]
         try:
-            narrow(qkv[:, heads:], self.recent.layout.k_kind)
+            narrow(kv, self.recent.layout.k_kind)
         except OverflowError as error:
             raise NumericalError(f"a key or value of {error}; {_WIDER}") from None
 
-    def commit(self, position: int) -> None:
-        """Everything below ``position`` is final: forget the dense form of tiles that no query from there on sees."""
-        self.recent.forget_before(min(self.old.stop, self.policy.boundary(position) // self.policy.tile))
+    def _widened(self, tiles: list[tuple[int, int]]) -> bool:
+        """Make room for scales as float32 where a job just done says so; whether there was one.
 
-    def rollback(self, position: int) -> None:
-        """Forget what was appended at ``position`` and after it since the last ``commit``."""
-        tile = self.policy.tile
+        Raises:
+            NumericalError: a tile that cannot be quantized.
+
+        """
+        found = False
+        for (i, t), job in zip(tiles, self._jobs, strict=True):
+            if job[IMPOSSIBLE_AT:].any():
+                why = "a number or a range is beyond its type, or not a number"
+                raise NumericalError(f"tile {t} cannot be quantized: {why}; {_WIDER}")
+            found |= widen_as_found(self.tiers[i], t, job)
+        if not found:
+            kinds = [(x.layout.k_kind, x.layout.v_kind) for x in (self.recent, *self.tiers)]
+            self.tiles_quantized += sum(kinds[i] != kinds[i + 1] for i, _ in tiles)  # else tiles are only copied
+        return found
+
+    def _first_seen(self, position: int) -> int:
+        """The first tile that a sliding window leaves in sight of any query that may still come."""
+        if self.sliding_window is None:
+            return 0
+        return max(0, position - self.policy.rollback + 1 - self.sliding_window) // self.policy.tile
+
+    def commit(self, position: int) -> None:
+        """Everything below ``position`` is final: forget forms of tiles that no query from there on sees.
+
+        Queries go on from ``position``, or, after ``truncate``, from up to ``policy.rollback`` tokens before.
+        """
+        policy, horizon = self.policy, max(0, position - self.policy.rollback)
+        seen, source = self._first_seen(position), self.recent
+        for i, tier in enumerate(self.tiers):
+            # Not with a window of 0 a tile that the token at the horizon is still missing in
+            entered = min(policy.boundary(horizon, i), horizon) // policy.tile
+            source.forget_before(max(seen, min(tier.stop, entered)))
+            source = tier
+        source.forget_before(seen)
+
+    @property
+    def lowest(self) -> int:
+        """The first position that ``truncate`` can go back to: everything that a query from there on sees is still held."""
+        reach = math.inf if self.sliding_window is None else self.sliding_window
+        ages = [tier.after for tier in self.policy.tiers] + [math.inf]
+        lowest = 0
+        for age, source in zip(ages, (self.recent, *self.tiers), strict=True):
+            if source.first:  # then age or reach is a number
+                lowest = max(lowest, source.first * self.policy.tile + max(int(min(age, reach)), 1) - 1)
+        return lowest
+
+    def truncate(self, position: int) -> None:
+        """Forget the tokens from ``position`` on, which is ``lowest`` or more. What is next appended goes there."""
+        tile, source = self.policy.tile, self.recent
+        for i, tier in enumerate(self.tiers):
+            # Not what the last query that stays had sealed; nor what its source does not hold any more
+            tier.forget_from(max(self.policy.boundary(position - 1, i) // tile, source.first))
+            source = tier
         self.recent.forget_from(-(-position // tile))
-        self.old.forget_from(self.policy.boundary(position - 1) // tile)  # what the last query committed had sealed
+        if position % tile:
+            self.recent.own(position // tile)
+
+    def fork(self) -> "LayerCache":
+        """A cache of the same tokens, which shares what neither of the two will write to."""
+        other = LayerCache.__new__(LayerCache)
+        other.__dict__.update(self.__dict__)
+        other._call, other._options, other.ledger = None, self._options.copy(), None
+        other._set_sinks(self.sink_k.copy(), self.sink_v.copy())
+        other.tiers, other.recent = [tier.fork() for tier in self.tiers], self.recent.fork()
+        for cache in (self, other):
+            cache.recent.own(cache.recent.stop - 1)
+        return other
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes in use of each segment."""
+        """Bytes in use of each segment; all tiers are "old"."""
         return {
             "sink": self.sink_k.nbytes + self.sink_v.nbytes,
-            "old": self.old.nbytes,
+            "old": sum(tier.nbytes for tier in self.tiers),
             "recent": self.recent.nbytes,
         }
 
-    def _seal(self, stop: int) -> None:
-        """Write the dense tiles below tile ``stop`` that are not yet old to the old segment, quantized."""
-        dense, target = self.recent.layout, self.old.layout
-        rounds = (dense.k_kind, dense.v_kind) != (target.k_kind, target.v_kind)  # else tiles are only copied
-        for t in range(self.old.stop, stop):
-            (source, _), (page, slot) = self.recent.place(t), self.old.place(t)
-            dead = min(max(self.sinks - t * self.policy.tile, 0), self.policy.tile)
-            try:
-                quantize_tile(source, dense, target, dead, page, slot)
-            except OverflowError as error:
-                raise NumericalError(f"tile {t} cannot be quantized: {error}; {_WIDER}") from None
-            self.old.append()
-            self.tiles_quantized += rounds
-
 
 class Cache:
-    """The caches of all layers of one sequence. This is what a model's layers see (``AttentionCache``)."""
+    """The caches of all layers of one sequence. This is what a model's layers see (``AttentionCache``).
+
+    Args:
+        sliding_windows: of each layer, None where it sees everything.
+
+    """
 
     def __init__(
-        self, policy: CachePolicy, n_layers: int, n_kv_heads: int, head_dim: int, context: int | None = None
+        self,
+        policy: CachePolicy,
+        n_layers: int,
+        n_kv_heads: int,
+        head_dim: int,
+        context: int | None = None,
+        sliding_windows: Sequence[int | None] | None = None,
     ) -> None:
         self.policy = policy
-        self.layers = [LayerCache(policy, n_kv_heads, head_dim, context) for _ in range(n_layers)]
-        self._view: View | None = None
+        windows = [None] * n_layers if sliding_windows is None else sliding_windows
+        self.layers = [
+            LayerCache(policy.for_layer(i, n_layers), n_kv_heads, head_dim, context, window)
+            for i, window in enumerate(windows)
+        ]
+        self._views: dict[object, View] = {}
+        self._keys = [layer.view_key for layer in self.layers]
 
     def attend(self, layer: int, qkv: Float32, position: int, scale: float, out: Float32 | None = None) -> Float32:
         """Append and attend in one layer; see ``LayerCache.attend``."""
-        cache = self.layers[layer]
-        view = self._view
+        cache, key = self.layers[layer], self._keys[layer]
+        view = self._views.get(key)
         if layer == 0 or view is None or (view.position, view.n_queries) != (position, len(qkv)):
-            view = self._view = View(self.policy, cache.sinks, position, qkv, cache.recent.layout.n_kv_heads)
+            view = self._views[key] = cache.view(position, qkv)
         try:
             return cache.attend(qkv, position, scale, out, view)
         except NumericalError as error:
@@ -228,10 +380,22 @@ class Cache:
         for layer in self.layers:
             layer.commit(position)
 
-    def rollback(self, position: int) -> None:
-        """Go back to ``position``, the last one committed, in all layers."""
+    @property
+    def lowest(self) -> int:
+        """The first position that ``truncate`` can go back to in all layers."""
+        return max(layer.lowest for layer in self.layers)
+
+    def truncate(self, position: int) -> None:
+        """Forget the tokens from ``position`` on, in all layers; ``lowest`` or more, or the last one committed."""
         for layer in self.layers:
-            layer.rollback(position)
+            layer.truncate(position)
+
+    def fork(self) -> "Cache":
+        """A cache of the same tokens that goes its own way; see ``LayerCache.fork``."""
+        other = Cache.__new__(Cache)
+        other.policy, other._keys, other._views = self.policy, self._keys, {}
+        other.layers = [layer.fork() for layer in self.layers]
+        return other
 
     def nbytes(self) -> dict[str, int]:
         """Bytes in use: {"sink", "old", "recent", "total"}."""

@@ -114,7 +114,7 @@ class Session:
     def _step(self, ids: NDArray[np.int64], wanted: Rows) -> Float32 | None:
         """One pass through the layers. It counts from the assignment of the position on; before, nothing of it does."""
         if self._in_flight:  # the last pass was interrupted, or failed
-            self.cache.rollback(self.position)
+            self.cache.truncate(self.position)
         self._in_flight = True
         stop = self.position + len(ids)
         step = Step(ids, np.arange(self.position, stop), [(self.cache, 0, len(ids))])
@@ -136,7 +136,7 @@ class Session:
 
     def _explain(self, step: Step) -> None:
         """Raise NumericalError for logits that are NaN, infinite or all -inf: run the step again, layer by layer."""
-        self.cache.rollback(self.position)
+        self.cache.truncate(self.position)
         where = f"positions {step.positions[0]} to {step.positions[-1]}"
 
         def check(layer: int, x: Float32) -> None:

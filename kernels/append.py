@@ -4,14 +4,17 @@ They come as the heads of one array, behind the queries, and go where the segmen
 """
 
 import numpy as np
-from numba import types
+from numpy.typing import NDArray
 
 from . import simd
-from .jit import inner, standalone
+from .hadamard import rotate_head
+from .jit import SHARE, inner, standalone
 from .layout import BF16, F32, HEAD, K_CODES, KIND, ROW, TOKEN, V_CODES
 from .simd import LANES
 from .tables import (
     FIRST_TILE,
+    HEAD_DIM,
+    K_BLOCK,
     K_SIDE,
     LOST,
     N_HEADS,
@@ -24,6 +27,7 @@ from .tables import (
     ROW_WIDTH,
     SEGMENTS,
     TILE_SHIFT,
+    V_BLOCK,
     V_SIDE,
     get,
     tile_address,
@@ -83,48 +87,82 @@ def _store_sixteen(source, row_stride, heads, width, kind, side, base, stride, s
     return rest
 
 
-@standalone(types.void(types.int64, types.int64))
-def append_tokens(call, q):  # type: ignore[no-untyped-def]
-    """Store the keys and values of all rows of ``q`` from POSITION on; LOST says whether one may have become infinite.
+@inner
+def _rotate_tokens(call, x, first, stop):  # type: ignore[no-untyped-def]
+    """Rotate what is to be rotated of the rows first .. stop, in place: queries and keys together, and values."""
+    heads, kv_heads, vector = get(call, N_HEADS), get(call, N_KV_HEADS), 4 * get(call, ROW_WIDTH)
+    for row in range(first, stop):
+        at = x + row * get(call, Q_STRIDE)
+        for head in range(heads + kv_heads if get(call, K_BLOCK) else 0):
+            rotate_head(at + head * vector, get(call, HEAD_DIM), get(call, K_BLOCK))
+        at += (heads + kv_heads) * vector
+        for head in range(kv_heads if get(call, V_BLOCK) else 0):
+            rotate_head(at + head * vector, get(call, HEAD_DIM), get(call, V_BLOCK))
 
-    The last segment has room for all of them, the first for those that are sinks. LOST is also set by numbers that were
-    infinite or NaN before.
-    """
-    width, heads, rows = get(call, ROW_WIDTH), get(call, N_KV_HEADS), get(call, N_QUERIES)
-    own = np.empty((LANES + 1) * LANES, np.float32)
-    scratch = (own.ctypes.data + 63) // 64 * 64
-    recent, row_stride = SEGMENTS + 2 * (get(call, N_SEGMENTS) - 1), get(call, Q_STRIDE)
+
+@inner
+def _store_tokens(call, is_k, x, first, stop, scratch, rest):  # type: ignore[no-untyped-def]
+    """Keys or values of the rows first .. stop, which begin at ``x``, to the recent segment and the sinks."""
+    width, heads, row_stride = get(call, ROW_WIDTH), get(call, N_KV_HEADS), get(call, Q_STRIDE)
+    recent = SEGMENTS + 2 * (get(call, N_SEGMENTS) - 1)
     addresses, geometry = get(call, recent), get(call, recent + 1)
     sink_addresses, sink_geometry = get(call, SEGMENTS), get(call, SEGMENTS + 1)
-    shift, rest = get(geometry, TILE_SHIFT), simd.splat(np.float32(0))
+    shift = get(geometry, TILE_SHIFT)
+    side, sink_side = geometry, sink_geometry
+    side += 8 * (K_SIDE if is_k else V_SIDE)
+    sink_side += 8 * (K_SIDE if is_k else V_SIDE)
+    which, kind, stride = K_CODES if is_k else V_CODES, get(side, KIND), get(side, ROW)
+    size = 4 if kind == F32 else 2
+    row = first
+    while row < stop:
+        position, source = get(call, POSITION) + row, x + row * row_stride
+        tile, place = (position >> shift) - get(geometry, FIRST_TILE), position & ((1 << shift) - 1)
+        base, count = tile_address(addresses, tile, which, side, 0), np.int64(1)
+        if not is_k:
+            rest = _store_token(source, heads, width, kind, side, base + place * stride, size, scratch, rest)
+        elif place % LANES == 0 and row + LANES <= stop:
+            count = np.int64(LANES)
+            rest = _store_sixteen(
+                source, row_stride, heads, width, kind, side, base + place * size, stride, scratch, rest
+            )
+        else:
+            rest = _store_token(source, heads, width, kind, side, base + place * size, stride, scratch, rest)
+        for i in range(count if position < get(call, N_SINKS) else 0):
+            if position + i < get(call, N_SINKS):
+                at = (position + i) * get(sink_side, TOKEN if is_k else ROW)
+                rest = _store_token(
+                    source + i * row_stride, heads, width, kind, sink_side,
+                    tile_address(sink_addresses, 0, which, sink_side, 0) + at, size, scratch, rest,
+                )  # fmt: skip
+        row += count
+    return rest
+
+
+@standalone(SHARE)
+def store_share(call, worker, workers, _, x, _1, _2, _3, _4):  # type: ignore[no-untyped-def]
+    """The share of one worker in storing the keys and values of all rows of ``x`` from POSITION on.
+
+    What is to be rotated is so first, in place, queries too. The last segment has room for all tokens, the first for those
+    that are sinks. LOST is set where a number may have become infinite, or was infinite or NaN before.
+    """
+    width, heads, rows, position = (
+        get(call, ROW_WIDTH), get(call, N_KV_HEADS), get(call, N_QUERIES), get(call, POSITION),
+    )  # fmt: skip
+    # Shares are cut at multiples of 16 positions, which are stored together
+    first = (position + rows * worker // workers + LANES - 1) // LANES * LANES - position
+    stop = (position + rows * (worker + 1) // workers + LANES - 1) // LANES * LANES - position
+    first, stop = 0 if worker == 0 else min(first, rows), rows if worker == workers - 1 else min(stop, rows)
+    own = np.empty((LANES + 1) * LANES, np.float32)
+    scratch, rest = (own.ctypes.data + 63) // 64 * 64, simd.splat(np.float32(0))
+    _rotate_tokens(call, x, first, stop)
     for is_k in (True, False):
-        side, sink_side = geometry, sink_geometry
-        side += 8 * (K_SIDE if is_k else V_SIDE)
-        sink_side += 8 * (K_SIDE if is_k else V_SIDE)
-        which, kind, stride = K_CODES if is_k else V_CODES, get(side, KIND), get(side, ROW)
-        size = 4 if kind == F32 else 2
-        x = q + 4 * width * (get(call, N_HEADS) + (0 if is_k else heads))
-        row = np.int64(0)
-        while row < rows:
-            position, source = get(call, POSITION) + row, x + row * row_stride
-            tile, place = (position >> shift) - get(geometry, FIRST_TILE), position & ((1 << shift) - 1)
-            base, count = tile_address(addresses, tile, which, side, 0), np.int64(1)
-            if not is_k:
-                rest = _store_token(source, heads, width, kind, side, base + place * stride, size, scratch, rest)
-            elif place % LANES == 0 and row + LANES <= rows:
-                count = np.int64(LANES)
-                rest = _store_sixteen(
-                    source, row_stride, heads, width, kind, side, base + place * size, stride, scratch, rest
-                )
-            else:
-                rest = _store_token(source, heads, width, kind, side, base + place * size, stride, scratch, rest)
-            for i in range(count if position < get(call, N_SINKS) else 0):
-                if position + i < get(call, N_SINKS):
-                    at = (position + i) * get(sink_side, TOKEN if is_k else ROW)
-                    rest = _store_token(
-                        source + i * row_stride, heads, width, kind, sink_side,
-                        tile_address(sink_addresses, 0, which, sink_side, 0) + at, size, scratch, rest,
-                    )  # fmt: skip
-            row += count
-    simd.store_integer(call + 8 * LOST, simd.sum_lanes(rest) != 0)
+        at = x + 4 * width * (get(call, N_HEADS) + (0 if is_k else heads))
+        rest = _store_tokens(call, is_k, at, first, stop, scratch, rest)
+    if simd.sum_lanes(rest) != 0:
+        simd.store_integer(call + 8 * LOST, np.int64(1))
     own[0] = 0
+
+
+def store_rows_of(call: NDArray[np.int64], x: NDArray[np.float32]) -> None:
+    """Store all rows of ``x`` as one worker would that has no others."""
+    store_share.function(call.ctypes.data, 0, 1, 0, x.ctypes.data, 0, 0, 0, 0)

@@ -14,14 +14,15 @@ import numpy as np
 from numba import prange, types
 
 from . import simd
-from .append import append_tokens
-from .jit import inner, parallel_kernel, standalone
+from .append import store_share
+from .hadamard import rotate_head
+from .jit import SHARE, inner, parallel_kernel, standalone
 from .products import multiply_dense, multiply_tile
+from .quantize import quantize_share
 from .simd import LANES
 from .split import split_kernel
 from .state import clear, merge_parts, merge_rows
 from .tables import (
-    APPEND_KERNEL,
     APPENDED,
     BLOCK_ROWS,
     COLUMNS,
@@ -32,10 +33,15 @@ from .tables import (
     FIELDS,
     FLOAT_FIELDS,
     FRESH,
+    HEAD_DIM,
+    JOB_STARTS,
+    LEDGER,
+    LEDGER_KERNEL,
     MASK,
     MASK_HEAD,
     MASK_QUERY,
     MASKS,
+    MAX_ROUNDS,
     MERGE_KERNEL,
     MOST_PARTS,
     N_HEADS,
@@ -54,6 +60,7 @@ from .tables import (
     ROW_WIDTH,
     SCALE,
     SCRATCH,
+    SEAL_KERNEL,
     SEGMENTS,
     SLOPE,
     SLOPES,
@@ -63,10 +70,12 @@ from .tables import (
     SPLIT_S,
     START,
     STOP,
+    STORE_KERNEL,
     TARGET,
     TILE,
     TILE_FUNCTION,
     TILE_KERNEL,
+    V_BLOCK,
     WORK_KERNEL,
     M,
     S,
@@ -82,8 +91,9 @@ from .tables import (
 )
 from .tiles import VECTOR
 
-_attend_split, _merge, _append = split_kernel.call, merge_parts.call, append_tokens.call
+_attend_split, _merge = split_kernel.call, merge_parts.call
 SHARE_KEYS = 48  # keys that a split's fixed costs are worth, when work is shared out
+ALONE = 16  # tokens that are stored before a region for them would have begun
 
 
 @inner
@@ -117,6 +127,28 @@ def _begin_rows(call, head, first_query, n_queries, q, out, state, fresh, room, 
             set_row_float(numbers, S, row, np.float32(0) if fresh else simd.scalar_at(own + 4))
             row += 1
     return row
+
+
+@inner
+def _enter(call, segment, first_query, n_queries, first_head, n_heads, table, numbers):  # type: ignore[no-untyped-def]
+    """Write the states that rows have after a segment into the ledger, where there is one."""
+    if get(call, LEDGER) == 0:
+        return
+    at = get(call, LEDGER) + 8 * segment * get(call, N_HEADS) * get(call, N_QUERIES)
+    row = 0
+    for query in range(first_query, first_query + n_queries):
+        for h in range(first_head, first_head + n_heads):
+            own = at + 8 * (h * get(call, N_QUERIES) + query)
+            simd.store_scalar(own, row_float(numbers, M, row))
+            simd.store_scalar(own + 4, row_float(numbers, S, row))
+            row += 1
+
+
+@inner
+def _rotate_back(call, out):  # type: ignore[no-untyped-def]
+    """Rotate one output that was made of rotated values back, in place."""
+    if get(call, V_BLOCK):
+        rotate_head(out, get(call, HEAD_DIM), get(call, V_BLOCK))
 
 
 @inner
@@ -159,6 +191,7 @@ def _see_splits(call, segment, first_split, stop_split, head, first_query, n_que
 def _all_in_one_go(call, worker, workers, block, q, out, state, room, table, numbers):  # type: ignore[no-untyped-def]
     """The share of one worker in blocks of queries. They differ in work, so they are dealt out."""
     n_queries, kv_heads, fresh = get(call, N_QUERIES), get(call, N_KV_HEADS), get(call, FRESH)
+    n_rep = get(call, N_HEADS) // kv_heads
     blocks = (n_queries + block - 1) // block
     for unit in range(worker, blocks * kv_heads, workers):
         head, first = unit % kv_heads, unit // kv_heads * block
@@ -167,7 +200,10 @@ def _all_in_one_go(call, worker, workers, block, q, out, state, room, table, num
         for segment in range(get(call, N_SEGMENTS)):
             first_split, stop_split = _splits_of(call, segment)
             _see_splits(call, segment, first_split, stop_split, head, first, count, rows, room, table, numbers)
+            _enter(call, segment, first, count, head * n_rep, n_rep, table, numbers)
         _end_rows(call, head, first, count, state, fresh, table, numbers)
+        for row in range(rows):
+            _rotate_back(call, row_int(table, TARGET, row))
 
 
 @inner
@@ -203,9 +239,9 @@ def _in_parts(call, worker, workers, block, q, outs, states, room, table, number
             part += 1
 
 
-@standalone(types.void(*[types.int64] * 8))
-def attend_share(call, worker, workers, q, out, state, outs, states):  # type: ignore[no-untyped-def]
-    """The share of one worker. All arguments are numbers or addresses."""
+@standalone(SHARE)
+def attend_share(call, worker, workers, _, q, out, state, outs, states):  # type: ignore[no-untyped-def]
+    """The share of one worker in the attention. All arguments are numbers or addresses."""
     n_queries, n_heads, width = get(call, N_QUERIES), get(call, N_HEADS), get(call, ROW_WIDTH)
     n_rep = n_heads // get(call, N_KV_HEADS)
     block = max(1, BLOCK_ROWS // n_rep)
@@ -231,14 +267,44 @@ def attend_share(call, worker, workers, q, out, state, outs, states):  # type: i
     memory[0] = room[0] = table[0] = numbers[0] = 0
 
 
-_share = attend_share.call
+@standalone(types.void(*[types.int64] * 2))
+def enter_parts(call, states):  # type: ignore[no-untyped-def]
+    """The ledger of a call whose splits were attended to apart: ``states`` (parts, H, T, 2) added up in their order."""
+    rows, part = get(call, N_HEADS) * get(call, N_QUERIES), 0
+    before = np.int64(0)
+    for segment in range(get(call, N_SEGMENTS)):
+        at = get(call, LEDGER) + 8 * rows * segment
+        for i in range(0, 8 * rows, 8):
+            simd.store_scalar(at + i, simd.scalar_at(before + i) if before else np.float32(-np.inf))
+            simd.store_scalar(at + i + 4, simd.scalar_at(before + i + 4) if before else np.float32(0))
+        first_split, stop_split = _splits_of(call, segment)
+        for _ in range(first_split, stop_split):
+            other = states + 8 * rows * part
+            for i in range(0, 8 * rows, 8):
+                m, s = simd.scalar_at(at + i), simd.scalar_at(at + i + 4)
+                other_m, other_s = simd.scalar_at(other + i), simd.scalar_at(other + i + 4)
+                top = max(m, other_m)
+                total = np.float32(0)
+                if s > 0:
+                    total += s * np.exp(m - top)
+                if other_s > 0:
+                    total += other_s * np.exp(other_m - top)
+                simd.store_scalar(at + i, top)
+                simd.store_scalar(at + i + 4, total)
+            part += 1
+        before = at
+
+
+_share, _enter_parts = attend_share.call, enter_parts.call
 KERNELS = {
     SPLIT_KERNEL: split_kernel,
     TILE_FUNCTION: multiply_tile,
     DENSE_FUNCTION: multiply_dense,
     WORK_KERNEL: attend_share,
     MERGE_KERNEL: merge_parts,
-    APPEND_KERNEL: append_tokens,
+    STORE_KERNEL: store_share,
+    SEAL_KERNEL: quantize_share,
+    LEDGER_KERNEL: enter_parts,
 }
 """The kernels that are called by their address, by the field of a call that has it."""
 
@@ -248,23 +314,43 @@ def attend_segments(call, q, out, state, workers):  # type: ignore[no-untyped-de
     """Attention of all queries over the segments of ``call`` (see tables.py), in their order.
 
     q: float32 (T, heads, width), of which the first N_HEADS heads are queries. out (T, H, width) and state (H, T, 2) are
-    continued, or begun where FRESH. Where APPENDED, the heads behind the queries are keys and values, stored first.
+    continued, or begun where FRESH. Where APPENDED, the heads behind the queries are keys and values: they are stored
+    first. Then tiles are quantized, as the call's jobs say (quantize.py), round by round.
     """
     parts, rows = call[N_PARTS], call[N_QUERIES] * call[N_HEADS]
-    if call[APPENDED]:
-        _append(call[APPEND_KERNEL], call.ctypes.data, q.ctypes.data)
     outs, states = (
         np.empty(parts * rows * call[ROW_WIDTH] + LANES, np.float32),
         np.empty(parts * rows * 2 + 1, np.float32),
     )
-    for worker in prange(workers):
-        _share(
-            call[WORK_KERNEL], call.ctypes.data, np.int64(worker), workers, q.ctypes.data, out.ctypes.data,
-            state.ctypes.data, outs.ctypes.data, states.ctypes.data,
-        )  # fmt: skip
+    attending = MAX_ROUNDS + 1
+    for phase in range(attending + 1):
+        if phase == 0:
+            phase_kernel, needed, wanted = call[STORE_KERNEL], call[APPENDED] != 0, workers
+            if call[N_QUERIES] <= ALONE:
+                wanted = 1
+        elif phase < attending:
+            phase_kernel, wanted = call[SEAL_KERNEL], workers
+            needed = call[JOB_STARTS + phase - 1] < call[JOB_STARTS + phase]
+        else:
+            phase_kernel, needed, wanted = call[WORK_KERNEL], True, workers
+        if needed and wanted == 1:
+            _share(
+                phase_kernel, call.ctypes.data, np.int64(0), np.int64(1), np.int64(phase - 1), q.ctypes.data,
+                out.ctypes.data, state.ctypes.data, outs.ctypes.data, states.ctypes.data,
+            )  # fmt: skip
+        elif needed:
+            for worker in prange(workers):
+                _share(
+                    phase_kernel, call.ctypes.data, np.int64(worker), workers, np.int64(phase - 1), q.ctypes.data,
+                    out.ctypes.data, state.ctypes.data, outs.ctypes.data, states.ctypes.data,
+                )  # fmt: skip
     if parts:
         _merge(
             call[MERGE_KERNEL], outs.ctypes.data, states.ctypes.data, parts, call[N_QUERIES], call[N_HEADS],
             call[ROW_WIDTH], out.ctypes.data, state.ctypes.data, call[FRESH],
         )  # fmt: skip
+        for row in range(rows if call[V_BLOCK] else 0):
+            rotate_head(out.ctypes.data + 4 * row * call[ROW_WIDTH], call[HEAD_DIM], call[V_BLOCK])
+        if call[LEDGER]:
+            _enter_parts(call[LEDGER_KERNEL], call.ctypes.data, states.ctypes.data)
     outs[0] = states[0] = 0

@@ -109,6 +109,10 @@ class Standalone:
         return self._address
 
 
+SHARE = types.void(*[types.int64] * 9)
+"""What a worker of a parallel region runs (attention.py): the call, the worker, their number, the round, and addresses."""
+
+
 def standalone(signature: Any) -> Callable[[Any], Standalone]:
     """A decorator that makes a ``Standalone`` kernel of a function that returns nothing."""
     return lambda function: Standalone(function, signature)

@@ -186,7 +186,7 @@ class TileLayout:
         It is memory straight from the system, which takes up room as it is written to, 4 kB at a time, and goes back
         when it is dropped: a page that is half full costs half of it.
         """
-        return _zeroed_memory(self.page_tiles * self.nbytes)
+        return zeroed_memory(self.page_tiles * self.nbytes)
 
     def _view(self, page: Bytes, offset: int, nbytes: int) -> Bytes:
         heads = page.reshape(self.n_kv_heads, -1)[:, offset : offset + self.page_tiles * nbytes]
@@ -226,7 +226,8 @@ def aligned_zeros(nbytes: int) -> Bytes:
     return room[start : start + nbytes]
 
 
-def _zeroed_memory(nbytes: int) -> Bytes:
+def zeroed_memory(nbytes: int) -> Bytes:
+    """Zeros, uint8 (nbytes,), aligned to 64 bytes, which take up room as they are written to (``empty_page``)."""
     if not hasattr(mmap, "MAP_PRIVATE"):
         return aligned_zeros(nbytes)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -1,33 +1,69 @@
-"""Storing tokens densely in a tile, and quantizing a dense tile. Called once a token and once a tile.
+"""Quantizing tiles: from the recent segment into the youngest tier, from a tier into the next one. Once a tile and tier.
 
 Asymmetric rounding: code = round((x - minimum) / scale), with the scale and minimum *as stored* in float16, so that what
-rounding them costs is not paid twice.
+rounding them costs is not paid twice. Where float16 cannot hold the scales of a tile, it is done once more with float32.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import simd
-from .jit import inner, kernel
+from .jit import SHARE, inner, standalone
 from .layout import (
     ADDRESSES,
+    BF16,
     DENSE_DTYPES,
+    F32,
     GROUP,
     HEAD,
     K_CODES,
     KIND,
     KIND_BITS,
+    PARTS,
     PER_LANE,
     ROW,
     V_CODES,
     Bytes,
     TileLayout,
-    side_numbers,
 )
 from .simd import LANES
-from .tiles import VECTOR, unpack_dense_k, unpack_dense_v
+from .tables import (
+    CALL_FIELDS,
+    HEAD_DIM,
+    JOB_STARTS,
+    JOBS,
+    K_SIDE,
+    N_KV_HEADS,
+    ROW_WIDTH,
+    TILE,
+    V_SIDE,
+    get,
+    make_geometry,
+)
+from .tiles import VECTOR, codes_to_floats, is_dense, unpack_codes, unpack_dense_k, unpack_dense_v, unpack_scales
 
 Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+# A job, int64: the tile's addresses in its source and in its target (layout.py, ``K_CODES``; odd addresses of scales are
+# those of float32), those of both geometries, how many of the first tokens are dead, and what became of K and of V
+SOURCE, TARGET, SOURCE_GEOMETRY, TARGET_GEOMETRY, DEAD = (
+    0,
+    ADDRESSES,
+    2 * ADDRESSES,
+    2 * ADDRESSES + 1,
+    2 * ADDRESSES + 2,
+)
+TOO_WIDE_AT, IMPOSSIBLE_AT = (
+    DEAD + 1,
+    DEAD + 3,
+)  # not 0 for K, and one further for V, where float16, or nothing, would do
+JOB_FIELDS = DEAD + 5
+FINE, TOO_WIDE, IMPOSSIBLE = range(3)
+
+SMALLEST_HALF, SMALLEST_NORMAL = np.float32(2.0**-24), np.float32(2.0**-14)
+# Where the largest scale of a head and tile is below, float16's steps of 2^-24 would cost more than 1/64 of it
+SMALLEST_SCALE = np.float32(2.0**-18)
 
 
 def store_rows(layout: TileLayout, page: Bytes, first: int, k: Float32, v: Float32) -> None:
@@ -60,11 +96,11 @@ def narrow(x: Float32, kind: int) -> NDArray[np.generic]:
 def quantize_tile(
     source: Bytes, dense: TileLayout, target: TileLayout, dead: int = 0, page: Bytes | None = None, slot: int = 0
 ) -> Bytes:
-    """A tile in the layout ``target`` from one in the layout ``dense``.
+    """A tile in the layout ``target`` from one in the layout ``dense`` of the same heads, head_dim and tile.
 
     Args:
-        source: a dense page of one tile, all of its tokens present.
-        dense, target: layouts of the same heads, head_dim and tile.
+        source: a page of one tile, all of its tokens present.
+        dense, target: layouts; despite its name, ``dense`` may be one of codes.
         dead: how many of the first tokens no query will ever see (they are sinks); they widen no range by channel.
         page, slot: where to write it; slot 0 of a new page unless given.
 
@@ -72,25 +108,25 @@ def quantize_tile(
         the page.
 
     Raises:
-        OverflowError: a scale or minimum beyond float16. What has been written to the slot then is of no use.
+        OverflowError: numbers, or scales, that the target cannot hold. What has been written to the slot is of no use then.
 
     """
     page = target.empty_page() if page is None else page
-    addresses = np.array([*dense.addresses(source, 0), *target.addresses(page, slot)])
-    for is_k, wide, side in ((True, dense.k, target.k), (False, dense.v, target.v)):
-        if side.kind in DENSE_DTYPES:
-            views = (layout.dense_k if is_k else layout.dense_v for layout in (dense, target))
-            numbers, kept = (view(x) for view, x in zip(views, (source, page), strict=True))
-            same = side.kind == wide.kind
-            kept[:, slot] = numbers[:, 0] if same else narrow(numbers[:, 0].astype(np.float32), side.kind)
-            continue
-        found = _quantize_side(
-            addresses, side_numbers(wide), side_numbers(side), KIND_BITS[side.kind], is_k, target.n_kv_heads,
-            target.head_dim, target.tile, dead,
-        )  # fmt: skip
-        if not found:
-            raise OverflowError("a scale or minimum is beyond the largest float16, or not a number")
+    geometries = [make_geometry(x.tile, 0, x.width, x.k, x.v) for x in (dense, target)]
+    addresses = *dense.addresses(source, 0), *target.addresses(page, slot), *(x.ctypes.data for x in geometries)
+    jobs = np.array([[*addresses, dead, *[0] * (JOB_FIELDS - DEAD - 1)]])
+    quantize_jobs(jobs, target)
+    if jobs[0, TOO_WIDE_AT:].any():
+        raise OverflowError("a number or scale is beyond what the format can hold, or not a number")
     return page
+
+
+def quantize_jobs(jobs: Int64, layout: TileLayout) -> None:
+    """Do jobs, int64 (n, JOB_FIELDS), one after the other; the layout is that of the targets."""
+    call = np.zeros(CALL_FIELDS, np.int64)
+    call[N_KV_HEADS], call[ROW_WIDTH], call[HEAD_DIM] = layout.n_kv_heads, layout.width, layout.head_dim
+    call[JOBS], call[JOB_STARTS + 1] = jobs.ctypes.data, len(jobs)
+    quantize_share.function(call.ctypes.data, 0, 1, 0, 0, 0, 0, 0, 0)
 
 
 @inner
@@ -143,21 +179,39 @@ def _range_along_lanes(values, lanes, steps, group, dead_lanes, lows, highs):  #
 
 @inner
 def _store_params(lows, highs, count, largest, params, divisors, minima):  # type: ignore[no-untyped-def]
-    """Scales and minima as float16 at ``params``, and what codes are made with; False if one is beyond float16."""
-    fits = True
+    """Scales and minima at ``params``, and what codes are made with: FINE, or why not.
+
+    As float16; where ``params`` is odd, as float32, one byte before. In the steps of float16's smallest numbers a scale is
+    rounded up: no value then lies beyond the last code.
+    """
+    wide, largest_step, found = params & 1, np.float32(0), FINE
     for i in range(0, 4 * count, VECTOR):
         low, high = simd.load_f32(lows + i), simd.load_f32(highs + i)
-        simd.store_f16(params + i // 2, simd.div(simd.sub(high, low), simd.splat(np.float32(largest))))
+        step = simd.div(simd.sub(high, low), simd.splat(np.float32(largest)))
+        simd.store_f32(divisors + i, step)
+        simd.store_f32(minima + i, low)
+        largest_step = max(largest_step, simd.max_lanes(step))
+        if wide:
+            simd.store_f32(params - 1 + i, step)
+            simd.store_f32(params - 1 + 4 * count + i, low)
+            continue
+        for at in range(divisors + i, divisors + i + VECTOR, 4):
+            if np.float32(0) < simd.scalar_at(at) < SMALLEST_NORMAL:
+                simd.store_scalar(at, np.ceil(simd.scalar_at(at) / SMALLEST_HALF) * SMALLEST_HALF)
+        simd.store_f16(params + i // 2, simd.load_f32(divisors + i))
         simd.store_f16(params + 2 * count + i // 2, low)
         simd.store_f32(divisors + i, simd.load_f16(params + i // 2))
         simd.store_f32(minima + i, simd.load_f16(params + 2 * count + i // 2))
+    if not wide and np.float32(0) < largest_step < SMALLEST_SCALE:
+        found = TOO_WIDE
     for i in range(0, 4 * count, 4):
-        step = simd.scalar_at(divisors + i)
-        if not (np.isfinite(step) and np.isfinite(simd.scalar_at(minima + i))):
-            fits = False
+        step, minimum = simd.scalar_at(divisors + i), simd.scalar_at(minima + i)
+        if not (np.isfinite(step) and np.isfinite(minimum)):
+            low, high = simd.scalar_at(lows + i), simd.scalar_at(highs + i)
+            found = max(found, TOO_WIDE if not wide and np.isfinite(high - low) else IMPOSSIBLE)
         if step == 0:
             simd.store_scalar(divisors + i, np.float32(np.inf))  # a single value: its code is 0
-    return fits
+    return found
 
 
 @inner
@@ -212,39 +266,90 @@ def _pack(values, lanes, steps, group, per_lane, divisors, minima, bits, target)
                         top_words, top_place, tops = simd.zero_words(), 0, tops + VECTOR
 
 
-@kernel
-def _quantize_side(addresses, dense, coded, bits, is_k, heads, head_dim, tile, dead):  # type: ignore[no-untyped-def]
-    """K (or V) of every head of a tile; False if a scale or minimum does not fit float16.
+@inner
+def _unpack(is_k, side, codes, params, width, tile, pairs, scales, values):  # type: ignore[no-untyped-def]
+    """One head of a tile of any format as float32 [lanes/16][steps][16]."""
+    kind = get(side, KIND)
+    if is_dense(kind):
+        if is_k:
+            unpack_dense_k(codes, kind, get(side, ROW), np.int64(0), width, tile, 0, tile, values, scales)
+        else:
+            unpack_dense_v(codes, kind, get(side, ROW), width, tile, 0, tile, values)
+        return
+    lanes, steps = (tile, width) if is_k else (width, tile)
+    unpack_scales(params, get(side, PARTS) * (lanes if get(side, PER_LANE) else steps), np.float32(0), scales)
+    unpack_codes(codes, kind, lanes * steps // 32, pairs)
+    codes_to_floats(pairs, scales, lanes, steps, get(side, GROUP), get(side, PARTS), get(side, PER_LANE), values)
 
-    addresses: of the dense tile and of the coded one, as a segment's table has them. dense, coded: their Sides.
-    """
+
+@inner
+def _store_dense(values, lanes, steps, kind, row_stride, target):  # type: ignore[no-untyped-def]
+    """Values [lanes/16][steps][16] as numbers, ``row_stride`` bytes from one step to the next; FINE, or IMPOSSIBLE."""
+    size, lost = 4 if kind == F32 else 2, simd.splat(np.float32(0))
+    for block in range(lanes // LANES):
+        for step in range(steps):
+            at = target + step * row_stride + block * LANES * size
+            x = simd.load_f32(values + (block * steps + step) * VECTOR)
+            y = x
+            if kind == F32:
+                simd.store_f32(at, x)
+            elif kind == BF16:
+                simd.store_bf16(at, x)
+                y = simd.load_bf16(at)
+            else:
+                simd.store_f16(at, x)
+                y = simd.load_f16(at)
+            lost = simd.add(lost, simd.sub(y, y))  # NaN where it has become infinite, or was
+    return IMPOSSIBLE if simd.sum_lanes(lost) != 0 else FINE
+
+
+@inner
+def _quantize_head(job, is_k, head, head_dim, tile, memory):  # type: ignore[no-untyped-def]
+    """K (or V) of one head of a tile: FINE, or why not. ``memory``: an address of room for it."""
     width = (head_dim + LANES - 1) // LANES * LANES
     lanes, steps = (tile, width) if is_k else (width, tile)
-    group, per_lane = coded[GROUP], coded[PER_LANE] != 0
-    count = lanes * steps // group
-    memory = np.empty(tile * width + 4 * count + LANES * LANES + LANES, np.float32)
-    values = (memory.ctypes.data + 63) // 64 * 64
-    lows = values + 4 * tile * width
-    highs, divisors, minima = lows + 4 * count, lows + 8 * count, lows + 12 * count
-    scratch = lows + 16 * count
+    wide, coded = get(job, SOURCE_GEOMETRY), get(job, TARGET_GEOMETRY)
+    wide += 8 * (K_SIDE if is_k else V_SIDE)
+    coded += 8 * (K_SIDE if is_k else V_SIDE)
     which = K_CODES if is_k else V_CODES
-    fits = True
-    for head in range(heads):
-        at = addresses[which] + head * dense[HEAD]
-        codes = addresses[ADDRESSES + which] + head * coded[HEAD]
-        params = addresses[ADDRESSES + which + 1] + head * coded[HEAD]
-        if is_k:
-            unpack_dense_k(at, dense[KIND], dense[ROW], np.int64(0), width, tile, 0, tile, values, scratch)
-        else:
-            unpack_dense_v(at, dense[KIND], dense[ROW], width, tile, 0, tile, values)
-        _fill_padding(values, is_k, per_lane, head_dim, width, tile)
-        by_channel = per_lane != is_k
-        live = dead if by_channel and dead < tile else 0
-        if per_lane:
-            _range_along_sum(values, lanes, steps, group, live, lows, highs)
-        else:
-            _range_along_lanes(values, lanes, steps, group, live, lows, highs)
-        fits &= _store_params(lows, highs, count, (1 << bits) - 1, params, divisors, minima)
-        _pack(values, lanes, steps, group, per_lane, divisors, minima, bits, codes)
+    at, at_params = get(job, SOURCE + which), get(job, SOURCE + which + 1)
+    codes, params = get(job, TARGET + which), get(job, TARGET + which + 1)
+    at += head * get(wide, HEAD)
+    at_params += head * get(wide, HEAD)
+    codes += head * get(coded, HEAD)
+    params += head * get(coded, HEAD)
+    values, lows = memory, memory + 4 * tile * width
+    _unpack(is_k, wide, at, at_params, width, tile, lows, lows + 2 * tile * width, values)
+    kind = get(coded, KIND)
+    if is_dense(kind):
+        return _store_dense(values, lanes, steps, kind, get(coded, ROW), codes)
+    group, per_lane, bits = get(coded, GROUP), get(coded, PER_LANE) != 0, KIND_BITS[kind]
+    count = lanes * steps // group
+    highs, divisors, minima = lows + 4 * count, lows + 8 * count, lows + 12 * count
+    _fill_padding(values, is_k, per_lane, head_dim, width, tile)
+    by_channel, dead = per_lane != is_k, get(job, DEAD)
+    live = dead if by_channel and dead < tile else 0
+    if per_lane:
+        _range_along_sum(values, lanes, steps, group, live, lows, highs)
+    else:
+        _range_along_lanes(values, lanes, steps, group, live, lows, highs)
+    found = _store_params(lows, highs, count, (1 << bits) - 1, params, divisors, minima)
+    _pack(values, lanes, steps, group, per_lane, divisors, minima, bits, codes)
+    return found
+
+
+@standalone(SHARE)
+def quantize_share(call, worker, workers, nth_round, _, _1, _2, _3, _4):  # type: ignore[no-untyped-def]
+    """The share of one worker in the jobs of a round; each head of K and of V is a unit of work."""
+    heads, head_dim, width = get(call, N_KV_HEADS), get(call, HEAD_DIM), get(call, ROW_WIDTH)
+    first, stop = get(call, JOB_STARTS + nth_round), get(call, JOB_STARTS + nth_round + 1)
+    jobs = get(call, JOBS)
+    tile = get(get(jobs + 8 * JOB_FIELDS * first, TARGET_GEOMETRY), TILE)
+    # Values; then codes as pairs and scales of the source, or ranges, scales and minima of the target
+    memory = np.empty(4 * tile * width + max(3 * tile * width, 2 * tile * width + 4 * LANES * LANES) + 64, np.uint8)
+    for unit in range(first * 2 * heads + worker, stop * 2 * heads, workers):
+        job, side = jobs + 8 * JOB_FIELDS * (unit // (2 * heads)), unit // heads % 2
+        found = _quantize_head(job, side == 0, unit % heads, head_dim, tile, (memory.ctypes.data + 63) // 64 * 64)
+        if found != FINE:
+            simd.store_integer(job + 8 * ((TOO_WIDE_AT if found == TOO_WIDE else IMPOSSIBLE_AT) + side), np.int64(1))
     memory[0] = 0  # Numba frees an array after its last mention, and the addresses above do not count as one
-    return fits

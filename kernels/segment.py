@@ -4,8 +4,10 @@ Whether dense or quantized, in tiles or as plain arrays, a segment is a table of
 integers (``geometry``, indexed by the names in tables.py).
 """
 
+import itertools
+import mmap
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,19 +18,21 @@ from .layout import (
     F16,
     F32,
     K_CODES,
+    K_PARAMS,
     KIND_OF_BITS,
     LIMBS,
     PAGE,
     PARTS,
     V_CODES,
+    V_PARAMS,
     Bytes,
     Side,
     TileLayout,
-    side_numbers,
+    zeroed_memory,
 )
-from .quantize import Float32, quantize_tile, store_rows
+from .quantize import DEAD, IMPOSSIBLE_AT, JOB_FIELDS, TOO_WIDE_AT, Float32, quantize_jobs, store_rows
 from .simd import LANES
-from .tables import FIRST_TILE, K_SIDE, V_SIDE
+from .tables import FIRST_TILE, K_SIDE, V_SIDE, make_geometry
 
 Int64 = NDArray[np.int64]
 
@@ -56,13 +60,6 @@ class Segment:
     def __reduce_ex__(self, _: object) -> NoReturn:
         """Refuse: a copy would keep the addresses of memory that it does not own."""
         raise TypeError("a Segment holds addresses and cannot be copied or pickled")
-
-
-def make_geometry(tile: int, first_tile: int, width: int, k: Side, v: Side) -> Int64:
-    """The integers that describe a segment, in the order of the index names in tables.py."""
-    return np.concatenate(
-        [np.array([tile, tile.bit_length() - 1, first_tile, width]), side_numbers(k), side_numbers(v)]
-    )
 
 
 def segment_of_arrays(k: object, v: object) -> Segment:
@@ -114,6 +111,19 @@ def _addressed(table: Int64) -> tuple[Int64, int]:
     return table, table.ctypes.data
 
 
+class _Held(NamedTuple):
+    """What a store holds: tiles first .. stop, in pages by number, with a row of the table for each tile from the first."""
+
+    first: int
+    stop: int
+    written: int  # the first tile of its pages that was written
+    pages: dict[int, Bytes]
+    shared: frozenset[int]  # numbers of the pages that another store holds too
+    wide: dict[tuple[int, int], Bytes]  # by tile and side, scales as float32
+    table: Int64
+    address: int  # of the table
+
+
 class TileStore:
     """Tiles of one layout, from tile ``first`` on without a gap, in their pages, with the table that the kernels read.
 
@@ -123,62 +133,127 @@ class TileStore:
     def __init__(self, layout: TileLayout) -> None:
         self.layout = layout
         self._geometry = make_geometry(layout.tile, 0, layout.width, layout.k, layout.v)
-        # First tile, one past the last, the pages that hold them by number, a row of the table for each tile from the
-        # first, and the table's address
-        self._held: tuple[int, int, dict[int, Bytes], Int64, int] = 0, 0, {}, *_addressed(_empty_table())
-        self._geometry_address = self._geometry.ctypes.data
+        self.geometry_address = self._geometry.ctypes.data
+        self._held = _Held(0, 0, 0, {}, frozenset(), {}, *_addressed(_empty_table()))
 
     @property
     def first(self) -> int:
         """The first tile held, or that will be."""
-        return self._held[0]
+        return self._held.first
 
     @property
     def stop(self) -> int:
         """One past the last tile held."""
-        return self._held[1]
+        return self._held.stop
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tiles."""
-        return (self.stop - self.first) * self.layout.nbytes
+        """Bytes in use: of all tiles held, and of those before them in the same page, whose memory is not free yet."""
+        held = self._held
+        in_page = held.first - held.first % self.layout.page_tiles
+        tiles = held.stop - max(in_page, min(held.written, held.first))
+        return tiles * self.layout.nbytes + sum(self._wide_nbytes(side) for _, side in held.wide)
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes of whole pages that a fork of this store holds too, or has held."""
+        return len(self._held.shared) * self.layout.page_tiles * self.layout.nbytes
 
     def place(self, tile: int) -> tuple[Bytes, int]:
         """The page and the slot of a tile that is held, or of the next one, which ``append`` will hold."""
         number, slot = divmod(tile, self.layout.page_tiles)
-        pages = self._held[2]
-        if number not in pages and tile == self.stop:
-            pages[number] = self.layout.empty_page()
+        pages = self._held.pages
+        if tile == self.stop:
+            if number not in pages:
+                pages[number] = self.layout.empty_page()
+            elif number in self._held.shared:
+                self._own(number)
+                pages = self._held.pages
         return pages[number], slot
 
     def append(self) -> None:
-        """Hold one more tile: what was written to the place of tile ``stop``."""
-        first, stop, pages, table, address = self._held
-        if stop - first == len(table):
+        """Hold one more tile: what was, or will be, written to the place of tile ``stop``."""
+        page, slot = self.place(self.stop)
+        held = self._held
+        table, address = held.table, held.address
+        if held.stop - held.first == len(table):
             table, address = _addressed(np.concatenate([table, np.zeros_like(table)]))
-        page, slot = self.place(stop)
-        table[stop - first] = self.layout.addresses(page, slot)
-        self._held = first, stop + 1, pages, table, address
+        table[held.stop - held.first] = self.layout.addresses(page, slot)
+        self._held = held._replace(stop=held.stop + 1, table=table, address=address)
+
+    def row(self, tile: int) -> Int64:
+        """The addresses of a tile that is held: see layout.py, ``K_CODES``."""
+        return self._held.table[tile - self._held.first]
+
+    def widen(self, tile: int, side: int) -> None:
+        """Give K (side 0) or V (1) of a tile room for scales as float32."""
+        held = self._held
+        room = zeroed_memory(self.layout.n_kv_heads * self.layout.k.head_stride)
+        held.wide[tile, side] = room
+        held.table[tile - held.first, (K_PARAMS, V_PARAMS)[side]] = room.ctypes.data + 1
+
+    def _wide_nbytes(self, side: int) -> int:
+        pages = -(-2 * (self.layout.k, self.layout.v)[side].params_nbytes // mmap.PAGESIZE)
+        return self.layout.n_kv_heads * pages * mmap.PAGESIZE
 
     def forget_before(self, tile: int) -> None:
         """Drop the tiles before this one, and the pages that are wholly before it."""
-        first, stop, pages, table, _ = self._held
-        if tile > first:
-            kept = {number: page for number, page in pages.items() if number >= tile // self.layout.page_tiles}
-            self._held = tile, max(stop, tile), kept, *_addressed(np.roll(table, first - tile, axis=0))
+        held = self._held
+        if tile > held.first:
+            kept = {number: page for number, page in held.pages.items() if number >= tile // self.layout.page_tiles}
+            wide = {key: room for key, room in held.wide.items() if key[0] >= tile}
+            written = held.written if held.stop >= tile else tile
+            table, address = _addressed(np.roll(held.table, held.first - tile, axis=0))
+            shared = held.shared & kept.keys()
+            self._held = _Held(tile, max(held.stop, tile), written, kept, shared, wide, table, address)
 
     def forget_from(self, tile: int) -> None:
         """Drop this tile and those after it, and the pages that are wholly after it."""
-        first, stop, pages, table, address = self._held
-        if tile < stop:
-            tile = max(tile, first)
-            kept = {number: page for number, page in pages.items() if number * self.layout.page_tiles < tile}
-            self._held = first, tile, kept, table, address
+        held = self._held
+        if tile < held.stop:
+            tile = max(tile, held.first)
+            kept = {number: page for number, page in held.pages.items() if number * self.layout.page_tiles < tile}
+            wide = {key: room for key, room in held.wide.items() if key[0] < tile}
+            self._held = held._replace(stop=tile, pages=kept, shared=held.shared & kept.keys(), wide=wide)
+
+    def own(self, tile: int) -> None:
+        """See to it that nobody else holds the page of a tile, which is to be written to."""
+        if tile // self.layout.page_tiles in self._held.shared:
+            self._own(tile // self.layout.page_tiles)
+
+    def _own(self, number: int) -> None:
+        """Copy a page that another store holds too."""
+        held, layout = self._held, self.layout
+        page = layout.empty_page()
+        first = max(number * layout.page_tiles, held.first)
+        stop = min((number + 1) * layout.page_tiles, held.stop)
+        for view, side in itertools.product((layout.params, layout.codes), (layout.k, layout.v)):
+            slots = slice(first - number * layout.page_tiles, stop - number * layout.page_tiles)
+            view(page, side)[:, slots] = view(held.pages[number], side)[:, slots]
+        table = held.table.copy()
+        for tile in range(first, stop):
+            own, row = layout.addresses(page, tile % layout.page_tiles), table[tile - held.first]
+            for i, address in enumerate(own):
+                if not row[i] & 1:
+                    row[i] = address
+        pages = {**held.pages, number: page}
+        self._held = held._replace(
+            pages=pages, shared=held.shared - {number}, table=table, address=table.ctypes.data,
+            written=max(held.written, first),
+        )  # fmt: skip
+
+    def fork(self) -> "TileStore":
+        """A store of the same tiles. Their pages are shared until one of the two writes to them."""
+        other, held = TileStore(self.layout), self._held
+        self._held = held._replace(shared=frozenset(held.pages))
+        table, address = _addressed(held.table.copy())
+        other._held = self._held._replace(pages=dict(held.pages), wide=dict(held.wide), table=table, address=address)
+        return other
 
     def addresses(self) -> tuple[int, int]:
         """Of the table and of the geometry, for ``attend_segments``. Valid until the next change."""
-        self._geometry[FIRST_TILE] = self._held[0]
-        return self._held[4], self._geometry_address
+        self._geometry[FIRST_TILE] = self._held.first
+        return self._held.address, self.geometry_address
 
     def __reduce_ex__(self, _: object) -> NoReturn:
         """Refuse: a copy would keep the addresses of memory that it does not own."""
@@ -186,10 +261,24 @@ class TileStore:
 
     def segment(self, start: int, stop: int) -> Segment:
         """The positions start .. stop as a segment. Valid until the next change."""
-        first, _, pages, table, _ = self._held
-        self._geometry[FIRST_TILE] = first
-        layout = self.layout
-        return Segment(table, self._geometry, start, stop, layout.n_kv_heads, layout.head_dim, list(pages.values()))
+        held, layout = self._held, self.layout
+        self._geometry[FIRST_TILE] = held.first
+        owner = [*held.pages.values(), *held.wide.values()]
+        return Segment(held.table, self._geometry, start, stop, layout.n_kv_heads, layout.head_dim, owner)
+
+
+def seal_job(source: TileStore, target: TileStore, tile: int, dead: int) -> list[int]:
+    """The job (quantize.py) of writing a tile that both stores hold from one to the other."""
+    geometries = source.geometry_address, target.geometry_address
+    return [*source.row(tile).tolist(), *target.row(tile).tolist(), *geometries, dead, *[0] * (JOB_FIELDS - DEAD - 1)]
+
+
+def widen_as_found(target: TileStore, tile: int, job: Int64) -> bool:
+    """Give the sides of a tile that need it room for scales as float32; True where the job is to be done again."""
+    sides = [side for side in (0, 1) if job[TOO_WIDE_AT + side]]
+    for side in sides:
+        target.widen(tile, side)
+    return bool(sides)
 
 
 def quantize(
@@ -216,7 +305,7 @@ def quantize(
 
     Raises:
         ValueError: bits, a tile, an axis or a group out of those named, or arrays that do not fit together.
-        OverflowError: values whose scale is beyond float16.
+        OverflowError: values that are not finite, or whose range is not.
 
     """
     kinds = {**KIND_OF_BITS, 16: F16, 32: F32}
@@ -229,12 +318,18 @@ def quantize(
     target = TileLayout(
         heads, head_dim, tile, kinds[k_bits], kinds[v_bits], k_axis, v_axis, k_group, v_group, page_tiles=PAGE // tile
     )
-    store = TileStore(target)
-    for first in range(0, n, tile):
-        source = dense.empty_page()
+    source, store = TileStore(dense), TileStore(target)
+    for t, first in enumerate(range(0, n, tile)):
         rows = np.minimum(np.arange(first, first + tile), n - 1)  # a last, partial tile repeats its last token
-        store_rows(dense, source, 0, k[rows].astype(np.float32), v[rows].astype(np.float32))
-        page, slot = store.place(store.stop)
-        quantize_tile(source, dense, target, page=page, slot=slot)
+        store_rows(dense, source.place(t)[0], 0, k[rows].astype(np.float32), v[rows].astype(np.float32))
+        source.append()
         store.append()
+        while True:
+            jobs = np.array([seal_job(source, store, t, 0)])
+            quantize_jobs(jobs, target)
+            if jobs[0, IMPOSSIBLE_AT:].any():
+                raise OverflowError("a range of keys or values is beyond float32, or not a number")
+            if not widen_as_found(store, t, jobs[0]):
+                break
+        source.forget_before(t + 1)
     return store.segment(plain.start, plain.stop)

@@ -656,6 +656,18 @@ def turn_quads(context: Any, builder: Any, x: Any) -> Any:
     return builder.shuffle_vector(x, ir.Constant(_V_F32, ir.Undefined), order)
 
 
+@_operation(f32x16, f32x16, types.intp)
+def hadamard_lanes(context: Any, builder: Any, x: Any, size: Any) -> Any:
+    """Every ``size`` lanes, a power of two, times the Hadamard matrix of that size, which is of +1 and -1; at most 16."""
+    for distance in (1, 2, 4, 8):
+        order = ir.Constant(_V_I32, [i ^ distance for i in range(LANES)])
+        other = builder.shuffle_vector(x, ir.Constant(_V_F32, ir.Undefined), order)
+        upper = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [bool(i & distance) for i in range(LANES)])
+        turned = builder.select(upper, builder.fsub(other, x), builder.fadd(x, other))
+        x = builder.select(builder.icmp_signed(">", size, ir.Constant(size.type, distance)), turned, x)
+    return x
+
+
 @_operation(f32x16, f32x16, f32x16)
 def zero_where_zero(context: Any, builder: Any, x: Any, y: Any) -> Any:
     """X, but 0 in the lanes where y is 0."""

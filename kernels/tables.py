@@ -1,11 +1,12 @@
 """What a worker of the attention kernel keeps: tables of its rows, lists of who sees which tile, and room for numbers."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import simd
 from .fold import FOLDED
 from .jit import inner
-from .layout import ADDRESSES, HEAD, PAGE, SIDE_NUMBERS
+from .layout import ADDRESSES, HEAD, PAGE, SIDE_NUMBERS, Side, side_numbers
 from .simd import LANES
 from .tiles import VECTOR
 
@@ -21,11 +22,16 @@ K_SIDE, V_SIDE = 4, 4 + SIDE_NUMBERS  # where the numbers of each Side begin (se
 N_HEADS, N_KV_HEADS, ROW_WIDTH, MOST_PARTS = range(4)  # MOST_PARTS: the most of a side of any segment, times its limbs
 OPTIONS, SLOPES, DISTANCES, MASKS, MASK_HEAD, MASK_QUERY = range(4, 10)
 FRESH = 10  # whether out and state are begun, not continued
-SPLIT_KERNEL, TILE_FUNCTION, DENSE_FUNCTION, WORK_KERNEL, MERGE_KERNEL, APPEND_KERNEL = range(11, 17)
-N_SINKS, LOST = range(17, 19)  # see append.py
-N_SEGMENTS, SEGMENTS = 19, 20  # for each of up to MAX_SEGMENTS segments, the addresses of its table and geometry
-MAX_SEGMENTS = 3
-STEP = SEGMENTS + 2 * MAX_SEGMENTS  # from here on, what is the same for all layers
+SPLIT_KERNEL, TILE_FUNCTION, DENSE_FUNCTION, WORK_KERNEL, MERGE_KERNEL = range(11, 16)
+STORE_KERNEL, SEAL_KERNEL, LEDGER_KERNEL = range(16, 19)
+HEAD_DIM, K_BLOCK, V_BLOCK = range(19, 22)  # channels, and those of a block of rotated K and V (hadamard.py), or 0
+N_SINKS, LOST = range(22, 24)  # see append.py
+LEDGER = 24  # address of float32 (N_SEGMENTS, H, T, 2): the state after each segment
+N_SEGMENTS, SEGMENTS = 25, 26  # for each of up to MAX_SEGMENTS segments, the addresses of its table and geometry
+MAX_SEGMENTS = 6
+JOBS, JOB_STARTS = SEGMENTS + 2 * MAX_SEGMENTS, SEGMENTS + 2 * MAX_SEGMENTS + 1  # tiles to quantize first (quantize.py)
+MAX_ROUNDS = 4  # of jobs: those of each only depend on rounds before
+STEP = JOB_STARTS + MAX_ROUNDS + 1  # from here on, what is the same for all layers
 N_QUERIES, Q_STRIDE, APPENDED, POSITION = range(STEP, STEP + 4)  # Q_STRIDE: from one query's row to the next
 N_PARTS = STEP + 4  # of splits that are attended to apart and merged; 0: all in one go
 RANGES = STEP + 5  # for each segment, where each query starts and stops, and the first and last + 1 position
@@ -62,6 +68,13 @@ FIELDS = 15
 # float32 [fields][COLUMNS]: M and S of the current split, of everything so far, and the slope of ALiBi
 SPLIT_M, SPLIT_S, M, S, SLOPE = range(5)
 FLOAT_FIELDS = 5
+
+
+def make_geometry(tile: int, first_tile: int, width: int, k: Side, v: Side) -> NDArray[np.int64]:
+    """The integers that describe a segment, in the order of the index names above."""
+    return np.concatenate(
+        [np.array([tile, tile.bit_length() - 1, first_tile, width]), side_numbers(k), side_numbers(v)]
+    )
 
 
 # Arrays are handed down as addresses: Numba counts references to an array wherever it is passed or sliced, with atomic

@@ -47,7 +47,16 @@ def unpack_codes(base, kind, vectors, target):  # type: ignore[no-untyped-def]
 
 @inner
 def unpack_scales(source, count, middle, target):  # type: ignore[no-untyped-def]
-    """``count`` scales as float32, and then as many centres: the value of the code ``middle``."""
+    """``count`` scales as float32, and then as many centres: the value of the code ``middle``.
+
+    They are stored as float16; where ``source`` is odd, as float32, one byte before.
+    """
+    if source & 1:
+        for i in range(0, 4 * count, VECTOR):
+            scale, minimum = simd.load_f32(source - 1 + i), simd.load_f32(source - 1 + 4 * count + i)
+            simd.store_f32(target + i, scale)
+            simd.store_f32(target + 4 * count + i, simd.fma(scale, simd.splat(middle), minimum))
+        return
     for i in range(0, count, LANES):
         scale, minimum = simd.load_f16(source + 2 * i), simd.load_f16(source + 2 * (count + i))
         simd.store_f32(target + 4 * i, scale)

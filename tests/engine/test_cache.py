@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 import mixkv.engine.cache
 from mixkv.engine.cache import Cache, LayerCache
 from mixkv.engine.policy import CachePolicy
-from mixkv.kernels.layout import LANES, TileLayout
+from mixkv.kernels.layout import LANES
+from mixkv.kernels.segment import TileStore
 from mixkv.models.errors import NumericalError
 
 from .stored import held_tiles
@@ -98,14 +99,23 @@ def test_every_token_is_quantized_exactly_once(
     """Channel 0 of the first key head holds each token's number, so the calls of the quantizer tell what they got."""
     q, k, v = draw_qkv(3, N)
     k[:, 0, 0] = np.arange(N)
-    original, seen = mixkv.engine.cache.quantize_tile, []
+    cache, due, seen = LayerCache(small(), HEADS, DIM), [], []
+    seal_job, attend_segments = mixkv.engine.cache.seal_job, mixkv.engine.cache.attend_segments
 
-    def recording(source: NDArray[np.uint8], dense: TileLayout, *rest: object) -> NDArray[np.uint8]:
-        seen.append(dense.dense_k(source)[0, 0, 0].astype(int).tolist())
-        return original(source, dense, *rest)
+    def noting(source: TileStore, target: TileStore, tile: int, dead: int) -> list[int]:
+        assert (source, target) == (cache.recent, cache.old)
+        due.append(tile)
+        return seal_job(source, target, tile, dead)
 
-    monkeypatch.setattr(mixkv.engine.cache, "quantize_tile", recording)
-    cache = LayerCache(small(), HEADS, DIM)
+    def recording(*call: object) -> None:
+        attend_segments(*call)
+        for tile in due:  # what the kernel has just read
+            page, slot = cache.recent.place(tile)
+            seen.append(cache.recent.layout.dense_k(page)[0, slot, 0].astype(int).tolist())
+        due.clear()
+
+    monkeypatch.setattr(mixkv.engine.cache, "seal_job", noting)
+    monkeypatch.setattr(mixkv.engine.cache, "attend_segments", recording)
     feed(cache, (q, k, v), cuts(size))
     sealed = small().boundary(N - 1)
     assert sealed >= 200
@@ -240,7 +250,7 @@ def test_a_value_beyond_float16_names_layer_and_position_and_the_session_goes_on
     message = str(caught.value)
     assert message.startswith("layer 1, position 60: ") and "\n" not in message
     assert "70000 is beyond the largest float16" in message and "dense='f32'" in message
-    cache.rollback(60)
+    cache.truncate(60)
     assert steps(cache, qkv, 60, 120) == wanted[1]
     # What the message proposes works.
     wide = LayerCache(small(dense="f32", k_bits=32, v_bits=32), HEADS, DIM)

@@ -7,12 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixkv.kernels.append import append_tokens
+from mixkv.kernels.append import store_rows_of
 from mixkv.kernels.segment import Segment, TileStore, segment_of_arrays
 from mixkv.kernels.tables import (
     CALL_FIELDS,
     LOST,
-    MAX_SEGMENTS,
     N_HEADS,
     N_KV_HEADS,
     N_QUERIES,
@@ -67,12 +66,12 @@ class Dense:
         rows = np.pad(rows, ((0, 0), (0, 0), (0, width - self.head_dim)))
         before = rows.tobytes()
         call = np.zeros(CALL_FIELDS, np.int64)
-        call[N_HEADS], call[N_KV_HEADS], call[ROW_WIDTH], call[N_SEGMENTS] = QUERIES, self.heads, width, MAX_SEGMENTS
-        call[N_SINKS], call[LOST] = self.sinks, 7
+        call[N_HEADS], call[N_KV_HEADS], call[ROW_WIDTH], call[N_SEGMENTS] = QUERIES, self.heads, width, 3
+        call[N_SINKS] = self.sinks
         call[N_QUERIES], call[Q_STRIDE], call[POSITION] = t, rows.strides[0], position
         call[SEGMENTS : SEGMENTS + 2] = self.segment.table.ctypes.data, self.segment.geometry.ctypes.data
         call[SEGMENTS + 4 : SEGMENTS + 6] = self.store.addresses()
-        append_tokens.function(call.ctypes.data, rows.ctypes.data)
+        store_rows_of(call, rows)
         assert rows.tobytes() == before and call[LOST] in (0, 1)
         with np.errstate(over="ignore"):
             stored = kv.astype(DTYPES[self.kind]).astype(np.float64)
