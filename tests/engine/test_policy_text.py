@@ -95,7 +95,7 @@ def test_every_policy_survives_every_form(policy: CachePolicy) -> None:
     for again in (CachePolicy.parse(line), CachePolicy.parse(policy.spec), CachePolicy.from_toml(policy.to_toml())):
         assert again == policy and hash(again) == hash(policy)
         assert (str(again), again.digest) == (line, policy.digest)
-    assert line.isascii() and line.isprintable() and "," not in line and len(policy.spec) <= len(line)
+    assert line.isascii() and line.isprintable() and "," not in line
 
 
 @given(policies(), st.randoms())
