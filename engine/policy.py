@@ -99,9 +99,9 @@ class CachePolicy:
     def _check_overrides(self) -> None:
         """Make the policies of all layers of a deep model, one for each combination of overrides."""
         spans = [override.spans(MAX_LAYERS) for override in self.overrides]
-        starts = {0} | {layer for own in spans for first, last in own for layer in (first, last + 1)}
+        starts = {layer for own in spans for first, last in own for layer in (first, last + 1)}
         seen: set[tuple[bool, ...]] = set()
-        for layer in starts - {MAX_LAYERS}:
+        for layer in sorted(starts - {MAX_LAYERS}):
             covered = tuple(any(first <= layer <= last for first, last in own) for own in spans)
             if covered not in seen:
                 seen.add(covered)
@@ -164,7 +164,7 @@ class CachePolicy:
 
     @property
     def spec(self) -> str:
-        """The shortest text that ``parse`` turns into this policy: a short name where there is one, else ``str``."""
+        """The short name that ``parse`` turns into this policy, without what it implies; ``str`` where there is none."""
         everything = CachePolicy(**named(self.dense), tile=self.tile)
         name = self.dense if self == everything else f"k{self.k_bits}v{self.v_bits}"
         implied = CachePolicy(**named(name))

@@ -1,5 +1,6 @@
 """The command line as a person meets it: stdout, stderr and exit codes. Mostly on the toy model."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from mixkv import __version__, cli
+from mixkv import CachePolicy, Override, Tier, __version__, cli
 
 REPOSITORY = Path(cli.__file__).parent
 RUNNER = CliRunner()
@@ -114,6 +115,84 @@ def test_every_cache_option_reaches_the_policy() -> None:
     stats = json.loads(result.stdout)["stats"]
     assert stats["policy"] == "sinks=2 recent=32:f32 tile=32 old=k8c/v16"
     assert stats["kv_bytes"]["old"] > 0 and stats["kv_bytes"]["sink"] == 3 * 2 * 2 * 2 * 16 * 4
+
+
+def info_policy(*options: str) -> str:
+    result = mixkv("info", "toy", "--json", *options)
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)["policy"]
+
+
+def test_a_policy_is_given_by_name_line_or_file_and_options_change_it(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("window = 7\nv_bits = 2\n[[overrides]]\nlayers = '-1'\nk_bits = 8\n")
+    default = "sinks=4 recent=128:f16 tile=64 old=k4c/v4t"
+    mine = "recent=7:f16 tile=64 old=k4c/v2t{} layers=-1[k_bits=8]"
+    for options, policy in (
+        ([], default),
+        (["--policy", "f16"], "sinks=0 recent=0:f16 tile=64 old=k16/v16"),
+        (["--policy", "k8v2:window=9"], "sinks=4 recent=9:f16 tile=64 old=k8c/v2t"),
+        (["--policy", "rot=k old=k2t16/v4c"], "sinks=4 recent=128:f16 tile=64 old=k2t16/v4c rot=k"),
+        (["--policy", "rot=k old=k2t16/v4c", "--rotate", "v", "--k-group", "0"],
+         "sinks=4 recent=128:f16 tile=64 old=k2t/v4c rot=v"),
+        (["--policy", "rot=kv", "--rotate", "none"], default),
+        (["--policy", str(file)], f"sinks=4 {mine.format('')}"),
+        (["--sinks", "0", "--policy", str(file), "--rollback", "3"], f"sinks=0 {mine.format(' rollback=3')}"),
+        (["--k-axis", "token", "--v-axis", "channel", "--rotate", "kv"],
+         "sinks=4 recent=128:f16 tile=64 old=k4t/v4c rot=kv"),
+        (["--k-axis", "token", "--k-group", "16", "--v-group", "16"], "sinks=4 recent=128:f16 tile=64 old=k4t16/v4t16"),
+        (["--window", "1", "--k-bits", "8", "--v-bits", "2", "--tile", "32", "--dense", "f32"],
+         "sinks=4 recent=1:f32 tile=32 old=k8c/v2t"),
+    ):  # fmt: skip
+        assert info_policy(*options) == policy, options
+
+
+def test_a_policy_reaches_the_text_and_its_statistics() -> None:
+    options = ("generate", "x" * 200, "-m", "toy", "-n", "2", "--json")
+    stats = json.loads(mixkv(*options, "--policy", "k8v16:window=32:sinks=2:tile=32:dense=f32").stdout)["stats"]
+    assert stats["policy"] == "sinks=2 recent=32:f32 tile=32 old=k8c/v16"
+    assert stats["kv_bytes"]["sink"] == 3 * 2 * 2 * 2 * 16 * 4
+
+
+def test_info_prints_a_policy_its_digest_and_its_toml(tmp_path: Path) -> None:
+    policy = CachePolicy(older=(Tier(300, k_bits=2),), overrides=(Override("0", older=(), v_bits=16, window=5),))
+    described = json.loads(mixkv("info", "toy", "--json", "--policy", str(policy)).stdout)
+    assert described["policy"] == str(policy) and described["policy_digest"] == policy.digest
+    assert CachePolicy.from_toml(described["policy_toml"]) == policy
+    # Of a token and layer, 2 heads of 16 channels: codes, and 4 bytes a channel and tile (K) or a token (V)
+    k4, k2, v4, v16 = (2 * (8 + 1), 2 * (4 + 1), 2 * (8 + 4), 2 * 32)
+    assert described["kv_bytes_per_old_token"] == k4 + v16 + 2 * (k4 + v4)
+    assert described["kv_bytes_per_old2_token"] == k4 + v16 + 2 * (k2 + v4)
+    assert described["kv_bytes_per_recent_token"] == 3 * 2 * 2 * 32
+    text = mixkv("info", "toy", "--policy", str(policy)).stdout
+    assert str(policy) in text and policy.digest in text and "policy_toml" not in text
+    routes = json.loads(mixkv("info", "--routes", "--json", "--policy", str(policy)).stdout)
+    assert routes["policy"] == str(policy) and list(routes["routes"]["segments"]) == ["sink", "old", "old2", "recent"]
+
+    only = mixkv("info", "--policy", str(policy), "--rollback", "8", "--toml")
+    assert (only.exit_code, only.stderr) == (0, "")
+    file = tmp_path / "mine.toml"
+    file.write_text(only.stdout)
+    assert CachePolicy.load(file) == dataclasses.replace(policy, rollback=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--policy", "k5v4"], ["cache policy 'k5v4': k_bits", "nearest is 4"]),
+        (["--policy", ""], ["cache policy ''", "balanced, small, tiny"]),
+        (["--policy", "none.toml"], ["none.toml: no such file"]),
+        (["--policy", "old=k4c/v4t48"], ["old: v_group by token must be one of 16 at head_dim 16", "nearest is 16"]),
+        (["--policy", "layers=3[sinks=0]"], ["layers 3: 3 must be from 0 to 2", "nearest is 2"]),
+        (["--policy", "f16", "--k-axis", "token"], ["k_axis must be channel at k_bits 16"]),
+        (["--rotate", "q"], ["rotate must be one of none, k, v, kv, found 'q'"]),
+        (["--rollback", "-1"], ["rollback", "0 to 16777216", "nearest is 0"]),
+        (["--k-axis", "head"], ["k_axis must be one of channel, token, found 'head'"]),
+        (["--toml"], ["MODEL, --json has no effect with --toml"]),
+    ],
+)
+def test_a_policy_that_is_none_is_refused(options: list[str], words: list[str]) -> None:
+    refused(mixkv("info", "toy", "--json", *options), 2, *words)
 
 
 def test_the_context_ends_the_text() -> None:

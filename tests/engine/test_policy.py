@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-import re
+import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mixkv
-from mixkv.engine.policy import MAX_ROLLBACK, MAX_SINKS, MAX_WINDOW, CachePolicy
+from mixkv.engine.policy import DENSE, MAX_ROLLBACK, MAX_SINKS, MAX_WINDOW, CachePolicy, Override, Tier
+from mixkv.engine.policy_fields import DENSE_NAMES, SCALARS
 from mixkv.kernels.layout import BF16, F16, F32, Q2, Q3, Q4, Q8
 from mixkv.models.errors import UsageError
 
@@ -77,6 +79,124 @@ def test_unknown_fields_are_an_error() -> None:
         CachePolicy(windows=1)  # type: ignore[call-arg]
 
 
+NO_SCALES = "which have no scales"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"k_axis": "head"}, "k_axis must be one of channel, token, found 'head'"),
+        ({"v_axis": ["token"]}, "v_axis must be one of channel, token, found ['token']"),
+        ({"rotate_k": 1}, "rotate_k must be true or false, found 1"),
+        ({"rotate_v": "true"}, "rotate_v must be true or false, found 'true'"),
+        ({"v_group": 24}, "v_group must be 0 or a multiple of 16 up to 256, found 24; the nearest is 16"),
+        ({"v_group": 25}, "v_group must be 0 or a multiple of 16 up to 256, found 25; the nearest is 32"),
+        ({"v_group": -1}, "v_group must be 0 or a multiple of 16 up to 256, found -1; the nearest is 0"),
+        ({"v_group": 272}, "v_group must be 0 or a multiple of 16 up to 256, found 272; the nearest is 256"),
+        ({"v_group": True}, "v_group must be 0 or a multiple of 16 up to 256, found True"),
+        ({"k_group": 32}, "k_group by channel must be 0 or the tile, 64, found 32; the nearest is 0"),
+        ({"k_group": 128}, "k_group by channel must be 0 or the tile, 64, found 128; the nearest is 64"),
+        ({"k_bits": 16, "k_axis": "token"}, f"k_axis must be channel at k_bits 16, {NO_SCALES}, found token"),
+        ({"v_bits": 32, "v_axis": "channel"}, f"v_axis must be token at v_bits 32, {NO_SCALES}, found channel"),
+        ({"v_bits": 16, "v_group": 32}, f"v_group must be 0 at v_bits 16, {NO_SCALES}, found 32"),
+        ({"k_bits": 32, "k_group": 64}, f"k_group must be 0 at k_bits 32, {NO_SCALES}, found 64"),
+        ({"older": {}}, "older must be a tuple of Tier, found {}"),
+        ({"older": (300,)}, "older must be a tuple of Tier, found (300,)"),
+        ({"older": tuple(Tier(n) for n in range(200, 204))}, "older must be at most 3 tiers, found 4"),
+        ({"older": (Tier(128),)}, "older[0].after must be above window, 128, found 128; the nearest is 129"),
+        (
+            {"older": (Tier(300), Tier(301), Tier(301))},
+            "older[2].after must be above older[1].after, 301, found 301; the nearest is 302",
+        ),
+        (
+            {"window": MAX_WINDOW, "older": (Tier(MAX_WINDOW),)},
+            f"older[0].after must be above window, {MAX_WINDOW}, found {MAX_WINDOW}",
+        ),
+        (
+            {"older": (Tier(300), Tier(400, k_group=32))},
+            "older[1]: k_group by channel must be 0 or the tile, 64, found 32; the nearest is 0",
+        ),
+        ({"overrides": (0,)}, "overrides must be a tuple of Override, found (0,)"),
+        ({"overrides": "0"}, "overrides must be a tuple of Override, found '0'"),
+        ({"overrides": (Override("0", sinks=0),) * 33}, "overrides must be at most 32, found 33"),
+        (
+            {
+                "overrides": (Override("+".join(["10"] * 32), dense="f32", window=0, sinks=0, rotate_k=False, tile=64),)
+                * 32
+            },
+            f"the text must be at most 4096 characters, found {42 + 32 * 148}",
+        ),
+        (
+            {"overrides": (Override("1", window=200), Override("0..3+-1", older=(Tier(150),)))},
+            "with the overrides for layers 1, 0..3+-1: older[0].after must be above window, 200, found 150; "
+            "the nearest is 201",
+        ),
+        (
+            {"v_group": 32, "overrides": (Override("-1", v_bits=16),)},
+            f"with the overrides for layers -1: v_group must be 0 at v_bits 16, {NO_SCALES}, found 32",
+        ),
+        (
+            {"overrides": (Override("5..-4096", sinks=1),)},
+            "layers 5..-4096: 5..-4096 is empty in a model of 4096 layers",
+        ),
+    ],
+)
+def test_axes_groups_tiers_and_overrides_that_do_not_fit_are_refused(fields: dict[str, object], message: str) -> None:
+    assert refusal(**fields) == message
+
+
+@pytest.mark.parametrize("name", [*SCALARS, "older", "overrides"])
+def test_an_absurd_number_is_refused_like_any_other(name: str) -> None:
+    message = refusal(**{name: 10**5000})
+    assert message.startswith(f"{name} must be ") and "found an enormous number" in message
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Tier(-1), f"after must be a whole number from 0 to {MAX_WINDOW}, found -1; the nearest is 0"),
+        (lambda: Tier(True), f"after must be a whole number from 0 to {MAX_WINDOW}, found True"),
+        (lambda: Tier(300, k_bits=5), "k_bits must be one of 2, 3, 4, 8, 16, 32, found 5; the nearest is 4"),
+        (lambda: Tier(300, v_bits=16, v_group=16), f"v_group must be 0 at v_bits 16, {NO_SCALES}, found 16"),
+        (lambda: Override("0"), "layers '0': an override must name a field, found none"),
+        (
+            lambda: Override("0", rollback=1),
+            "an override's fields must be of window, sinks, k_bits, v_bits, tile, dense, k_axis, v_axis, k_group, v_group, "
+            "rotate_k, rotate_v, older, found 'rollback'",
+        ),
+        (lambda: Override("0", tile=65), "tile must be one of 32, 64, 128, found 65; the nearest is 64"),
+        (lambda: Override("0", older=[1]), "older must be a tuple of Tier, found [1]"),
+        (
+            lambda: Override("0", k_bits=16, k_axis="token", k_group=0),
+            f"k_axis must be channel at k_bits 16, {NO_SCALES}, found token",
+        ),
+        (lambda: Override(0, sinks=1), "layers must be text like 0..1+-2..-1, found 0"),  # type: ignore[arg-type]
+        *(
+            (
+                lambda text=text: Override(text, sinks=1),
+                f"layers must be numbers and ranges a..b, of one to nine digits, joined by +, found {text!r}",
+            )
+            for text in ("", "0+", "1..", "a", "0..1..2", "1-2", " 1", "1,2", "9" * 10, "٣", "--1")
+        ),
+        (lambda: Override("3..2", sinks=1), "layers must be ranges from the lower to the higher number, found '3..2'"),
+        (
+            lambda: Override("-1..-2", sinks=1),
+            "layers must be ranges from the lower to the higher number, found '-1..-2'",
+        ),
+        (lambda: Override("4096", sinks=1), "layers must be from -4096 to 4095, found 4096; the nearest is 4095"),
+        (lambda: Override("0..-4097", sinks=1), "layers must be from -4096 to 4095, found -4097; the nearest is -4096"),
+        (
+            lambda: Override("+".join(["0"] * 33), sinks=1),
+            f"layers must be at most 32 items joined by +, found {'+'.join(['0'] * 33)!r}",
+        ),
+    ],
+)
+def test_tiers_and_overrides_refuse_what_could_never_fit(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        make()
+    assert str(caught.value) == message
+
+
 # --- what a policy is ---------------------------------------------------------------------------------------------
 
 
@@ -97,6 +217,133 @@ def test_a_policy_is_frozen_slotted_hashable_and_comparable() -> None:
     assert not hasattr(policy, "__dict__")
     assert hash(policy) == hash(CachePolicy(window=7)) and policy != CachePolicy(window=8)
     assert copy.deepcopy(policy) == policy
+
+
+def test_tiers_and_overrides_are_values_too() -> None:
+    policy = CachePolicy(older=[Tier(200)], overrides=[Override("00..0+-1", v_bits=2, k_bits=8)])  # type: ignore[arg-type]
+    same = CachePolicy(older=(Tier(200),), overrides=(Override("0+-1", k_bits=8, v_bits=2),))
+    assert policy == same and hash(policy) == hash(same)
+    assert policy.older == (Tier(200),) and policy.overrides[0].fields == (("k_bits", 8), ("v_bits", 2))
+    assert copy.deepcopy(policy) == pickle.loads(pickle.dumps(policy)) == policy
+    assert eval(repr(policy)) == policy and repr(policy.overrides[0]) == "Override('0+-1', k_bits=8, v_bits=2)"
+    assert Override("0", older=[Tier(200)]) == Override("0", older=(Tier(200),))
+    for value, name in ((policy.older[0], "after"), (policy.overrides[0], "layers")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, name, "1")
+        assert not hasattr(value, "__dict__")
+    assert mixkv.Tier is Tier and mixkv.Override is Override
+
+
+def test_the_tables_of_fields_name_every_field_once() -> None:
+    names = [field.name for field in dataclasses.fields(CachePolicy)]
+    assert names == [*SCALARS, "older", "overrides"] and tuple(DENSE) == DENSE_NAMES
+
+
+def test_a_group_by_channel_that_is_the_tile_is_kept_as_0() -> None:
+    tier = Tier(300, v_axis="channel", v_group=32)
+    policy = CachePolicy(tile=32, k_group=32, v_axis="channel", older=(tier,))
+    assert policy.k_group == policy.older[0].v_group == 0 and tier.v_group == 32
+    assert CachePolicy(k_axis="token", k_group=64).k_group == 64
+
+
+def test_tiers_are_the_policys_own_and_the_older_ones() -> None:
+    older = (Tier(300, k_bits=2), Tier(301, v_bits=16))
+    policy = CachePolicy(7, 0, 8, 3, 32, "bf16", "token", "channel", 16, 0, older=older)
+    assert policy.tiers == (Tier(7, 8, 3, "token", "channel", 16, 0), *older)
+    layouts = policy.tier_layouts(2, 32)
+    assert [(x.k_kind, x.v_kind, x.k_axis, x.v_axis, x.k_group, x.v_group) for x in layouts] == [
+        (Q8, Q3, "token", "channel", 16, 0), (Q2, Q4, "channel", "token", 0, 0), (Q4, BF16, "channel", "token", 0, 0)
+    ]  # fmt: skip
+    assert all((x.page_tiles, x.n_kv_heads, x.head_dim, x.tile) == (16, 2, 32, 32) for x in layouts)
+    assert policy.old_layout(2, 32) == layouts[0]
+
+
+def test_bytes_and_routes_of_every_tier() -> None:
+    policy = CachePolicy(k_bits=16, older=(Tier(200), Tier(300, v_group=16)))
+    # Per token, 3 heads of 64 channels: 32 bytes of codes a side, 4 of scale and minimum, by token for each group
+    tiers = [3 * (128 + 32 + 4), 3 * (32 + 4 + 32 + 4), 3 * (32 + 4 + 32 + 16)]
+    assert policy.nbytes_per_token(3, 64) == (tiers, 3 * 256)
+    wide, codes = "float32", "int16 x codes"
+    assert policy.routes() == {
+        "sink": {"k": wide, "v": wide}, "old": {"k": wide, "v": codes}, "old2": {"k": codes, "v": codes},
+        "old3": {"k": codes, "v": codes}, "recent": {"k": wide, "v": wide},
+    }  # fmt: skip
+    assert list(policy.routes()) == ["sink", "old", "old2", "old3", "recent"]
+    assert list(CachePolicy().routes()) == ["sink", "old", "recent"]
+
+
+# --- layers -------------------------------------------------------------------------------------------------------
+
+
+def test_later_overrides_win_over_earlier_ones_field_by_field() -> None:
+    policy = CachePolicy(
+        rollback=9,
+        overrides=(
+            Override("0..1+-1", k_bits=8, window=7),
+            Override("1..-2", k_bits=2, v_bits=2),
+            Override("-3", older=(Tier(200),), rotate_v=True, sinks=0, tile=32, dense="f32"),
+        ),
+    )
+    first, middle = CachePolicy(window=7, k_bits=8, rollback=9), CachePolicy(k_bits=2, v_bits=2, rollback=9)
+    third = CachePolicy(128, 0, 2, 2, 32, "f32", rotate_v=True, rollback=9, older=(Tier(200),))
+    second = CachePolicy(window=7, k_bits=2, v_bits=2, rollback=9)
+    assert [policy.for_layer(i, 6) for i in range(6)] == [first, second, middle, third, middle, first]
+    assert CachePolicy().for_layer(0, 1) == CachePolicy()
+
+
+def test_a_layer_that_the_model_has_not_is_refused_with_the_legal_range() -> None:
+    policy = CachePolicy(overrides=(Override("0..3+-2", sinks=0),))
+    policy.check_model(4, 64)
+    ends = "or from -{0} to -1 counted from the end, in a model of {0} layers; the nearest is"
+    for n, near in ((3, 2), (1, 0)):
+        with pytest.raises(UsageError) as caught:
+            policy.check_model(n, 64)
+        assert str(caught.value) == f"layers 0..3+-2: 3 must be from 0 to {n - 1}, {ends.format(n)} {near}"
+    with pytest.raises(UsageError) as caught:
+        CachePolicy(overrides=(Override("-3", sinks=0),)).for_layer(0, 2)
+    assert str(caught.value) == f"layers -3: -3 must be from 0 to 1, {ends.format(2)} -2"
+    for layer in (-1, 2):
+        with pytest.raises(UsageError, match=f"^layer must be from 0 to 1, found {layer}$"):
+            CachePolicy().for_layer(layer, 2)
+    crossed = CachePolicy(overrides=(Override("2..-2", sinks=0),))
+    with pytest.raises(UsageError, match=r"^layers 2\.\.-2: 2\.\.-2 is empty in a model of 3 layers$"):
+        crossed.check_model(3, 64)
+    crossed.check_model(4, 64)
+
+
+def test_overrides_that_overlap_in_a_small_model_only_are_refused_there() -> None:
+    policy = CachePolicy(overrides=(Override("0..4", window=200), Override("-4..-1", older=(Tier(150),))))
+    policy.check_model(9, 64)
+    with pytest.raises(UsageError, match=r"^with the overrides for layers 0\.\.4, -4\.\.-1: older\[0\]\.after must be"):
+        policy.check_model(8, 64)
+
+
+@pytest.mark.parametrize(
+    ("policy", "where", "found", "near"),
+    [
+        (CachePolicy(v_group=48), "old: v", 48, 32),
+        (CachePolicy(v_group=256), "old: v", 256, 64),
+        (CachePolicy(older=(Tier(200, k_axis="token", k_group=128),)), "old2: k", 128, 64),
+        (CachePolicy(overrides=(Override("1", v_group=80),)), "layer 1: old: v", 80, 64),
+    ],
+)
+def test_a_group_that_does_not_divide_the_head_is_refused_with_the_nearest(
+    policy: CachePolicy, where: str, found: int, near: int
+) -> None:
+    policy.check_model(2, found - 15)  # padded to 16
+    for check in (policy.check_model, lambda n, dim: policy.for_layer(n - 1, n).old_layout(1, dim)):
+        with pytest.raises(UsageError) as caught:
+            check(2, 60)
+        message = (
+            f"{where}_group by token must be one of 16, 32, 64 at head_dim 60, found {found}; the nearest is {near}"
+        )
+        assert str(caught.value) in (message, message.removeprefix("layer 1: "))
+
+
+def test_codes_for_too_wide_a_head_are_refused() -> None:
+    CachePolicy.full().check_model(2, 300)
+    with pytest.raises(UsageError, match="^old: head_dim must be at most 256 for codes, found 300$"):
+        CachePolicy().check_model(2, 300)
 
 
 def test_replace_checks_again() -> None:
@@ -135,90 +382,6 @@ def test_bytes_of_a_token(bits: int, old: float) -> None:
     assert policy.nbytes_per_token(3, 64) == ([old], 3 * 256)
 
 
-# --- short names --------------------------------------------------------------------------------------------------
-
-POLICIES = st.builds(
-    CachePolicy,
-    window=st.sampled_from([0, 1, 64, 128, MAX_WINDOW]),
-    sinks=st.sampled_from([0, 4, 5, MAX_SINKS]),
-    k_bits=st.sampled_from([2, 3, 4, 8, 16, 32]),
-    v_bits=st.sampled_from([2, 3, 4, 8, 16, 32]),
-    tile=st.sampled_from([32, 64, 128]),
-    dense=st.sampled_from(["f16", "bf16", "f32"]),
-)
-
-
-@pytest.mark.parametrize(
-    ("text", "policy"),
-    [
-        ("k4v4", CachePolicy()),
-        ("k4v2", CachePolicy(v_bits=2)),
-        ("k16v32", CachePolicy(k_bits=16, v_bits=32)),
-        ("f32", CachePolicy.full()),
-        ("f16", CachePolicy(window=0, sinks=0, k_bits=16, v_bits=16)),
-        ("bf16:tile=32", CachePolicy(window=0, sinks=0, k_bits=16, v_bits=16, tile=32, dense="bf16")),
-        ("f16:window=1", CachePolicy(window=1, sinks=0, k_bits=16, v_bits=16)),
-        (
-            "k8v3:dense=f32:sinks=0:window=16777216:tile=128",
-            CachePolicy(window=MAX_WINDOW, sinks=0, k_bits=8, v_bits=3, tile=128, dense="f32"),
-        ),
-    ],
-)
-def test_a_short_name_is_a_policy(text: str, policy: CachePolicy) -> None:
-    assert CachePolicy.parse(text) == policy
-
-
-@given(POLICIES)
-def test_every_policy_has_a_short_name_that_is_read_back(policy: CachePolicy) -> None:
-    assert CachePolicy.parse(policy.spec) == policy
-
-
-def test_short_names_leave_out_what_they_imply() -> None:
-    assert [CachePolicy.parse(text).spec for text in ("k4v4:window=128:dense=f16", "f32", "bf16", "f16:tile=64")] == [
-        "k4v4", "f32", "bf16", "f16",
-    ]  # fmt: skip
-    assert CachePolicy(k_bits=16, v_bits=16, sinks=0).spec == "k16v16:sinks=0"
-    assert (
-        CachePolicy.parse("k8v4:dense=f32:tile=32:sinks=1:window=2").spec == "k8v4:window=2:sinks=1:tile=32:dense=f32"
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", ["name must be one of f16, bf16, f32, or like k4v4", "found ''"]),
-        ("q4", ["found 'q4'"]),
-        ("k4", ["found 'k4'"]),
-        ("k4v4 ", ["found 'k4v4 '"]),
-        ("K4V4", ["found 'K4V4'"]),
-        ("k４v4", ["like k4v4"]),
-        ("k5v4", ["k_bits must be one of 2, 3, 4, 8, 16, 32, found 5; the nearest is 4"]),
-        ("k4v4:", ["window, sinks, tile, dense may follow once, found ''"]),
-        ("k4v4:window", ["window must be a whole number from 0 to 16777216, found ''"]),
-        ("k4v4:window=", ["window must be", "found ''"]),
-        ("k4v4:window=-1", ["window must be", "found '-1'"]),
-        ("k4v4:window=1.5", ["found '1.5'"]),
-        ("k4v4:window=1=2", ["found '1=2'"]),
-        ("k4v4:windows=1", ["found 'windows=1'"]),
-        ("k4v4:k_bits=8", ["found 'k_bits=8'"]),
-        ("k4v4:sinks=1:sinks=1", ["once, found 'sinks=1'"]),
-        ("k4v4:sinks=999999999", ["sinks", "0 to 65536"]),
-        ("k4v4:sinks=" + "9" * 4000, ["sinks must be a whole number from 0 to 65536", "; the nearest is 65536"]),
-        ("k4v" + "9" * 4000, ["v_bits must be one of 2, 3, 4, 8, 16, 32, found 9999", "; the nearest is 32"]),
-        ("k4v4:tile=100", ["tile must be one of 32, 64, 128, found 100; the nearest is 128"]),
-        ("f16:dense=f8", ["dense must be one of f16, bf16, f32, found 'f8'"]),
-        ("x" * 4096, ["name must be"]),
-        ("x" * 4097, ["the text must be at most 4096 characters, found 4097"]),
-    ],
-)
-def test_a_short_name_that_is_none_is_refused(text: str, words: list[str]) -> None:
-    with pytest.raises(UsageError, match=r"^cache policy '") as caught:
-        CachePolicy.parse(text)
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words)
-    assert repr(text)[:20] in message or len(text) > 20
-
-
 # --- the boundary -------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +413,17 @@ def test_the_boundary_is_the_end_of_the_last_tile_that_lies_wholly_behind_the_wi
     assert [policy.boundary(p) for p in positions] == expected
     many = policy.boundaries(np.array(positions, np.int64))
     assert many.dtype == np.int64 and many.tolist() == expected
+
+
+@given(st.sets(st.integers(1, 900), max_size=3), st.sampled_from([32, 64, 128]), st.integers(0, 1200))
+def test_the_boundary_of_every_tier_is_that_of_a_window_of_its_age(ages: set[int], tile: int, position: int) -> None:
+    policy = CachePolicy(window=0, tile=tile, older=tuple(Tier(age) for age in sorted(ages)))
+    for i, tier in enumerate(policy.tiers):
+        assert policy.boundary(position, i) == first_dense_position(tier.after, tile, position)
+        assert policy.boundaries(np.array([0, position]), i).tolist() == [
+            policy.boundary(0, i),
+            policy.boundary(position, i),
+        ]
 
 
 def test_the_boundary_never_goes_back_and_moves_by_whole_tiles() -> None:
