@@ -40,6 +40,7 @@ from ..kernels.tables import (
     K_BLOCK,
     LEDGER,
     LOST,
+    MAX_ROUNDS,
     N_HEADS,
     N_PARTS,
     N_QUERIES,
@@ -63,33 +64,25 @@ _WIDER = "use a policy with dense='f32' and k_bits and v_bits of 32"
 class View:
     """What the queries of one step see, the same in every layer of one policy and window: positions, by segment."""
 
-    def __init__(
-        self,
-        policy: CachePolicy,
-        sinks: int,
-        position: int,
-        qkv: Float32,
-        n_kv_heads: int,
-        sliding_window: int | None = None,
-    ) -> None:
+    def __init__(self, cache: "LayerCache", position: int, qkv: Float32) -> None:
+        n_kv_heads, tile, n_tiers = cache.recent.layout.n_kv_heads, cache.policy.tile, len(cache.tiers)
         n_queries, heads = len(qkv), qkv.shape[1] - 2 * n_kv_heads
         self.position, self.n_queries, self.heads = position, n_queries, heads
         self.stop, self.threads = position + n_queries, numba.get_num_threads()
         self.state = np.empty((heads, n_queries, 2), np.float32)
         seen = np.arange(position + 1, self.stop + 1, dtype=np.int64)
-        begin = np.zeros_like(seen) if sliding_window is None else np.maximum(seen - sliding_window, 0)
-        behind = np.maximum(begin, sinks)
-        ages = [policy.boundaries(seen - 1, i) for i in range(len(policy.tiers))]
+        boundaries = np.maximum((seen - cache.ages) // tile, 0)  # (tiers, T), in tiles
         # Tiles below are in the tier, unless a sliding window never reaches it
-        in_reach = [sliding_window is None or sliding_window > tier.after for tier in policy.tiers]
-        self.sealed = [int(x[-1]) // policy.tile if yes else 0 for x, yes in zip(ages, in_reach, strict=True)]
+        self.sealed = [stop if yes else 0 for stop, yes in zip(boundaries[:, -1].tolist(), cache.in_reach, strict=True)]
         # Of sink, tiers from the oldest on, recent: where each query starts and stops
-        edges = [behind, *(np.maximum(x, behind) for x in reversed(ages))]
-        ranges = [begin, np.minimum(seen, sinks)]
-        for start, stop in zip(edges, [*reversed(ages), seen], strict=True):
-            ranges += [start, stop]
-        self._ranges = np.stack(ranges)
-        spans = list(zip(self._ranges[::2, 0].tolist(), self._ranges[1::2, -1].tolist(), strict=True))
+        ranges = self._ranges = np.empty((2 * n_tiers + 4, n_queries), np.int64)
+        ranges[0] = 0 if cache.sliding_window is None else np.maximum(seen - cache.sliding_window, 0)
+        np.minimum(seen, cache.sinks, out=ranges[1])
+        np.maximum(ranges[0], cache.sinks, out=ranges[2])
+        np.multiply(boundaries[::-1], tile, out=ranges[3:-1:2])
+        np.maximum(ranges[3:-1:2], ranges[2], out=ranges[4::2])
+        ranges[-1] = seen
+        spans = list(zip(ranges[::2, 0].tolist(), ranges[1::2, -1].tolist(), strict=True))
         width = -(-qkv.shape[2] // LANES) * LANES
         fields = np.zeros(CALL_FIELDS, np.int64)
         fields[N_QUERIES], fields[Q_STRIDE], fields[APPENDED] = n_queries, 4 * qkv.shape[1] * width, 1
@@ -129,13 +122,17 @@ class LayerCache:
         self.sinks = (
             policy.sinks if context is None else min(policy.sinks, context)
         )  # there are no more tokens than that
-        self.tiers = [TileStore(layout) for layout in policy.tier_layouts(n_kv_heads, head_dim)]  # youngest first
-        self.recent = TileStore(policy.dense_layout(n_kv_heads, head_dim))
+        self.ages = np.array([[tier.after] for tier in policy.tiers])
+        self.in_reach = [sliding_window is None or sliding_window > age for age in self.ages[:, 0].tolist()]
+        self._set_stores(
+            TileStore(policy.dense_layout(n_kv_heads, head_dim)),
+            [TileStore(layout) for layout in policy.tier_layouts(n_kv_heads, head_dim)],
+        )
         dtype = DENSE_DTYPES[DENSE[policy.dense]]
         self._set_sinks(*np.zeros((2, self.sinks, n_kv_heads, -(-head_dim // LANES) * LANES), dtype))
         self._call: Int64 | None = None
         self._options = np.zeros(3, np.float32)
-        self._jobs = np.zeros((0, 0), np.int64)
+        self._jobs: Int64 | None = None
         self.ledger: Float32 | None = None  # (segments, H, T, 2): the state after each segment of the last ``attend``
         self.keeps_ledger = False
         self.tiles_quantized = 0  # each tile once for every tier that it enters, which is tested by this count
@@ -148,8 +145,11 @@ class LayerCache:
     @property
     def view_key(self) -> tuple[object, ...]:
         """Layers for which this is the same have the same ``View``."""
-        policy = self.policy
-        return self.sinks, policy.tile, *(tier.after for tier in policy.tiers), self.sliding_window
+        return self.sinks, self.policy.tile, *self.ages[:, 0].tolist(), self.sliding_window
+
+    def _set_stores(self, recent: TileStore, tiers: list[TileStore]) -> None:
+        self.recent, self.tiers = recent, tiers  # youngest first
+        self._by_position = *reversed(tiers), recent
 
     def _set_sinks(self, k: NDArray[np.generic], v: NDArray[np.generic]) -> None:
         self.sink_k, self.sink_v = k, v
@@ -197,7 +197,7 @@ class LayerCache:
 
     def view(self, position: int, qkv: Float32) -> View:
         """What the queries of ``attend`` see."""
-        return View(self.policy, self.sinks, position, qkv, self.recent.layout.n_kv_heads, self.sliding_window)
+        return View(self, position, qkv)
 
     def _places_in_tiers(self, view: View) -> list[tuple[int, int]]:
         """Make places for the tiles that are to enter a tier: (tier, tile) of each, tier after tier."""
@@ -220,22 +220,20 @@ class LayerCache:
         call = self._call
         self._options[SCALE], self._options[EXACT] = scale, self.exact
         call[STEP:] = view.fields
-        at = SEGMENTS + 2
-        for store in (*reversed(self.tiers), recent):
-            call[at : at + 2] = store.addresses()
-            at += 2
-        call[JOB_STARTS + 1 : STEP] = 0
+        stop = SEGMENTS + 2 + 2 * len(self._by_position)
+        call[SEGMENTS + 2 : stop] = [x for store in self._by_position for x in store.addresses()]
         if tiles:
             stores = [recent, *self.tiers]
             dead = [min(max(self.sinks - t * self.policy.tile, 0), self.policy.tile) for _, t in tiles]
             jobs = [seal_job(stores[i], stores[i + 1], t, x) for (i, t), x in zip(tiles, dead, strict=True)]
             self._jobs = np.array(jobs, np.int64)
-            call[JOBS] = self._jobs.ctypes.data
-            for i in range(len(self.tiers)):
-                call[JOB_STARTS + i + 1] = sum(tier <= i for tier, _ in tiles)
+            starts = [sum(tier < i for tier, _ in tiles) for i in range(MAX_ROUNDS + 1)]
+            call[JOBS], call[JOB_STARTS:STEP] = self._jobs.ctypes.data, starts
+        elif self._jobs is not None:
+            self._jobs, call[JOB_STARTS:STEP] = None, 0
         if self.keeps_ledger:
             self.ledger = np.empty((len(self.tiers) + 2, view.heads, view.n_queries, 2), np.float32)
-        call[LEDGER] = self.ledger.ctypes.data if self.ledger is not None else 0
+            call[LEDGER] = self.ledger.ctypes.data
         return call
 
     def _begin_call(self, heads: int) -> Int64:
@@ -265,8 +263,9 @@ class LayerCache:
             NumericalError: a tile that cannot be quantized.
 
         """
-        found = False
-        for (i, t), job in zip(tiles, self._jobs, strict=True):
+        found, jobs = False, self._jobs
+        assert jobs is not None
+        for (i, t), job in zip(tiles, jobs, strict=True):
             if job[IMPOSSIBLE_AT:].any():
                 why = "a number or a range is beyond its type, or not a number"
                 raise NumericalError(f"tile {t} cannot be quantized: {why}; {_WIDER}")
@@ -300,9 +299,8 @@ class LayerCache:
     def lowest(self) -> int:
         """The first position that ``truncate`` can go back to: everything that a query from there on sees is still held."""
         reach = math.inf if self.sliding_window is None else self.sliding_window
-        ages = [tier.after for tier in self.policy.tiers] + [math.inf]
         lowest = 0
-        for age, source in zip(ages, (self.recent, *self.tiers), strict=True):
+        for age, source in zip([*self.ages[:, 0], math.inf], (self.recent, *self.tiers), strict=True):
             if source.first:  # then age or reach is a number
                 lowest = max(lowest, source.first * self.policy.tile + max(int(min(age, reach)), 1) - 1)
         return lowest
@@ -322,9 +320,9 @@ class LayerCache:
         """A cache of the same tokens, which shares what neither of the two will write to."""
         other = LayerCache.__new__(LayerCache)
         other.__dict__.update(self.__dict__)
-        other._call, other._options, other.ledger = None, self._options.copy(), None
+        other._call, other._jobs, other._options, other.ledger = None, None, self._options.copy(), None
         other._set_sinks(self.sink_k.copy(), self.sink_v.copy())
-        other.tiers, other.recent = [tier.fork() for tier in self.tiers], self.recent.fork()
+        other._set_stores(self.recent.fork(), [tier.fork() for tier in self.tiers])
         for cache in (self, other):
             cache.recent.own(cache.recent.stop - 1)
         return other

@@ -47,6 +47,7 @@ class Session:
         self.position = 0
         self._in_flight = False
         config = model.config
+        self.policy.check_model(config.num_hidden_layers, config.head_dim)
         self.cache = Cache(
             self.policy, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.context
         )
