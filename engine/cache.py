@@ -58,6 +58,8 @@ from ..kernels.tables import (
 from ..models.errors import NumericalError
 from .policy import DENSE, CachePolicy
 
+import os
+FITS = int(os.environ.get("FITS","1"))
 _WIDER = "use a policy with dense='f32' and k_bits and v_bits of 32"
 
 
@@ -225,7 +227,7 @@ class LayerCache:
         if tiles:
             stores = [recent, *self.tiers]
             dead = [min(max(self.sinks - t * self.policy.tile, 0), self.policy.tile) for _, t in tiles]
-            jobs = [seal_job(stores[i], stores[i + 1], t, x) for (i, t), x in zip(tiles, dead, strict=True)]
+            jobs = [seal_job(stores[i], stores[i + 1], t, x, FITS) for (i, t), x in zip(tiles, dead, strict=True)]
             self._jobs = np.array(jobs, np.int64)
             starts = [sum(tier < i for tier, _ in tiles) for i in range(MAX_ROUNDS + 1)]
             call[JOBS], call[JOB_STARTS:STEP] = self._jobs.ctypes.data, starts

@@ -1,7 +1,10 @@
 """Quantizing tiles: from the recent segment into the youngest tier, from a tier into the next one. Once a tile and tier.
 
 Asymmetric rounding: code = round((x - minimum) / scale), with the scale and minimum *as stored* in float16, so that what
-rounding them costs is not paid twice. Where float16 cannot hold the scales of a tile, it is done once more with float32.
+rounding them costs is not paid twice. They are those of the values' range; or, fitted, those of the line with the least
+squares through the values over their codes (over the codes of a part of the range, under 4 bits). More rounds of that, or
+smaller parts, lessen the squared error further, but cut off more of the outliers, and attention needs these (docs/log.md).
+Where float16 cannot hold the scales of a tile, it is done once more with float32.
 """
 
 import numpy as np
@@ -46,19 +49,12 @@ Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
 # A job, int64: the tile's addresses in its source and in its target (layout.py, ``K_CODES``; odd addresses of scales are
-# those of float32), those of both geometries, how many of the first tokens are dead, and what became of K and of V
-SOURCE, TARGET, SOURCE_GEOMETRY, TARGET_GEOMETRY, DEAD = (
-    0,
-    ADDRESSES,
-    2 * ADDRESSES,
-    2 * ADDRESSES + 1,
-    2 * ADDRESSES + 2,
-)
-TOO_WIDE_AT, IMPOSSIBLE_AT = (
-    DEAD + 1,
-    DEAD + 3,
-)  # not 0 for K, and one further for V, where float16, or nothing, would do
-JOB_FIELDS = DEAD + 5
+# those of float32), those of both geometries, how many of the first tokens are dead, whether scales are fitted, and what
+# became of K and of V
+SOURCE, TARGET = 0, ADDRESSES
+SOURCE_GEOMETRY, TARGET_GEOMETRY, DEAD, FITTED = range(2 * ADDRESSES, 2 * ADDRESSES + 4)
+TOO_WIDE_AT, IMPOSSIBLE_AT = FITTED + 1, FITTED + 3  # not 0 for K, one further for V, where float16, or nothing, would do
+JOB_FIELDS = FITTED + 5
 FINE, TOO_WIDE, IMPOSSIBLE = range(3)
 
 SMALLEST_HALF, SMALLEST_NORMAL = np.float32(2.0**-24), np.float32(2.0**-14)
@@ -94,7 +90,8 @@ def narrow(x: Float32, kind: int) -> NDArray[np.generic]:
 
 
 def quantize_tile(
-    source: Bytes, dense: TileLayout, target: TileLayout, dead: int = 0, page: Bytes | None = None, slot: int = 0
+    source: Bytes, dense: TileLayout, target: TileLayout, dead: int = 0, page: Bytes | None = None, slot: int = 0,
+    fitted: bool = False,
 ) -> Bytes:
     """A tile in the layout ``target`` from one in the layout ``dense`` of the same heads, head_dim and tile.
 
@@ -103,6 +100,7 @@ def quantize_tile(
         dense, target: layouts; despite its name, ``dense`` may be one of codes.
         dead: how many of the first tokens no query will ever see (they are sinks); they widen no range by channel.
         page, slot: where to write it; slot 0 of a new page unless given.
+        fitted: whether scales and minima of codes under 8 bits are fitted, or those of the range.
 
     Returns:
         the page.
@@ -114,7 +112,7 @@ def quantize_tile(
     page = target.empty_page() if page is None else page
     geometries = [make_geometry(x.tile, 0, x.width, x.k, x.v) for x in (dense, target)]
     addresses = *dense.addresses(source, 0), *target.addresses(page, slot), *(x.ctypes.data for x in geometries)
-    jobs = np.array([[*addresses, dead, *[0] * (JOB_FIELDS - DEAD - 1)]])
+    jobs = np.array([[*addresses, dead, fitted, 0, 0, 0, 0]])
     quantize_jobs(jobs, target)
     if jobs[0, TOO_WIDE_AT:].any():
         raise OverflowError("a number or scale is beyond what the format can hold, or not a number")
@@ -175,6 +173,95 @@ def _range_along_lanes(values, lanes, steps, group, dead_lanes, lows, highs):  #
                 high, low = simd.maximum(high, x), simd.maximum(low, minus)
             simd.store_scalar(highs + 4 * (g * steps + step), simd.max_lanes(high))
             simd.store_scalar(lows + 4 * (g * steps + step), -simd.max_lanes(low))
+
+
+@inner
+def _part(bits):  # type: ignore[no-untyped-def]
+    """The part of the range that fitting begins with, best for attention of those tried (docs/log.md)."""
+    return np.float32(0.85 if bits == 2 else 0.95 if bits == 3 else 1)
+
+
+@inner
+def _line(n, c, cc, y, yc, step, start):  # type: ignore[no-untyped-def]
+    """Slope and value at 0 of the line with the least squares through n values; where there is none, those given.
+
+    c, cc, y, yc: the sums of the codes, of their squares, of the values, of their products.
+    """
+    det = n * cc - c * c
+    slope = (n * yc - c * y) / det
+    if det > 0 and slope > 0 and np.isfinite(slope):
+        return slope, (y - slope * c) / n
+    return step, start
+
+
+@inner
+def _fit_along_lanes(values, lanes, steps, group, dead_lanes, bits, lows, highs, scratch):  # type: ignore[no-untyped-def]
+    """Move the ranges ``lows`` .. ``highs`` of every ``group`` lanes to those of the best line over the codes of a part."""
+    most, zero = np.float32((1 << bits) - 1), simd.splat(np.float32(0))
+    for g in range(lanes // group):
+        first = g * group
+        dead = min(max(dead_lanes - first, 0), group)
+        for at in range(steps):
+            place = 4 * (g * steps + at)
+            low, high = simd.scalar_at(lows + place), simd.scalar_at(highs + place)
+            step = (high - low) * _part(bits) / most
+            start = (high - low) * (np.float32(1) - _part(bits)) / np.float32(2)  # from ``low`` on
+            if not (step > 0 and np.isfinite(step)):
+                continue
+            inverse, from_low = simd.splat(np.float32(1) / step), simd.splat(-start / step)
+            c, cc, y, yc = zero, zero, zero, zero
+            for lane in range(first + dead // LANES * LANES, first + group, LANES):
+                x = simd.sub(simd.load_f32(values + (lane // LANES * steps + at) * VECTOR), simd.splat(low))
+                code = simd.rounded(simd.smaller(simd.larger(simd.fma(x, inverse, from_low), zero), simd.splat(most)))
+                if lane - first < dead:
+                    x = simd.keep_lanes(x, np.int32(dead - (lane - first)), np.int32(LANES), np.float32(0))
+                    code = simd.keep_lanes(code, np.int32(dead - (lane - first)), np.int32(LANES), np.float32(0))
+                c, y = simd.add(c, code), simd.add(y, x)
+                cc, yc = simd.fma(code, code, cc), simd.fma(code, x, yc)
+            simd.store_f32(scratch, c)
+            simd.store_f32(scratch + VECTOR, cc)
+            simd.store_f32(scratch + 2 * VECTOR, y)
+            simd.store_f32(scratch + 3 * VECTOR, yc)
+            simd.store_f32(scratch, simd.sum_four(scratch))
+            step, start = _line(
+                np.float32(group - dead), simd.scalar_at(scratch), simd.scalar_at(scratch + 16),
+                simd.scalar_at(scratch + 32), simd.scalar_at(scratch + 48), step, start,
+            )  # fmt: skip
+            simd.store_scalar(lows + place, low + start)
+            simd.store_scalar(highs + place, low + start + most * step)
+
+
+@inner
+def _fit_along_sum(values, lanes, steps, group, dead_steps, bits, lows, highs, scratch):  # type: ignore[no-untyped-def]
+    """The same for every ``group`` places along the sum axis."""
+    most, zero = simd.splat(np.float32((1 << bits) - 1)), simd.splat(np.float32(0))
+    part, margin = simd.splat(_part(bits)), simd.splat((np.float32(1) - _part(bits)) / np.float32(2))
+    for g in range(steps // group):
+        first = max(g * group, dead_steps)
+        n = np.float32((g + 1) * group - first)
+        for block in range(lanes // LANES):
+            place = 4 * (g * lanes + block * LANES)
+            low = simd.load_f32(lows + place)
+            span = simd.sub(simd.load_f32(highs + place), low)
+            step, start = simd.div(simd.mul(span, part), most), simd.mul(span, margin)
+            c, cc, y, yc = zero, zero, zero, zero
+            for at in range(first, (g + 1) * group):
+                x = simd.sub(simd.load_f32(values + (block * steps + at) * VECTOR), low)
+                code = simd.rounded(simd.smaller(simd.larger(simd.div(simd.sub(x, start), step), zero), most))
+                c, y = simd.add(c, code), simd.add(y, x)
+                cc, yc = simd.fma(code, code, cc), simd.fma(code, x, yc)
+            for i, sums in enumerate((step, start, c, cc, y, yc)):
+                simd.store_f32(scratch + i * VECTOR, sums)
+            for lane in range(0, VECTOR, 4):
+                own, bottom = scratch + lane, simd.scalar_at(lows + place + lane)
+                slope, value = simd.scalar_at(own), simd.scalar_at(own + VECTOR)
+                if slope > 0 and np.isfinite(slope):
+                    slope, value = _line(
+                        n, simd.scalar_at(own + 2 * VECTOR), simd.scalar_at(own + 3 * VECTOR),
+                        simd.scalar_at(own + 4 * VECTOR), simd.scalar_at(own + 5 * VECTOR), slope, value,
+                    )  # fmt: skip
+                    simd.store_scalar(lows + place + lane, bottom + value)
+                    simd.store_scalar(highs + place + lane, bottom + value + np.float32((1 << bits) - 1) * slope)
 
 
 @inner
@@ -329,10 +416,15 @@ def _quantize_head(job, is_k, head, head_dim, tile, memory):  # type: ignore[no-
     _fill_padding(values, is_k, per_lane, head_dim, width, tile)
     by_channel, dead = per_lane != is_k, get(job, DEAD)
     live = dead if by_channel and dead < tile else 0
+    fitted = get(job, FITTED) != 0 and bits < 8
     if per_lane:
         _range_along_sum(values, lanes, steps, group, live, lows, highs)
+        if fitted:
+            _fit_along_sum(values, lanes, steps, group, live, bits, lows, highs, minima + 4 * count)
     else:
         _range_along_lanes(values, lanes, steps, group, live, lows, highs)
+        if fitted:
+            _fit_along_lanes(values, lanes, steps, group, live, bits, lows, highs, minima + 4 * count)
     found = _store_params(lows, highs, count, (1 << bits) - 1, params, divisors, minima)
     _pack(values, lanes, steps, group, per_lane, divisors, minima, bits, codes)
     return found
@@ -346,7 +438,7 @@ def quantize_share(call, worker, workers, nth_round, _, _1, _2, _3, _4):  # type
     jobs = get(call, JOBS)
     tile = get(get(jobs + 8 * JOB_FIELDS * first, TARGET_GEOMETRY), TILE)
     # Values; then codes as pairs and scales of the source, or ranges, scales and minima of the target
-    memory = np.empty(4 * tile * width + max(3 * tile * width, 2 * tile * width + 4 * LANES * LANES) + 64, np.uint8)
+    memory = np.empty(4 * tile * width + 3 * tile * width + 4 * LANES * LANES + 64, np.uint8)
     for unit in range(first * 2 * heads + worker, stop * 2 * heads, workers):
         job, side = jobs + 8 * JOB_FIELDS * (unit // (2 * heads)), unit // heads % 2
         found = _quantize_head(job, side == 0, unit % heads, head_dim, tile, (memory.ctypes.data + 63) // 64 * 64)

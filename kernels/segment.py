@@ -30,7 +30,7 @@ from .layout import (
     TileLayout,
     zeroed_memory,
 )
-from .quantize import DEAD, IMPOSSIBLE_AT, JOB_FIELDS, TOO_WIDE_AT, Float32, quantize_jobs, store_rows
+from .quantize import IMPOSSIBLE_AT, TOO_WIDE_AT, Float32, quantize_jobs, store_rows
 from .simd import LANES
 from .tables import FIRST_TILE, K_SIDE, V_SIDE, make_geometry
 
@@ -267,10 +267,10 @@ class TileStore:
         return Segment(held.table, self._geometry, start, stop, layout.n_kv_heads, layout.head_dim, owner)
 
 
-def seal_job(source: TileStore, target: TileStore, tile: int, dead: int) -> list[int]:
+def seal_job(source: TileStore, target: TileStore, tile: int, dead: int, fitted: bool) -> list[int]:
     """The job (quantize.py) of writing a tile that both stores hold from one to the other."""
     geometries = source.geometry_address, target.geometry_address
-    return [*source.row(tile).tolist(), *target.row(tile).tolist(), *geometries, dead, *[0] * (JOB_FIELDS - DEAD - 1)]
+    return [*source.row(tile).tolist(), *target.row(tile).tolist(), *geometries, dead, fitted, 0, 0, 0, 0]
 
 
 def widen_as_found(target: TileStore, tile: int, job: Int64) -> bool:
@@ -292,6 +292,7 @@ def quantize(
     v_axis: str = "token",
     k_group: int = 0,
     v_group: int = 0,
+    fitted: bool = False,
 ) -> Segment:
     """Quantize k, v (N, Hkv, D) float32 into one segment that ``flash_attention`` takes in the place of arrays.
 
@@ -302,6 +303,7 @@ def quantize(
         k_axis, v_axis: "channel", one scale a channel and tile, or "token", one a token and group of channels.
         k_group, v_group: channels of a group by token, a multiple of 16 that divides D (rounded up to 16); 0 for the
             largest one up to 64.
+        fitted: whether scales and minima under 8 bits are fitted to the values (quantize.py), or those of their range.
 
     Raises:
         ValueError: bits, a tile, an axis or a group out of those named, or arrays that do not fit together.
@@ -325,7 +327,7 @@ def quantize(
         source.append()
         store.append()
         while True:
-            jobs = np.array([seal_job(source, store, t, 0)])
+            jobs = np.array([seal_job(source, store, t, 0, fitted)])
             quantize_jobs(jobs, target)
             if jobs[0, IMPOSSIBLE_AT:].any():
                 raise OverflowError("a range of keys or values is beyond float32, or not a number")

@@ -656,6 +656,12 @@ def turn_quads(context: Any, builder: Any, x: Any) -> Any:
     return builder.shuffle_vector(x, ir.Constant(_V_F32, ir.Undefined), order)
 
 
+@_operation(f32x16, f32x16)
+def rounded(context: Any, builder: Any, x: Any) -> Any:
+    """X rounded to the nearest integer, half to even, where its magnitude is below 2^22."""
+    return builder.fsub(builder.fadd(x, _const(_V_F32, _ROUND)), _const(_V_F32, _ROUND))
+
+
 @_operation(f32x16, f32x16, types.intp)
 def hadamard_lanes(context: Any, builder: Any, x: Any, size: Any) -> Any:
     """Every ``size`` lanes, a power of two, times the Hadamard matrix of that size, which is of +1 and -1; at most 16."""
