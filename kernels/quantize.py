@@ -284,7 +284,10 @@ def _unpack(is_k, side, codes, params, width, tile, pairs, scales, values):  # t
 
 @inner
 def _store_dense(values, lanes, steps, kind, row_stride, target):  # type: ignore[no-untyped-def]
-    """Values [lanes/16][steps][16] as numbers, ``row_stride`` bytes from one step to the next; FINE, or IMPOSSIBLE."""
+    """Values [lanes/16][steps][16] as numbers, ``row_stride`` bytes from one step to the next.
+
+    FINE, or IMPOSSIBLE where a finite one has become infinite. What was infinite or NaN before keeps its place.
+    """
     size, lost = 4 if kind == F32 else 2, simd.splat(np.float32(0))
     for block in range(lanes // LANES):
         for step in range(steps):
@@ -299,8 +302,9 @@ def _store_dense(values, lanes, steps, kind, row_stride, target):  # type: ignor
             else:
                 simd.store_f16(at, x)
                 y = simd.load_f16(at)
-            lost = simd.add(lost, simd.sub(y, y))  # NaN where it has become infinite, or was
-    return IMPOSSIBLE if simd.sum_lanes(lost) != 0 else FINE
+            lost = simd.larger(simd.sub(x, y), lost)  # infinite where y has become so, NaN, and dropped, where x was so
+            lost = simd.larger(simd.sub(y, x), lost)
+    return IMPOSSIBLE if np.isinf(simd.max_lanes(lost)) else FINE
 
 
 @inner

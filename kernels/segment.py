@@ -305,7 +305,7 @@ def quantize(
 
     Raises:
         ValueError: bits, a tile, an axis or a group out of those named, or arrays that do not fit together.
-        OverflowError: values that are not finite, or whose range is not.
+        OverflowError: in codes, values that are not finite, or whose range is not; in 16 bits, finite ones beyond float16.
 
     """
     kinds = {**KIND_OF_BITS, 16: F16, 32: F32}
@@ -328,7 +328,7 @@ def quantize(
             jobs = np.array([seal_job(source, store, t, 0)])
             quantize_jobs(jobs, target)
             if jobs[0, IMPOSSIBLE_AT:].any():
-                raise OverflowError("a range of keys or values is beyond float32, or not a number")
+                raise OverflowError("a key, a value or a range of them is beyond its type, or not a number")
             if not widen_as_found(store, t, jobs[0]):
                 break
         source.forget_before(t + 1)

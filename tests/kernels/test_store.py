@@ -171,14 +171,43 @@ def page_tile_of_copy(page: np.ndarray, slot: int, kinds: tuple[str, str]) -> np
 
 
 @pytest.mark.parametrize("source_kind", DTYPES)
-def test_the_bytes_of_a_dense_tile_of_the_same_formats_are_kept(source_kind: str) -> None:
+def test_the_numbers_of_a_dense_tile_of_the_same_formats_are_kept(source_kind: str) -> None:
+    """Bit for bit, subnormal numbers and infinities among them; what is not a number stays none, whatever its bits."""
     rng = np.random.default_rng(13)
     kinds = (source_kind, source_kind)
     layout, target = layout_of(kinds, 64, 2, 20), layout_of(kinds, 64, 2, 20, 8)
     source, page = layout.empty_page(), target.empty_page()
-    source[:] = rng.integers(0, 256, source.shape, np.uint8)  # infinities and what is not a number among them
+    source[:] = rng.integers(0, 256, source.shape, np.uint8)
+    numbers = source.view(DTYPES[source_kind])
+    numbers[::7], numbers[1::7] = np.inf, -np.inf
     quantize_tile(source, layout, target, 0, page, 5)
-    np.testing.assert_array_equal(page_tile(page, 5, kinds, 64, 2, 20), source)
+    found = page_tile(page, 5, kinds, 64, 2, 20)
+    nan = np.isnan(numbers.astype(np.float32))
+    assert nan.any() and np.isnan(found.view(DTYPES[source_kind]).astype(np.float32)[nan]).all()
+    kept = np.repeat(~nan, numbers.itemsize)
+    np.testing.assert_array_equal(found[kept], source[kept])
+
+
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize(("kind", "largest", "beyond"), [("f16", 65519.996, 65520.0), ("bf16", 3.38e38, 3.4e38)])
+def test_a_finite_number_that_would_become_infinite_is_refused_wherever_it_is(
+    part: int, kind: str, largest: float, beyond: float
+) -> None:
+    """Beside infinities and NaN, which a dense tile keeps as an array does."""
+    dense, target = layout_of(("f32", "f32"), 32, 2, 20), layout_of((kind, kind), 32, 2, 20)
+    rng = np.random.default_rng(15)
+    for sign in (1, -1):
+        x = normal(rng, 2, 32, 2, 20)
+        x[:, 3, 1, 2:7], x[:, 4, 0, 3] = [np.inf, -np.inf, np.nan, sign * largest, 1e-30], np.nan
+        source = dense.empty_page()
+        store_rows(dense, source, 0, *x)
+        with np.errstate(over="ignore"):
+            want = x.astype(DTYPES[kind]).astype(np.float64)
+        np.testing.assert_array_equal(read_tile(quantize_tile(source, dense, target), (kind, kind), 32, 2, 20), want)
+        x[part, rng.integers(5, 32), rng.integers(2), rng.integers(20)] = sign * beyond
+        store_rows(dense, source, 0, *x)
+        with pytest.raises(OverflowError):
+            quantize_tile(source, dense, target)
 
 
 def test_a_tile_starts_on_a_cache_line() -> None:
