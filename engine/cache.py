@@ -181,8 +181,8 @@ class LayerCache:
         if head_dim != width:
             padded, result = pad_last_axis(qkv), np.empty((view.n_queries, heads, width), np.float32)
         tiles = self._places_in_tiers(view)
+        call = self._describe(view, scale, tiles)
         while True:
-            call = self._describe(view, scale, tiles)
             attend_segments(call, padded, result, view.state, view.threads)
             if call[LOST]:
                 self._explain_lost(padded[:, heads:])
@@ -190,7 +190,8 @@ class LayerCache:
                 tiles and self._widened(tiles)
             ):  # else float16 did not do for some scales, and others have room now
                 break
-            call[APPENDED] = 0
+            call = self._describe(view, scale, tiles)
+            call[APPENDED] = 0  # the tokens are stored; what is rotated must not be so twice
         if result is not out:
             out[...] = result[..., :head_dim]
         return out
