@@ -266,16 +266,19 @@ class LayerCache:
             NumericalError: a tile that cannot be quantized.
 
         """
-        found = False
+        again: set[int] = set()  # tiles whose source is quantized once more: their jobs have seen no final one
         for (i, t), job in zip(tiles, self._jobs, strict=True):
+            if t in again:
+                continue
             if job[IMPOSSIBLE_AT:].any():
                 why = "a number or a range is beyond its type, or not a number"
                 raise NumericalError(f"tile {t} cannot be quantized: {why}; {_WIDER}")
-            found |= widen_as_found(self.tiers[i], t, job)
-        if not found:
+            if widen_as_found(self.tiers[i], t, job):
+                again.add(t)
+        if not again:
             kinds = [(x.layout.k_kind, x.layout.v_kind) for x in (self.recent, *self.tiers)]
             self.tiles_quantized += sum(kinds[i] != kinds[i + 1] for i, _ in tiles)  # else tiles are only copied
-        return found
+        return bool(again)
 
     def _first_seen(self, position: int) -> int:
         """The first tile that a sliding window leaves in sight of any query that may still come."""
