@@ -201,6 +201,8 @@ class TileStore:
         held = self._held
         if tile > held.first:
             kept = {number: page for number, page in held.pages.items() if number >= tile // self.layout.page_tiles}
+            if tile > held.stop:
+                kept = {}  # what tiles before the gap have taken up is free at once
             wide = {key: room for key, room in held.wide.items() if key[0] >= tile}
             written = held.written if held.stop >= tile else tile
             table, address = _addressed(np.roll(held.table, held.first - tile, axis=0))
@@ -227,6 +229,7 @@ class TileStore:
         page = layout.empty_page()
         first = max(number * layout.page_tiles, held.first)
         stop = min((number + 1) * layout.page_tiles, held.stop)
+        written = max(held.written, first) if first == held.first else held.written
         for view, side in itertools.product((layout.params, layout.codes), (layout.k, layout.v)):
             slots = slice(first - number * layout.page_tiles, stop - number * layout.page_tiles)
             view(page, side)[:, slots] = view(held.pages[number], side)[:, slots]
@@ -238,8 +241,7 @@ class TileStore:
                     row[i] = address
         pages = {**held.pages, number: page}
         self._held = held._replace(
-            pages=pages, shared=held.shared - {number}, table=table, address=table.ctypes.data,
-            written=max(held.written, first),
+            pages=pages, shared=held.shared - {number}, table=table, address=table.ctypes.data, written=written
         )  # fmt: skip
 
     def fork(self) -> "TileStore":
