@@ -234,8 +234,8 @@ class LayerCache:
             call[JOBS] = self._jobs.ctypes.data
             for i in range(len(self.tiers)):
                 call[JOB_STARTS + i + 1] = sum(tier <= i for tier, _ in tiles)
-        if self.keeps_ledger:
-            self.ledger = np.empty((len(self.tiers) + 2, view.heads, view.n_queries, 2), np.float32)
+        shape = len(self.tiers) + 2, view.heads, view.n_queries, 2
+        self.ledger = np.empty(shape, np.float32) if self.keeps_ledger else None
         call[LEDGER] = self.ledger.ctypes.data if self.ledger is not None else 0
         return call
 
