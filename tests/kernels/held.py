@@ -1,6 +1,5 @@
 """What a store of tiles has to hold, kept in plain dictionaries beside it; forks of the two as well."""
 
-import ctypes
 import itertools
 import mmap
 
@@ -10,15 +9,10 @@ from mixkv.kernels.layout import K_CODES, K_PARAMS, V_CODES, V_PARAMS
 from mixkv.kernels.segment import TileStore
 from mixkv.kernels.tables import FIRST_TILE
 
-from .oracle import layout_of, part_offsets, part_sizes
+from .oracle import bytes_at, layout_of, part_offsets, part_sizes
 
 HEADS, TILE, D = 2, 32, 16
 NUMBERS = itertools.count(1)  # no two tiles are alike, whoever writes them
-
-
-def bytes_at(address: int, nbytes: int) -> np.ndarray:
-    """Memory at an address, uint8, as it is now and to be written to."""
-    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
 
 
 def pattern(number: int, part: int, head: int, nbytes: int) -> np.ndarray:
