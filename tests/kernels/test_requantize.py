@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixkv.kernels.quantize import quantize_tile
+from mixkv.kernels.quantize import IMPOSSIBLE_AT, TOO_WIDE_AT, quantize_share, quantize_tile
+from mixkv.kernels.segment import TileStore, seal_job
+from mixkv.kernels.tables import CALL_FIELDS, HEAD_DIM, JOB_STARTS, JOBS, N_KV_HEADS, ROW_WIDTH
 
 from .oracle import CODED, DTYPES, Row, dense_store, formats, layout_of, normal, page_tile, seal, store_row
 from .plain import assert_within_half_a_step, needs_float32, plain
@@ -96,3 +98,35 @@ def test_codes_that_are_quantized_into_their_own_format_stay_what_they_are(kind:
         assert same.mean() > 0.9 and np.abs(codes - codes_again).max() <= 1 + 255 * 2.0**-10
         for a, b in zip(params, params_again, strict=True):
             np.testing.assert_allclose(a, b, rtol=2.0**-9, atol=size * 2.0**-9)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5, 40])
+@pytest.mark.parametrize("kinds", [("q8", "q4"), ("f16", "q3t"), ("q2t", "f32")])
+def test_shares_of_workers_add_up_round_by_round(workers: int, kinds: tuple[str, str]) -> None:
+    """Tiles of the second round are made of those of the first; a job tells of its own side alone what float16 lacks."""
+    rng = np.random.default_rng(3)
+    k, v = normal(rng, 96, 3, 20), normal(rng, 96, 3, 20)
+    v[64:, 2] *= 1e5
+    source, last = dense_store(k, v, tile=32), ("q4", "q2")
+    first, second = (TileStore(layout_of(x, 32, 3, 20, 16)) for x in (kinds, last))
+    for store in (first, second):
+        for _ in range(3):
+            store.append()
+    jobs = np.array([seal_job(*pair, t, 0) for pair in ((source, first), (first, second)) for t in range(3)])
+    call = np.zeros(CALL_FIELDS, np.int64)
+    call[N_KV_HEADS], call[ROW_WIDTH], call[HEAD_DIM], call[JOBS] = 3, 32, 20, jobs.ctypes.data
+    call[JOB_STARTS : JOB_STARTS + 3] = 0, 3, 6
+    for nth_round in (0, 1):
+        for worker in reversed(range(workers)):
+            quantize_share.function(call.ctypes.data, worker, workers, nth_round, 0, 0, 0, 0, 0)
+    found = jobs[:, TOO_WIDE_AT : TOO_WIDE_AT + 2].astype(bool)
+    assert found[:3].tolist() == [[False, False]] * 2 + [[False, kinds[1] in CODED or kinds[1][:2] in CODED]]
+    assert not jobs[:2, IMPOSSIBLE_AT:].any() and not found[3:5].any()
+    assert found[5, 1] or jobs[5, IMPOSSIBLE_AT + 1]
+    want_first = seal(source, kinds)
+    want_second = seal(want_first, last)
+    for store, want, names in ((first, want_first, kinds), (second, want_second, last)):
+        for t in range(2):
+            np.testing.assert_array_equal(
+                page_tile(*store.place(t), names, 32, 3, 20), page_tile(*want.place(t), names, 32, 3, 20)
+            )
