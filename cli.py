@@ -79,7 +79,10 @@ VGroup = Annotated[
     int | None, typer.Option(help="Channels of old values a scale by token.", show_default=_unless("0: up to 64"))
 ]
 Rotate = Annotated[
-    str | None, typer.Option(help="What is kept Hadamard-rotated: none, k, v or kv.", show_default=_unless("none"))
+    str | None, typer.Option(help="What is kept Hadamard-rotated: none, k, v or kv.", show_default=_unless("kv"))
+]
+Scales = Annotated[
+    str | None, typer.Option(help="Scales of codes: fit, by least squares, or range.", show_default=_unless("fit"))
 ]
 Rollback = Annotated[int | None, typer.Option(help="Tokens that the session can go back.", show_default=_unless(0))]
 
@@ -99,6 +102,7 @@ class CacheOptions(NamedTuple):
     k_group: KGroup = None
     v_group: VGroup = None
     rotate: Rotate = None
+    scales: Scales = None
     rollback: Rollback = None
 
     def policy(self) -> "CachePolicy":

@@ -58,8 +58,6 @@ from ..kernels.tables import (
 from ..models.errors import NumericalError
 from .policy import DENSE, CachePolicy
 
-import os
-FITS = int(os.environ.get("FITS","1"))
 _WIDER = "use a policy with dense='f32' and k_bits and v_bits of 32"
 
 
@@ -183,8 +181,8 @@ class LayerCache:
         if head_dim != width:
             padded, result = pad_last_axis(qkv), np.empty((view.n_queries, heads, width), np.float32)
         tiles = self._places_in_tiers(view)
+        call = self._describe(view, scale, tiles)
         while True:
-            call = self._describe(view, scale, tiles)
             attend_segments(call, padded, result, view.state, view.threads)
             if call[LOST]:
                 self._explain_lost(padded[:, heads:])
@@ -192,7 +190,8 @@ class LayerCache:
                 tiles and self._widened(tiles)
             ):  # else float16 did not do for some scales, and others have room now
                 break
-            call[APPENDED] = 0
+            call = self._describe(view, scale, tiles)
+            call[APPENDED] = 0  # the tokens are stored; what is rotated must not be so twice
         if result is not out:
             out[...] = result[..., :head_dim]
         return out
@@ -225,9 +224,9 @@ class LayerCache:
         stop = SEGMENTS + 2 + 2 * len(self._by_position)
         call[SEGMENTS + 2 : stop] = [x for store in self._by_position for x in store.addresses()]
         if tiles:
-            stores = [recent, *self.tiers]
+            stores, fitted = [recent, *self.tiers], self.policy.scales == "fit"
             dead = [min(max(self.sinks - t * self.policy.tile, 0), self.policy.tile) for _, t in tiles]
-            jobs = [seal_job(stores[i], stores[i + 1], t, x, FITS) for (i, t), x in zip(tiles, dead, strict=True)]
+            jobs = [seal_job(stores[i], stores[i + 1], t, x, fitted) for (i, t), x in zip(tiles, dead, strict=True)]
             self._jobs = np.array(jobs, np.int64)
             starts = [sum(tier < i for tier, _ in tiles) for i in range(MAX_ROUNDS + 1)]
             call[JOBS], call[JOB_STARTS:STEP] = self._jobs.ctypes.data, starts
@@ -236,6 +235,8 @@ class LayerCache:
         if self.keeps_ledger:
             self.ledger = np.empty((len(self.tiers) + 2, view.heads, view.n_queries, 2), np.float32)
             call[LEDGER] = self.ledger.ctypes.data
+        elif self.ledger is not None:
+            self.ledger, call[LEDGER] = None, 0
         return call
 
     def _begin_call(self, heads: int) -> Int64:
@@ -244,8 +245,8 @@ class LayerCache:
         most = max(side.parts * side.limbs for layout in layouts for side in (layout.k, layout.v))
         call = empty_call(heads, layouts[0].n_kv_heads, layouts[0].width, most)
         call[FRESH], call[N_SEGMENTS], call[N_SINKS] = 1, len(self.tiers) + 2, self.sinks
-        block, policy = block_size(self.head_dim), self.policy
-        call[HEAD_DIM], call[K_BLOCK], call[V_BLOCK] = self.head_dim, block * policy.rotate_k, block * policy.rotate_v
+        call[HEAD_DIM] = self.head_dim
+        call[K_BLOCK], call[V_BLOCK] = (block_size(self.head_dim) * rotates for rotates in self.policy.rotates)
         call[OPTIONS] = self._options.ctypes.data
         call[SEGMENTS : SEGMENTS + 2] = self._sink_addresses
         return call
@@ -265,17 +266,21 @@ class LayerCache:
             NumericalError: a tile that cannot be quantized.
 
         """
-        found, jobs = False, self._jobs
+        jobs = self._jobs
         assert jobs is not None
+        again: set[int] = set()  # tiles whose source is quantized once more: their jobs have seen no final one
         for (i, t), job in zip(tiles, jobs, strict=True):
+            if t in again:
+                continue
             if job[IMPOSSIBLE_AT:].any():
                 why = "a number or a range is beyond its type, or not a number"
                 raise NumericalError(f"tile {t} cannot be quantized: {why}; {_WIDER}")
-            found |= widen_as_found(self.tiers[i], t, job)
-        if not found:
+            if widen_as_found(self.tiers[i], t, job):
+                again.add(t)
+        if not again:
             kinds = [(x.layout.k_kind, x.layout.v_kind) for x in (self.recent, *self.tiers)]
             self.tiles_quantized += sum(kinds[i] != kinds[i + 1] for i, _ in tiles)  # else tiles are only copied
-        return found
+        return bool(again)
 
     def _first_seen(self, position: int) -> int:
         """The first tile that a sliding window leaves in sight of any query that may still come."""

@@ -15,6 +15,7 @@ from ..models.errors import UsageError
 from ..models.limits import MAX_LAYERS, MAX_OVERRIDES, MAX_POLICY_BYTES
 from .policy_fields import (
     BITS,
+    DENSE_BITS,
     MAX_ROLLBACK,
     MAX_SINKS,
     MAX_TIERS,
@@ -53,7 +54,10 @@ class CachePolicy:
         k_axis, v_axis: which have scales of their own: "channel" or "token".
         k_group, v_group: by token, channels that share a scale, a multiple of 16 up to 256; 0 for the layout's default. By
             channel it is the tile, which is kept as 0.
-        rotate_k, rotate_v: whether keys (and queries), or values, are kept Hadamard-rotated.
+        rotate_k, rotate_v: whether keys (and queries), or values, are kept Hadamard-rotated; only where a tier has codes of
+            them.
+        scales: how scales and minima of codes under 8 bits are found: "fit", by least squares, or "range", the smallest and
+            the largest value (kernels/quantize.py).
         rollback: tokens that a session can always be taken back by.
         older: further tiers of age, youngest first, at most 3; each begins ``after`` more tokens than the one before.
         overrides: what is otherwise in some layers; of two that name a field for a layer the later one counts. They must
@@ -74,8 +78,9 @@ class CachePolicy:
     v_axis: str = SIDE_AXES["v"]
     k_group: int = 0
     v_group: int = 0
-    rotate_k: bool = False
-    rotate_v: bool = False
+    rotate_k: bool = True
+    rotate_v: bool = True
+    scales: str = "fit"
     rollback: int = 0
     older: tuple[Tier, ...] = ()
     overrides: tuple[Override, ...] = ()
@@ -124,7 +129,7 @@ class CachePolicy:
     @classmethod
     def full(cls) -> "CachePolicy":
         """Everything in float32: no token is ever rounded."""
-        return cls(window=0, sinks=0, k_bits=32, v_bits=32, dense="f32")
+        return cls(**named("f32"))
 
     # --- as text -------------------------------------------------------------------------------------------------
 
@@ -151,8 +156,6 @@ class CachePolicy:
     def __str__(self) -> str:
         """The canonical one-line form: ``parse`` reads it back, and ``digest`` is made of it."""
         named_fields = self._fields()
-        if not (self.rotate_k or self.rotate_v):
-            del named_fields["rotate_k"], named_fields["rotate_v"]
         if not self.rollback:
             del named_fields["rollback"]
         return one_line(named_fields)
@@ -212,6 +215,12 @@ class CachePolicy:
     def tiers(self) -> tuple[Tier, ...]:
         """All old tiers, youngest first: the policy's own, after the window, then ``older``."""
         return Tier(self.window, **{name: getattr(self, name) for name in SIDES}), *self.older
+
+    @property
+    def rotates(self) -> tuple[bool, bool]:
+        """Whether keys, and values, are kept rotated: it is of use to codes only."""
+        k, v = (any(getattr(tier, bits) not in DENSE_BITS for tier in self.tiers) for bits in ("k_bits", "v_bits"))
+        return self.rotate_k and k, self.rotate_v and v
 
     def for_layer(self, layer: int, n_layers: int) -> "CachePolicy":
         """The policy of one layer of a model, without overrides.
@@ -302,7 +311,7 @@ class CachePolicy:
 
 PRESETS = {
     "full": CachePolicy.full(),
-    "f16": CachePolicy(window=0, sinks=0, k_bits=16, v_bits=16),
+    "f16": CachePolicy(**named("f16")),
     "balanced": CachePolicy(),
     "small": CachePolicy(k_bits=3, v_bits=3, v_group=32),
     "tiny": CachePolicy(older=(Tier(1024, k_bits=3, v_bits=2, v_group=32), Tier(4096, k_bits=2, v_bits=2, v_group=32))),

@@ -18,6 +18,7 @@ MAX_WINDOW = 1 << 24
 MAX_SINKS = 1 << 16
 MAX_ROLLBACK = 1 << 24
 MAX_TIERS = 4
+SCALES = ("fit", "range")
 ROTATIONS = {"none": (False, False), "k": (True, False), "v": (False, True), "kv": (True, True)}
 
 SIDE_AXES = {"k": "channel", "v": "token"}  # K or V, and the axis of its scales unless a policy says otherwise
@@ -26,13 +27,13 @@ _RANGES = {
     "window": (0, MAX_WINDOW), "sinks": (0, MAX_SINKS), "rollback": (0, MAX_ROLLBACK), "after": (0, MAX_WINDOW),
 }  # fmt: skip
 _CHOICES: dict[str, Sequence[Any]] = {
-    "k_bits": BITS, "v_bits": BITS, "tile": TILES, "dense": DENSE_NAMES, "k_axis": AXES, "v_axis": AXES,
+    "k_bits": BITS, "v_bits": BITS, "tile": TILES, "dense": DENSE_NAMES, "scales": SCALES, "k_axis": AXES, "v_axis": AXES,
     "k_group": range(0, MAX_HEAD_DIM + 1, LANES), "v_group": range(0, MAX_HEAD_DIM + 1, LANES),
 }  # fmt: skip
 # The fields of a policy that hold one number, name or truth, in its order
 SCALARS = (
     "window", "sinks", "k_bits", "v_bits", "tile", "dense", "k_axis", "v_axis", "k_group", "v_group",
-    "rotate_k", "rotate_v", "rollback",
+    "rotate_k", "rotate_v", "scales", "rollback",
 )  # fmt: skip
 _OVERRIDABLE = (*(name for name in SCALARS if name != "rollback"), "older")
 

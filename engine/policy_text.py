@@ -4,7 +4,7 @@ The one-line form is words of key=value, in any order, a key once:
 
     sinks=4 recent=128:f16 tile=64 old=k4c/v4t64     window and dense; the tiles; a tier
     old=512:k8c/v8t old=k4c/v2t32                    two tiers: tokens are sure to stay in the first to the age of 512
-    rot=kv rollback=64                               what is rotated; how far a session can go back
+    rot=kv scales=fit rollback=64                    what is rotated; how scales are found; how far a session can go back
     layers=0..1+-2..-1[old=k8c/v8t]                  what is otherwise in some layers, in the same words
 
 k4c are keys of 4 bits with scales by channel, v4t64 values with scales by token, one for 64 channels (none named: the
@@ -23,7 +23,7 @@ from ..models.limits import MAX_POLICY_CHARS
 from .policy_fields import BITS, DENSE_BITS, DENSE_NAMES, ROTATIONS, SCALARS, SIDE_AXES, SIDES, Override, Tier
 
 SUFFIXES = ("window", "sinks", "tile", "dense")  # of short names
-KEYS = ("sinks", "recent", "tile", "old", "rot", "rollback", "layers")
+KEYS = ("sinks", "recent", "tile", "old", "rot", "scales", "rollback", "layers")
 _WORD = re.compile(r"([a-z_]+)=([^\s\[\]]*)(?:\[([^\[\]]*)\])?(?:\s+|$)")
 _FORMAT = re.compile("k([0-9]+)([ct]?)([0-9]*)/v([0-9]+)([ct]?)([0-9]*)")
 _AXES = {"c": "channel", "t": "token"}
@@ -170,7 +170,9 @@ def named(name: str) -> dict[str, Any]:
     """The fields that a short name stands for: a dense type alone, or like "k4v2"; none for what is no name."""
     if name in DENSE_NAMES:
         bits = 32 if name == "f32" else 16
-        return {"window": 0, "sinks": 0, "k_bits": bits, "v_bits": bits, "dense": name}
+        return {
+            "window": 0, "sinks": 0, "k_bits": bits, "v_bits": bits, "dense": name, "rotate_k": False, "rotate_v": False,
+        }  # fmt: skip
     codes = re.fullmatch("k([0-9]+)v([0-9]+)", name)
     return {} if codes is None else {"k_bits": number(codes[1]), "v_bits": number(codes[2])}
 

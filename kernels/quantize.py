@@ -53,7 +53,10 @@ Int64 = NDArray[np.int64]
 # became of K and of V
 SOURCE, TARGET = 0, ADDRESSES
 SOURCE_GEOMETRY, TARGET_GEOMETRY, DEAD, FITTED = range(2 * ADDRESSES, 2 * ADDRESSES + 4)
-TOO_WIDE_AT, IMPOSSIBLE_AT = FITTED + 1, FITTED + 3  # not 0 for K, one further for V, where float16, or nothing, would do
+TOO_WIDE_AT, IMPOSSIBLE_AT = (
+    FITTED + 1,
+    FITTED + 3,
+)  # not 0 for K, one further for V, where float16, or nothing, would do
 JOB_FIELDS = FITTED + 5
 FINE, TOO_WIDE, IMPOSSIBLE = range(3)
 
@@ -90,7 +93,12 @@ def narrow(x: Float32, kind: int) -> NDArray[np.generic]:
 
 
 def quantize_tile(
-    source: Bytes, dense: TileLayout, target: TileLayout, dead: int = 0, page: Bytes | None = None, slot: int = 0,
+    source: Bytes,
+    dense: TileLayout,
+    target: TileLayout,
+    dead: int = 0,
+    page: Bytes | None = None,
+    slot: int = 0,
     fitted: bool = False,
 ) -> Bytes:
     """A tile in the layout ``target`` from one in the layout ``dense`` of the same heads, head_dim and tile.
@@ -371,7 +379,10 @@ def _unpack(is_k, side, codes, params, width, tile, pairs, scales, values):  # t
 
 @inner
 def _store_dense(values, lanes, steps, kind, row_stride, target):  # type: ignore[no-untyped-def]
-    """Values [lanes/16][steps][16] as numbers, ``row_stride`` bytes from one step to the next; FINE, or IMPOSSIBLE."""
+    """Values [lanes/16][steps][16] as numbers, ``row_stride`` bytes from one step to the next.
+
+    FINE, or IMPOSSIBLE where a finite one has become infinite. What was infinite or NaN before keeps its place.
+    """
     size, lost = 4 if kind == F32 else 2, simd.splat(np.float32(0))
     for block in range(lanes // LANES):
         for step in range(steps):
@@ -386,8 +397,9 @@ def _store_dense(values, lanes, steps, kind, row_stride, target):  # type: ignor
             else:
                 simd.store_f16(at, x)
                 y = simd.load_f16(at)
-            lost = simd.add(lost, simd.sub(y, y))  # NaN where it has become infinite, or was
-    return IMPOSSIBLE if simd.sum_lanes(lost) != 0 else FINE
+            lost = simd.larger(simd.sub(x, y), lost)  # infinite where y has become so, NaN, and dropped, where x was so
+            lost = simd.larger(simd.sub(y, x), lost)
+    return IMPOSSIBLE if np.isinf(simd.max_lanes(lost)) else FINE
 
 
 @inner

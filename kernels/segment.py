@@ -201,6 +201,8 @@ class TileStore:
         held = self._held
         if tile > held.first:
             kept = {number: page for number, page in held.pages.items() if number >= tile // self.layout.page_tiles}
+            if tile > held.stop:
+                kept = {}  # what tiles before the gap have taken up is free at once
             wide = {key: room for key, room in held.wide.items() if key[0] >= tile}
             written = held.written if held.stop >= tile else tile
             table, address = _addressed(np.roll(held.table, held.first - tile, axis=0))
@@ -227,6 +229,7 @@ class TileStore:
         page = layout.empty_page()
         first = max(number * layout.page_tiles, held.first)
         stop = min((number + 1) * layout.page_tiles, held.stop)
+        written = max(held.written, first) if first == held.first else held.written
         for view, side in itertools.product((layout.params, layout.codes), (layout.k, layout.v)):
             slots = slice(first - number * layout.page_tiles, stop - number * layout.page_tiles)
             view(page, side)[:, slots] = view(held.pages[number], side)[:, slots]
@@ -238,8 +241,7 @@ class TileStore:
                     row[i] = address
         pages = {**held.pages, number: page}
         self._held = held._replace(
-            pages=pages, shared=held.shared - {number}, table=table, address=table.ctypes.data,
-            written=max(held.written, first),
+            pages=pages, shared=held.shared - {number}, table=table, address=table.ctypes.data, written=written
         )  # fmt: skip
 
     def fork(self) -> "TileStore":
@@ -307,7 +309,7 @@ def quantize(
 
     Raises:
         ValueError: bits, a tile, an axis or a group out of those named, or arrays that do not fit together.
-        OverflowError: values that are not finite, or whose range is not.
+        OverflowError: in codes, values that are not finite, or whose range is not; in 16 bits, finite ones beyond float16.
 
     """
     kinds = {**KIND_OF_BITS, 16: F16, 32: F32}
@@ -330,7 +332,7 @@ def quantize(
             jobs = np.array([seal_job(source, store, t, 0, fitted)])
             quantize_jobs(jobs, target)
             if jobs[0, IMPOSSIBLE_AT:].any():
-                raise OverflowError("a range of keys or values is beyond float32, or not a number")
+                raise OverflowError("a key, a value or a range of them is beyond its type, or not a number")
             if not widen_as_found(store, t, jobs[0]):
                 break
         source.forget_before(t + 1)

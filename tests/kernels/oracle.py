@@ -1,5 +1,6 @@
 """What the kernels are compared with, and how close they must come. Written from the documents, not from the kernels."""
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +10,10 @@ import ml_dtypes
 import numpy as np
 
 from mixkv.kernels import Segment, empty_state, flash_attention, quantize
-from mixkv.kernels.layout import BF16, F16, F32, KIND_OF_BITS, TileLayout
-from mixkv.kernels.quantize import quantize_tile, store_rows
+from mixkv.kernels.layout import BF16, F16, F32, K_PARAMS, KIND_OF_BITS, V_PARAMS, TileLayout
+from mixkv.kernels.quantize import IMPOSSIBLE_AT, quantize_jobs, quantize_tile, store_rows
 from mixkv.kernels.reference import reference_attention
-from mixkv.kernels.segment import TileStore
+from mixkv.kernels.segment import TileStore, seal_job, widen_as_found
 
 # Largest difference from float64 for standard-normal q and k and scale 1/sqrt(D), by operation and type of the keys. The
 # reference gets the very numbers that are stored, so what storing costs is no part of it. Outputs are relative to the
@@ -154,7 +155,13 @@ class Format:
     def coded(self, raw: np.ndarray, tile: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Codes of one head, and the scale and minimum of each code; all float64 (tile, width)."""
         first_code, _ = self.sizes(tile, width)
-        params, codes = raw[:first_code].view(np.float16).astype(np.float64), raw[first_code:]
+        return self.coded_with(raw[:first_code].view(np.float16), raw[first_code:], tile, width)
+
+    def coded_with(
+        self, params: np.ndarray, codes: np.ndarray, tile: int, width: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same of scales and minima, float16 or float32, and the bytes of codes."""
+        params = params.astype(np.float64)
         lanes, steps = (tile, width) if self.side == "k" else (width, tile)
         scales_along_lanes = (self.side == "k") == (self.axis == "token")
         length = (self.group(width) if self.side == "k" else tile) if scales_along_lanes else steps
@@ -267,6 +274,95 @@ def read_tiles(
     return np.concatenate([k for k, _ in pairs]), np.concatenate([v for _, v in pairs])
 
 
+@dataclass(frozen=True)
+class Row:
+    """A tile by its row of a table of addresses, from which scales of float32 are found too (odd addresses)."""
+
+    addresses: Sequence[int]  # of the first head: codes and scales of K, then of V
+    kinds: tuple[str, str]
+    tile: int
+    heads: int
+    head_dim: int
+    page_tiles: int
+    owner: Any  # of the memory
+
+    @property
+    def wide(self) -> tuple[bool, bool]:
+        """Whether the scales of K, and those of V, are float32."""
+        return self.addresses[K_PARAMS] % 2 == 1, self.addresses[V_PARAMS] % 2 == 1
+
+    def parts(self, side: int, head: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scales and minima, and the bytes of codes or numbers, of one head of K (0) or V (1)."""
+        sizes = part_sizes(self.kinds, self.tile, self.head_dim)
+        offset = head * self.page_tiles * sum(sizes)
+        codes, params = self.addresses[2 * side] + offset, self.addresses[2 * side + 1] + offset
+        size, dtype = sizes[2 * side], np.float16
+        if params % 2:
+            params, size, dtype = params - 1, 2 * size, np.float32
+        return bytes_at(params, size).view(dtype).copy(), bytes_at(codes, sizes[2 * side + 1]).copy()
+
+    def coded(self, side: int, head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Codes and the scale and minimum of each, all float64 (tile, head_dim)."""
+        form, width = formats(self.kinds)[side], padded_width(self.head_dim)
+        found = form.coded_with(*self.parts(side, head), self.tile, width)
+        return tuple(x[:, : self.head_dim] for x in found)
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """K and V, float64 (tile, Hkv, D)."""
+        both = []
+        for side, form in enumerate(formats(self.kinds)):
+            heads = []
+            for head in range(self.heads):
+                if form.kind in DTYPES:
+                    heads.append(form.read(self.parts(side, head)[1], self.tile, padded_width(self.head_dim)))
+                else:
+                    codes, scales, minima = self.coded(side, head)
+                    heads.append(codes * scales + minima)
+            both.append(np.stack(heads, axis=1)[..., : self.head_dim])
+        return both[0], both[1]
+
+
+def bytes_at(address: int, nbytes: int) -> np.ndarray:
+    """Memory at an address, uint8, as it is now and to be written to."""
+    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(int(address)), np.uint8)
+
+
+def store_row(store: TileStore, kinds: tuple[str, str], tile: int) -> Row:
+    """A tile that a store holds."""
+    layout = store.layout
+    shape = kinds, layout.tile, layout.n_kv_heads, layout.head_dim, layout.page_tiles
+    return Row(store.row(tile).tolist(), *shape, store)
+
+
+def dense_store(k: np.ndarray, v: np.ndarray, kind: str = "f32", tile: int = 64) -> TileStore:
+    """k, v (N, Hkv, D), N a multiple of the tile, as numbers, a page a tile."""
+    store = TileStore(layout_of((kind, kind), tile, *k.shape[1:]))
+    for first in range(0, len(k), tile):
+        store_rows(store.layout, store.place(store.stop)[0], 0, k[first : first + tile], v[first : first + tile])
+        store.append()
+    return store
+
+
+def seal(source: TileStore, kinds: tuple[str, str], dead: int = 0, page_tiles: int = 0) -> TileStore:
+    """All tiles of a store in the formats ``kinds``, with scales of float32 where they have to be; OverflowError."""
+    layout = source.layout
+    target = TileStore(
+        layout_of(kinds, layout.tile, layout.n_kv_heads, layout.head_dim, page_tiles or 512 // layout.tile)
+    )
+    for t in range(source.first, source.stop):
+        target.append()
+        for _ in range(2):
+            jobs = np.array([seal_job(source, target, t, dead if t == 0 else 0)])
+            quantize_jobs(jobs, target.layout)
+            if jobs[0, IMPOSSIBLE_AT:].any():
+                raise OverflowError
+            if not widen_as_found(target, t, jobs[0]):
+                break
+        else:
+            raise AssertionError("a second time was not enough")
+    return target
+
+
 def make_store(
     k: np.ndarray, v: np.ndarray, kinds: tuple[str, str], tile: int = 64, dead: int = 0, page_tiles: int = 0
 ) -> TileStore:
@@ -295,8 +391,8 @@ def store_tiles(store: TileStore, kinds: tuple[str, str]) -> list[np.ndarray]:
 
 def read_store(store: TileStore, kinds: tuple[str, str]) -> tuple[Any, Any]:
     """K and V of all tiles that a store holds, float64 (N, Hkv, D)."""
-    layout = store.layout
-    return read_tiles(store_tiles(store, kinds), kinds, layout.tile, layout.n_kv_heads, layout.head_dim)
+    pairs = [store_row(store, kinds, t).read() for t in range(store.first, store.stop)]
+    return np.concatenate([k for k, _ in pairs]), np.concatenate([v for _, v in pairs])
 
 
 def segment_tiles(segment: Segment, kinds: tuple[str, str], tile: int) -> list[np.ndarray]:
@@ -310,9 +406,15 @@ def segment_tiles(segment: Segment, kinds: tuple[str, str], tile: int) -> list[n
 
 def read_segment(segment: Segment, kinds: tuple[str, str], tile: int) -> tuple[Any, Any]:
     """K and V of a segment made by ``quantize``, float64 (N, Hkv, D)."""
-    tiles = segment_tiles(segment, kinds, tile)
-    k, v = read_tiles(tiles, kinds, tile, segment.n_kv_heads, segment.head_dim)
+    pairs = [row.read() for row in segment_rows(segment, kinds, tile)]
+    k, v = (np.concatenate(x) for x in zip(*pairs, strict=True))
     return k[: segment.stop], v[: segment.stop]
+
+
+def segment_rows(segment: Segment, kinds: tuple[str, str], tile: int) -> list[Row]:
+    """The tiles of a segment made by ``quantize``, by their addresses."""
+    shape = kinds, tile, segment.n_kv_heads, segment.head_dim, 512 // tile, segment.owner
+    return [Row(segment.table[t].tolist(), *shape) for t in range(-(-segment.stop // tile))]
 
 
 # --- A call and what it must give ----------------------------------------------------------------------------------------

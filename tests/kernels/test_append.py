@@ -7,10 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixkv.kernels.append import store_rows_of
+from mixkv.kernels.append import store_rows_of, store_share
+from mixkv.kernels.hadamard import block_size
 from mixkv.kernels.segment import Segment, TileStore, segment_of_arrays
 from mixkv.kernels.tables import (
     CALL_FIELDS,
+    HEAD_DIM,
+    K_BLOCK,
     LOST,
     N_HEADS,
     N_KV_HEADS,
@@ -21,6 +24,7 @@ from mixkv.kernels.tables import (
     Q_STRIDE,
     ROW_WIDTH,
     SEGMENTS,
+    V_BLOCK,
 )
 
 from .oracle import DTYPES, layout_of, normal, padded_width, page_tile, read_tiles
@@ -59,18 +63,29 @@ class Dense:
         self.want = np.zeros((2, positions, self.heads, self.head_dim))
         self.want_sinks = np.zeros((2, self.sinks, self.heads, self.head_dim))
 
-    def append(self, kv: np.ndarray, position: int) -> bool:
-        """Store keys and values, float32 (2, T, heads, head_dim), from a position on; what is said of lost numbers."""
-        width, t = padded_width(self.head_dim), kv.shape[1]
-        rows = np.concatenate([np.full((t, QUERIES, self.head_dim), 1e30, np.float32), *kv], axis=1)
-        rows = np.pad(rows, ((0, 0), (0, 0), (0, width - self.head_dim)))
-        before = rows.tobytes()
+    def rows_of(self, kv: np.ndarray) -> np.ndarray:
+        """Keys and values, float32 (2, T, heads, head_dim), behind queries, padded."""
+        queries = np.full((kv.shape[1], QUERIES, self.head_dim), 1e30, np.float32)
+        rows = np.concatenate([queries, *kv], axis=1)
+        return np.pad(rows, ((0, 0), (0, 0), (0, padded_width(self.head_dim) - self.head_dim)))
+
+    def call(self, rows: np.ndarray, position: int) -> np.ndarray:
+        """The call that stores rows from a position on."""
+        width, t = padded_width(self.head_dim), len(rows)
         call = np.zeros(CALL_FIELDS, np.int64)
+        call[HEAD_DIM] = self.head_dim
         call[N_HEADS], call[N_KV_HEADS], call[ROW_WIDTH], call[N_SEGMENTS] = QUERIES, self.heads, width, 3
         call[N_SINKS] = self.sinks
         call[N_QUERIES], call[Q_STRIDE], call[POSITION] = t, rows.strides[0], position
         call[SEGMENTS : SEGMENTS + 2] = self.segment.table.ctypes.data, self.segment.geometry.ctypes.data
         call[SEGMENTS + 4 : SEGMENTS + 6] = self.store.addresses()
+        return call
+
+    def append(self, kv: np.ndarray, position: int) -> bool:
+        """Store keys and values, float32 (2, T, heads, head_dim), from a position on; what is said of lost numbers."""
+        t, rows = kv.shape[1], self.rows_of(kv)
+        before = rows.tobytes()
+        call = self.call(rows, position)
         store_rows_of(call, rows)
         assert rows.tobytes() == before and call[LOST] in (0, 1)
         with np.errstate(over="ignore"):
@@ -183,4 +198,79 @@ def test_infinity_and_nan_keep_their_place(kind: str) -> None:
 def test_no_token_is_no_change() -> None:
     dense = Dense("f16", 32, 2, 16, 2, 5)
     assert not dense.append(np.zeros((2, 0, 2, 16), np.float32), 3)
+    dense.check()
+
+
+# --- Workers, and rotation -----------------------------------------------------------------------------------------------
+
+
+def by_workers(dense: Dense, rows: np.ndarray, position: int, workers: int, blocks: tuple[int, int]) -> bool:
+    """Store rows share by share, the last worker's first; what is said of lost numbers."""
+    call = dense.call(rows, position)
+    call[K_BLOCK], call[V_BLOCK] = blocks
+    for worker in reversed(range(workers)):
+        store_share.function(call.ctypes.data, worker, workers, 0, rows.ctypes.data, 0, 0, 0, 0)
+    return bool(call[LOST])
+
+
+def contents(dense: Dense) -> list[bytes]:
+    """Every byte of the tiles and of the sinks."""
+    pages = {id(page): page for page in (dense.store.place(t)[0] for t in range(dense.store.first, dense.store.stop))}
+    return [x.tobytes() for x in (*pages.values(), *dense.sink)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    SHAPES, st.integers(0, 200), st.integers(0, 150), st.integers(2, 5), st.booleans(), st.booleans(),
+    st.integers(0, 2**32),
+)  # fmt: skip
+def test_shares_of_workers_add_up_to_what_one_stores(
+    shape: tuple, position: int, count: int, workers: int, rotate_k: bool, rotate_v: bool, seed: int
+) -> None:
+    """Bit for bit, queries too, in any order; every row is rotated once."""
+    kind, tile, heads, d, sinks = shape
+    rng = np.random.default_rng(seed)
+    kv, blocks = normal(rng, 2, count, heads, d), (block_size(d) * rotate_k, block_size(d) * rotate_v)
+    found = []
+    for share in (1, workers):
+        dense = Dense(kind, tile, heads, d, sinks, max(1, position + count))
+        rows = dense.rows_of(kv)
+        rows[:, :QUERIES, :d] = normal(np.random.default_rng(seed), count, QUERIES, d)
+        assert not by_workers(dense, rows, position, share, blocks)
+        found.append([rows.tobytes(), *contents(dense)])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("row", [0, 16, 39])
+def test_a_lost_number_is_told_whichever_worker_meets_it(workers: int, row: int) -> None:
+    dense = Dense("f16", 32, 2, 20, 2, 40)
+    kv = np.ones((2, 40, 2, 20), np.float32)
+    kv[1, row, 1, 19] = 1e6
+    assert by_workers(dense, dense.rows_of(kv), 0, workers, (0, 0))
+
+
+@pytest.mark.parametrize("rotate", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("d", [2, 6, 16, 20, 48, 64, 96, 112, 128, 250])
+def test_what_is_rotated_is_so_in_place_and_stored_so(rotate: tuple[bool, bool], d: int) -> None:
+    """Queries with keys, values by themselves; padding stays zero. The matrix is that of Sylvester, block by block."""
+    rng = np.random.default_rng(d)
+    heads, count, position = 2, 40, 3
+    dense = Dense("f32", 32, heads, d, 5, position + count)
+    kv, q = normal(rng, 2, count, heads, d), normal(rng, count, QUERIES, d)
+    rows = dense.rows_of(kv)
+    rows[:, :QUERIES, :d] = q
+    by_workers(dense, rows, position, 1, (block_size(d) * rotate[0], block_size(d) * rotate[1]))
+    n = next(2**i for i in reversed(range(9)) if d % 2**i == 0)
+    block = np.array([[(-1.0) ** (i & j).bit_count() for j in range(n)] for i in range(n)]) / np.sqrt(n)
+    turned = np.kron(np.eye(d // n), block)
+    wanted = [x @ turned if yes else x for x, yes in zip((q, *kv), (rotate[0], *rotate), strict=True)]
+    assert not rows[..., d:].any()
+    found = rows[:, :QUERIES, :d], rows[:, QUERIES : QUERIES + heads, :d], rows[:, QUERIES + heads :, :d]
+    for own, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(own, want, rtol=0, atol=4e-6)
+    for own, yes, before in zip(found, (rotate[0], *rotate), (q, *kv), strict=True):
+        assert yes or np.array_equal(own, before)
+    dense.want[:, position : position + count] = np.stack(found[1:])
+    dense.want_sinks[:, position:5] = np.stack(found[1:])[:, :2]
     dense.check()

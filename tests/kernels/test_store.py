@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from mixkv.kernels.layout import F16, F32, K_CODES, K_PARAMS, V_CODES, V_PARAMS, TileLayout, aligned_zeros
 from mixkv.kernels.quantize import narrow, quantize_tile, store_rows
 from mixkv.kernels.segment import TileStore
-from mixkv.kernels.tables import FIRST_TILE
 
+from .held import Held
 from .oracle import (
     CODED,
     DTYPES,
@@ -23,7 +24,6 @@ from .oracle import (
     part_sizes,
     read_tile,
     read_tiles,
-    store_tiles,
 )
 
 # --- The layout of a page ------------------------------------------------------------------------------------------------
@@ -171,14 +171,43 @@ def page_tile_of_copy(page: np.ndarray, slot: int, kinds: tuple[str, str]) -> np
 
 
 @pytest.mark.parametrize("source_kind", DTYPES)
-def test_the_bytes_of_a_dense_tile_of_the_same_formats_are_kept(source_kind: str) -> None:
+def test_the_numbers_of_a_dense_tile_of_the_same_formats_are_kept(source_kind: str) -> None:
+    """Bit for bit, subnormal numbers and infinities among them; what is not a number stays none, whatever its bits."""
     rng = np.random.default_rng(13)
     kinds = (source_kind, source_kind)
     layout, target = layout_of(kinds, 64, 2, 20), layout_of(kinds, 64, 2, 20, 8)
     source, page = layout.empty_page(), target.empty_page()
-    source[:] = rng.integers(0, 256, source.shape, np.uint8)  # infinities and what is not a number among them
+    source[:] = rng.integers(0, 256, source.shape, np.uint8)
+    numbers = source.view(DTYPES[source_kind])
+    numbers[::7], numbers[1::7] = np.inf, -np.inf
     quantize_tile(source, layout, target, 0, page, 5)
-    np.testing.assert_array_equal(page_tile(page, 5, kinds, 64, 2, 20), source)
+    found = page_tile(page, 5, kinds, 64, 2, 20)
+    nan = np.isnan(numbers.astype(np.float32))
+    assert nan.any() and np.isnan(found.view(DTYPES[source_kind]).astype(np.float32)[nan]).all()
+    kept = np.repeat(~nan, numbers.itemsize)
+    np.testing.assert_array_equal(found[kept], source[kept])
+
+
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize(("kind", "largest", "beyond"), [("f16", 65519.996, 65520.0), ("bf16", 3.38e38, 3.4e38)])
+def test_a_finite_number_that_would_become_infinite_is_refused_wherever_it_is(
+    part: int, kind: str, largest: float, beyond: float
+) -> None:
+    """Beside infinities and NaN, which a dense tile keeps as an array does."""
+    dense, target = layout_of(("f32", "f32"), 32, 2, 20), layout_of((kind, kind), 32, 2, 20)
+    rng = np.random.default_rng(15)
+    for sign in (1, -1):
+        x = normal(rng, 2, 32, 2, 20)
+        x[:, 3, 1, 2:7], x[:, 4, 0, 3] = [np.inf, -np.inf, np.nan, sign * largest, 1e-30], np.nan
+        source = dense.empty_page()
+        store_rows(dense, source, 0, *x)
+        with np.errstate(over="ignore"):
+            want = x.astype(DTYPES[kind]).astype(np.float64)
+        np.testing.assert_array_equal(read_tile(quantize_tile(source, dense, target), (kind, kind), 32, 2, 20), want)
+        x[part, rng.integers(5, 32), rng.integers(2), rng.integers(20)] = sign * beyond
+        store_rows(dense, source, 0, *x)
+        with pytest.raises(OverflowError):
+            quantize_tile(source, dense, target)
 
 
 def test_a_tile_starts_on_a_cache_line() -> None:
@@ -195,63 +224,10 @@ def test_a_layout_of_another_tile_is_refused() -> None:
 # --- The store of tiles --------------------------------------------------------------------------------------------------
 
 
-class Held:
-    """What a store of tiles of 32 tokens, one head and head_dim 16 has to hold: a number written all over each tile."""
-
-    kinds = ("q4", "q4")
-
-    def __init__(self, page_tiles: int) -> None:
-        self.store = TileStore(layout_of(self.kinds, 32, 1, 16, page_tiles))
-        self.first = 0
-        self.numbers: list[int] = []
-        self.written = 0
-
-    @property
-    def stop(self) -> int:
-        return self.first + len(self.numbers)
-
-    def write_next(self) -> int:
-        """Write to the place of the next tile, which is not held by that."""
-        self.written = self.written % 255 + 1
-        page, slot = self.store.place(self.store.stop)
-        layout = self.store.layout
-        for side in (layout.k, layout.v):
-            layout.codes(page, side)[:, slot] = self.written
-            layout.params(page, side)[:, slot] = self.written
-        return self.written
-
-    def append(self) -> None:
-        number = self.write_next()
-        self.store.append()
-        self.numbers.append(number)
-
-    def assert_holds(self) -> None:
-        """Everything that can be asked of the store says: these tiles, from this one on."""
-        store, layout = self.store, self.store.layout
-        count = len(self.numbers)
-        assert (store.first, store.stop, store.nbytes) == (self.first, self.stop, count * layout.nbytes)
-        for number, raw in zip(self.numbers, store_tiles(store, self.kinds), strict=True):
-            assert raw.size == layout.nbytes and (raw == number).all()
-        segment = store.segment(self.first * 32, self.first * 32 + 5)
-        assert (segment.start, segment.stop) == (self.first * 32, self.first * 32 + 5)
-        assert segment.geometry[FIRST_TILE] == self.first
-        # The pages are those of the tiles held, in order.
-        pages: dict[int, np.ndarray] = {}
-        for i, t in enumerate(range(self.first, self.stop)):
-            page, slot = store.place(t)
-            assert pages.setdefault(t // layout.page_tiles, page) is page and slot == t % layout.page_tiles
-            offsets = part_offsets(self.kinds, 32, 16, layout.page_tiles, 0, slot)
-            row = segment.table[i]
-            assert row[[K_PARAMS, K_CODES, V_PARAMS, V_CODES]].tolist() == [page.ctypes.data + at for at in offsets]
-        if len(segment.owner) > len(pages):  # the next tile has been written to, in a page that holds no other
-            pages[self.stop // layout.page_tiles] = store.place(self.stop)[0]
-        assert all(a is b for a, b in zip(segment.owner, pages.values(), strict=True))
-
-
 STEPS = ("append", "append", "write", "before", "from")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.sampled_from((1, 3, 16)), st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 40)), max_size=12)
 )  # fmt: skip
@@ -265,13 +241,88 @@ def test_a_store_holds_what_was_appended_and_not_forgotten(page_tiles: int, step
         elif step == "write":  # what is written and not held is as if it had not been
             held.write_next()
         elif step == "before":
-            held.store.forget_before(number)
-            held.numbers = held.numbers[max(0, number - held.first) :]
-            held.first = max(held.first, number)
+            held.forget_before(number)
         else:
-            held.store.forget_from(number)
-            held.numbers = held.numbers[: max(0, number - held.first)]
+            held.forget_from(number)
         held.assert_holds()
+
+
+class Forks(RuleBasedStateMachine):
+    """Up to three stores, forks of one another, each of which holds what was written to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stores: list[Held] = []
+
+    @initialize(page_tiles=st.sampled_from((1, 3, 16)), count=st.integers(0, 7))
+    def begin(self, page_tiles: int, count: int) -> None:
+        self.stores = [Held(page_tiles)]
+        self.append(0, count)
+
+    def store(self, which: int) -> Held:
+        return self.stores[which % len(self.stores)]
+
+    @rule(which=st.integers(0, 2))
+    def fork(self, which: int) -> None:
+        """A fourth takes the place of the first."""
+        self.stores = [*self.stores, self.store(which).fork()][-3:]
+
+    @rule(which=st.integers(0, 2), count=st.integers(1, 5))
+    def append(self, which: int, count: int) -> None:
+        for _ in range(count):
+            self.store(which).append()
+
+    @rule(which=st.integers(0, 2))
+    def write(self, which: int) -> None:
+        self.store(which).write_next()
+
+    @rule(which=st.integers(0, 2), place=st.integers(-2, 3))
+    def own(self, which: int, place: int) -> None:
+        self.store(which).own(max(0, self.store(which).stop - place))
+
+    @rule(which=st.integers(0, 2), place=st.integers(0, 20), side=st.integers(0, 1))
+    def widen(self, which: int, place: int, side: int) -> None:
+        held = self.store(which)
+        if held.numbers:
+            held.widen(held.first + place % len(held.numbers), side)
+
+    @rule(which=st.integers(0, 2), more=st.integers(0, 6))
+    def forget_before(self, which: int, more: int) -> None:
+        self.store(which).forget_before(self.store(which).first + more)
+
+    @rule(which=st.integers(0, 2), count=st.integers(0, 6))
+    def forget_from(self, which: int, count: int) -> None:
+        self.store(which).forget_from(max(0, self.store(which).stop - count))
+
+    @invariant()
+    def each_holds_its_own(self) -> None:
+        for held in self.stores:
+            held.assert_holds()
+
+
+Forks.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+TestForks = Forks.TestCase
+
+
+def test_bytes_in_use_are_told_as_pages_are_copied_and_dropped() -> None:
+    """A copy of a later page takes nothing from the first; a gap drops the page before it; what is copied is held alone."""
+    held = Held(4)
+    for _ in range(8):
+        held.append()
+    held.forget_before(2)
+    one = held.nbytes() // 8
+    assert held.store.nbytes == 8 * one
+    other = held.fork()
+    other.own(5)
+    other.own(1)
+    assert (held.store.nbytes, other.store.nbytes) == (8 * one, 6 * one)
+    held.own(6)
+    assert held.store.nbytes == 8 * one
+    held.forget_before(9)
+    assert held.store.nbytes == 0 and held.store.segment(9 * 32, 9 * 32).owner == []
+    held.append()
+    for store in (held, other):
+        store.assert_holds()
 
 
 def test_a_segment_keeps_its_pages_alive() -> None:
