@@ -16,6 +16,7 @@ Keys, and queries with them, or values may be rotated (kernels/hadamard.py); the
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numba
 import numpy as np
@@ -23,9 +24,9 @@ from numpy.typing import NDArray
 
 from ..kernels.attention import attend_segments
 from ..kernels.flash import empty_call, n_parts
-from ..kernels.hadamard import block_size
-from ..kernels.layout import DENSE_DTYPES
-from ..kernels.quantize import IMPOSSIBLE_AT, Float32, narrow
+from ..kernels.hadamard import block_size, rotated
+from ..kernels.layout import DENSE_DTYPES, F32, Q8
+from ..kernels.quantize import IMPOSSIBLE_AT, Float32, narrow, quantize_jobs, store_rows
 from ..kernels.segment import Int64, TileStore, seal_job, segment_of_arrays, widen_as_found
 from ..kernels.simd import LANES
 from ..kernels.state import pad_last_axis
@@ -55,7 +56,7 @@ from ..kernels.tables import (
     STEP,
     V_BLOCK,
 )
-from ..models.errors import NumericalError
+from ..models.errors import NumericalError, UsageError
 from .policy import DENSE, CachePolicy
 
 _WIDER = "use a policy with dense='f32' and k_bits and v_bits of 32"
@@ -323,6 +324,24 @@ class LayerCache:
         if position % tile:
             self.recent.own(position // tile)
 
+    def fill_sinks(self, k: NDArray[np.generic], v: NDArray[np.generic]) -> None:
+        """Set the sinks, both (sinks, n_kv_heads, width) in the dtype of the dense parts."""
+        self.sink_k[:], self.sink_v[:] = k, v
+
+    def check_spans(self, spans: list[tuple[int, int]], position: int) -> None:
+        """UsageError where recent and tiers with these first and last + 1 tiles could not go on at ``position``."""
+        tile, reach = self.policy.tile, math.inf if self.sliding_window is None else self.sliding_window
+        fits = spans[0][1] == -(-position // tile)
+        for i, reached in enumerate(self.in_reach):
+            (source_first, _), (first, stop) = spans[i], spans[i + 1]
+            sealed = self.policy.boundary(position - 1, i) // tile
+            fits &= not reached or (source_first <= stop and sealed <= stop <= max(position // tile, first))
+        for (first, stop), age in zip(spans, [*self.ages[:, 0].tolist(), math.inf], strict=True):
+            fits &= 0 <= first <= stop <= position + 1
+            fits &= first == 0 or first * tile + max(min(age, reach), 1) - 1 <= position  # s. ``lowest``
+        if not fits:
+            raise UsageError(f"a cache at position {position} cannot hold the tiles {spans}")
+
     def fork(self) -> "LayerCache":
         """A cache of the same tokens, which shares what neither of the two will write to."""
         other = LayerCache.__new__(LayerCache)
@@ -333,6 +352,103 @@ class LayerCache:
         for cache in (self, other):
             cache.recent.own(cache.recent.stop - 1)
         return other
+
+    def values(self, start: int, stop: int, *, as_held: bool = False) -> tuple[Float32, Float32, NDArray[np.bool_]]:
+        """Keys and values of positions, as exactly as they are held, and which of them are codes only.
+
+        Args:
+            start, stop: the first position, and one past the last.
+            as_held: leave what is rotated so.
+
+        Returns:
+            k, v: float32 (stop - start, n_kv_heads, head_dim); coded: bool (stop - start,). Positions that a sliding window
+            has left behind are zeros.
+
+        """
+        layout, tile = self.recent.layout, self.policy.tile
+        wide = TileStore(replace(layout, k_kind=F32, v_kind=F32))
+        found = np.zeros((2, stop - start, layout.n_kv_heads, self.head_dim), np.float32)
+        coded = np.zeros(stop - start, bool)
+        for t in range(start // tile, -(-stop // tile)):
+            stores = [store for store in (self.recent, *self.tiers) if store.first <= t < store.stop]
+            if not stores:
+                continue
+            wide.forget_before(t)
+            wide.append()
+            quantize_jobs(np.array([seal_job(stores[0], wide, t, 0, False)]), wide.layout)
+            page, _ = wide.place(t)
+            here = slice(max(start - t * tile, 0), min(stop - t * tile, tile))
+            there = slice(t * tile + here.start - start, t * tile + here.stop - start)
+            found[0, there] = wide.layout.dense_k(page)[:, 0, : self.head_dim, here].transpose(2, 0, 1)
+            found[1, there] = wide.layout.dense_v(page)[:, 0, here, : self.head_dim].transpose(1, 0, 2)
+            coded[there] = max(stores[0].layout.k_kind, stores[0].layout.v_kind) >= Q8
+        sinks = min(self.sinks, stop)
+        if start < sinks:
+            for x, kept in zip(found, (self.sink_k, self.sink_v), strict=True):
+                x[: sinks - start] = kept[start:sinks, :, : self.head_dim]
+            coded[: sinks - start] = False
+        k, v = (rotated(x) if y and not as_held else x for x, y in zip(found, self.policy.rotates, strict=True))
+        return k, v, coded
+
+    def take_over(self, other: "LayerCache", position: int) -> dict[str, int]:
+        """Fill this cache, which is empty, with what another one of the same model holds; see ``Session.retier``."""
+        tile, layout = self.policy.tile, self.recent.layout
+        found = {"requantized": 0, "not_restored": 0}
+        turned_alike = self.policy.rotates == other.policy.rotates
+        alike = turned_alike and tile == other.policy.tile
+        for t in range(self._first_seen(position), -(-position // tile)):
+            start, stop = t * tile, min((t + 1) * tile, position)
+            *kv, coded = other.values(start, stop, as_held=turned_alike)
+            k, v = (rotated(x) if y and not turned_alike else x for x, y in zip(kv, self.policy.rotates, strict=True))
+            if not self.recent.stop:
+                self.recent.forget_before(t)
+            page, _ = self.recent.place(t)
+            try:
+                store_rows(layout, page, 0, k, v)
+            except OverflowError as error:
+                raise NumericalError(f"a key or value of {error}; {_WIDER}") from None
+            self.recent.append()
+            for x, kept in ((k, self.sink_k), (v, self.sink_v)):
+                rows = min(stop, self.sinks) - start
+                if rows > 0:
+                    kept[start : start + rows, :, : self.head_dim] = x[:rows]
+            sources = [tier for tier in other.tiers if alike and tier.first <= t < tier.stop]
+            kept_as = self._enter(t, position, sources)
+            dead = min(max(self.sinks - start, 0), stop - start)
+            n_coded = int(coded[dead:].sum())
+            found["not_restored"] += n_coded if kept_as == "dense" else 0
+            found["requantized"] += n_coded if kept_as == "anew" else 0
+        self.commit(position)
+        return found
+
+    def _enter(self, t: int, position: int, sources: list[TileStore]) -> str:
+        """Take tile t, the last of the recent segment, through the tiers that it has reached.
+
+        Returns how it is kept in the end: "dense", "as it was" where it could be copied from one of ``sources``, or in codes,
+        "anew".
+        """
+        source, kept_as = self.recent, "dense"
+        for i, tier in enumerate(self.tiers):
+            if not self.in_reach[i] or t >= self.policy.boundary(position - 1, i) // self.policy.tile:
+                break
+            if not tier.stop:
+                tier.forget_before(t)
+            tier.append()
+            same = [other for other in sources if other.layout == tier.layout]
+            kept_as = "as it was" if same else "anew" if max(tier.layout.k_kind, tier.layout.v_kind) >= Q8 else "dense"
+            if same:
+                tier.copy(t, same[0])
+            else:
+                dead = min(max(self.sinks - t * self.policy.tile, 0), self.policy.tile)
+                again = True
+                while again:
+                    jobs = np.array([seal_job(source, tier, t, dead, self.policy.scales == "fit")])
+                    quantize_jobs(jobs, tier.layout)
+                    if jobs[0, IMPOSSIBLE_AT:].any():
+                        raise NumericalError(f"tile {t} cannot be quantized; {_WIDER}")
+                    again = widen_as_found(tier, t, jobs[0])
+            source = tier
+        return kept_as
 
     def nbytes(self) -> dict[str, int]:
         """Bytes in use of each segment; all tiers are "old"."""
@@ -394,6 +510,11 @@ class Cache:
         """Forget the tokens from ``position`` on, in all layers; ``lowest`` or more, or the last one committed."""
         for layer in self.layers:
             layer.truncate(position)
+
+    def take_over(self, other: "Cache", position: int) -> dict[str, int]:
+        """Fill this cache, which is empty, from another one; see ``Session.retier``."""
+        found = [own.take_over(layer, position) for own, layer in zip(self.layers, other.layers, strict=True)]
+        return {"tokens": position, **{name: max(counts[name] for counts in found) for name in found[0]}}
 
     def fork(self) -> "Cache":
         """A cache of the same tokens that goes its own way; see ``LayerCache.fork``."""

@@ -1,12 +1,14 @@
 """Session: one sequence of tokens on a model, with its cache. It owns the position; the layers do not."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..models.errors import NumericalError, PromptError, UsageError
+from ..models.fingerprint import fingerprint
 from ..models.load import Model
 from ..models.transformer import Step
 from .cache import Cache
@@ -45,12 +47,17 @@ class Session:
         self.context = limit if context is None else context
         self.chunk = chunk
         self.position = 0
+        self._history = np.empty(0, np.int64)  # ids of all tokens below the position, and room
+        self.metadata: dict[str, str] = {}  # of the file that it was loaded from
         self._in_flight = False
         config = model.config
         self.policy.check_model(config.num_hidden_layers, config.head_dim)
-        self.cache = Cache(
-            self.policy, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.context
-        )
+        self.cache = self._new_cache(model, self.policy, self.context)
+
+    @staticmethod
+    def _new_cache(model: Model, policy: CachePolicy, context: int) -> Cache:
+        config = model.config
+        return Cache(policy, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, context)
 
     def forward(
         self,
@@ -90,8 +97,127 @@ class Session:
         return None if logits is None else np.concatenate(rows)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes that the cache uses: {"sink", "old", "recent", "total"}."""
+        """Bytes that the cache uses: {"sink", "old", "recent", "total"}. What it shares with a fork is counted in both."""
         return self.cache.nbytes()
+
+    @property
+    def token_ids(self) -> NDArray[np.int64]:
+        """The ids of all tokens read, (position,)."""
+        return self._history[: self.position].copy()
+
+    def truncate(self, position: int, *, replay: bool = False) -> None:
+        """Go back: the session is then as if it had never gone further.
+
+        At least the last ``policy.rollback`` tokens can be taken back; how far it goes beyond depends on which tiles have
+        been sealed.
+
+        Args:
+            position: how many tokens to keep, from 0 to all.
+            replay: where that is too far back, read the tokens kept again from the first one; else it is refused.
+
+        Raises:
+            UsageError: a position out of range, or too far back without ``replay``. Nothing has changed then.
+
+        """
+        if type(position) is not int or not 0 <= position <= self.position:
+            raise UsageError(f"position must be a whole number from 0 to {self.position}, found {position!r}")
+        self._settle()
+        if position >= (lowest := self.cache.lowest):
+            self.cache.truncate(position)
+        elif replay or position == 0:
+            again = Session(self.model, self.policy, context=self.context, chunk=self.chunk)
+            if position:
+                again.forward(self._history[:position], None)
+            self.cache = again.cache
+        else:
+            raise UsageError(
+                f"position must be {lowest} or more, found {position}: what came before is kept as codes only "
+                f"(rollback={self.policy.rollback}); replay=True reads the tokens again"
+            )
+        self.position = position
+
+    def fork(self) -> "Session":
+        """A second session at the same place. The two share what is old; each goes its own way from here on."""
+        self._settle()
+        other = Session(self.model, self.policy, context=self.context, chunk=self.chunk)
+        other.cache, other.position, other._history = self.cache.fork(), self.position, self.token_ids
+        return other
+
+    def retier(self, policy: CachePolicy) -> dict[str, int]:
+        """Keep what there is by another policy from now on. What has been rounded stays so, and may be rounded once more.
+
+        Returns numbers of tokens, in the layer where there are most: {"tokens": read so far; "requantized": coded by the
+        old policy and coded anew, from the old codes, by the new one; "not_restored": dense by the new policy, but there
+        are only their codes}.
+
+        Raises:
+            UsageError: a policy that does not fit the model.
+            NumericalError: a value that the new policy's types cannot hold. Nothing has changed then.
+
+        """
+        self._settle()
+        policy.check_model(self.model.config.num_hidden_layers, self.model.config.head_dim)
+        cache = self._new_cache(self.model, policy, self.context)
+        found = cache.take_over(self.cache, self.position)
+        self.cache, self.policy = cache, policy
+        return found
+
+    def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the session to a file; ``load`` goes on from there, bit for bit. The format is described in storage.py.
+
+        Args:
+            path: replaced at once when all is written, or left as it is.
+            metadata: names and texts to keep with it.
+
+        Raises:
+            SessionFileError: the file cannot be written.
+            UsageError: a name that the format needs for itself.
+
+        """
+        from .storage import save
+
+        self._settle()
+        save(Path(path), self.cache, self._fingerprint(self.model), self.token_ids, self.context, metadata or {})
+
+    @classmethod
+    def load(cls, model: Model, path: str | Path, *, context: int | None = None, chunk: int = CHUNK) -> "Session":
+        """A session that ``save`` wrote; ``metadata`` is then what was kept with it.
+
+        Args:
+            model: the one it was saved with, its weights in the same format.
+            context: as saved unless given; at least the tokens that there are.
+
+        Raises:
+            SessionFileError: a file that is damaged, cut off, of another model or version, or cannot be read.
+            UsageError: a context or chunk out of range.
+
+        """
+        from .storage import load
+
+        def make(policy: CachePolicy, saved_context: int) -> Cache:
+            made.append(cls(model, policy, context=saved_context, chunk=chunk))
+            return made[0].cache
+
+        made: list[Session] = []
+        saved, _ = load(Path(path), cls._fingerprint(model), model.config.vocab_size, make)
+        session = made[0]
+        if context is not None:
+            least = max(saved.position, min(saved.policy.sinks, saved.context))
+            session.context = cls(model, saved.policy, context=context).context
+            if context < least or (context > saved.context < saved.policy.sinks):
+                raise UsageError(f"context must be {least} or more for this file, or as it was, {saved.context}")
+        session.position, session._history, session.metadata = saved.position, saved.token_ids, saved.added
+        return session
+
+    @staticmethod
+    def _fingerprint(model: Model) -> str:
+        return fingerprint(model.config, model.transformer.weights)
+
+    def _settle(self) -> None:
+        """Forget what a pass that was interrupted, or failed, left in the cache."""
+        if self._in_flight:
+            self.cache.truncate(self.position)
+            self._in_flight = False
 
     def check_fits(self, token_ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
         """The ids as int64 (T,), or PromptError where ``forward`` could not take them now."""
@@ -114,10 +240,12 @@ class Session:
 
     def _step(self, ids: NDArray[np.int64], wanted: Rows) -> Float32 | None:
         """One pass through the layers. It counts from the assignment of the position on; before, nothing of it does."""
-        if self._in_flight:  # the last pass was interrupted, or failed
-            self.cache.truncate(self.position)
+        self._settle()
         self._in_flight = True
         stop = self.position + len(ids)
+        if stop > len(self._history):
+            self._history = np.concatenate([self._history, np.empty(max(stop, 2 * len(self._history)), np.int64)])
+        self._history[self.position : stop] = ids
         step = Step(ids, np.arange(self.position, stop), [(self.cache, 0, len(ids))])
         healthy = True
 

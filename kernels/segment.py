@@ -185,12 +185,30 @@ class TileStore:
         """The addresses of a tile that is held: see layout.py, ``K_CODES``."""
         return self._held.table[tile - self._held.first]
 
+    def copy(self, tile: int, other: "TileStore") -> None:
+        """Take over a tile that this store and another one of the same layout both hold."""
+        (page, slot), (source, source_slot) = self.place(tile), other.place(tile)
+        for view, side in itertools.product((self.layout.params, self.layout.codes), (self.layout.k, self.layout.v)):
+            view(page, side)[:, slot] = view(source, side)[:, source_slot]
+        for (wide_tile, side_number), scales in other.wide_scales().items():
+            if wide_tile == tile:
+                self.widen(tile, side_number)
+                self.wide_scales()[tile, side_number][:] = scales
+
     def widen(self, tile: int, side: int) -> None:
         """Give K (side 0) or V (1) of a tile room for scales as float32."""
         held = self._held
         room = zeroed_memory(self.layout.n_kv_heads * self.layout.k.head_stride)
         held.wide[tile, side] = room
         held.table[tile - held.first, (K_PARAMS, V_PARAMS)[side]] = room.ctypes.data + 1
+
+    def wide_scales(self) -> dict[tuple[int, int], Float32]:
+        """By tile and side, scales and then minima where they are float32: views (n_kv_heads, numbers)."""
+        sides, heads = (self.layout.k, self.layout.v), self.layout.n_kv_heads
+        return {
+            (tile, side): room.reshape(heads, -1)[:, : 2 * sides[side].params_nbytes].view(np.float32)
+            for (tile, side), room in self._held.wide.items()
+        }
 
     def _wide_nbytes(self, side: int) -> int:
         pages = -(-2 * (self.layout.k, self.layout.v)[side].params_nbytes // mmap.PAGESIZE)

@@ -35,3 +35,9 @@ class NumericalError(MixkvError, ArithmeticError):
     """A computation that left the numbers it can continue with: NaN logits, a value beyond its storage type."""
 
     exit_code = 6
+
+
+class SessionFileError(MixkvError, ValueError):
+    """A file of a saved session that is damaged, does not fit, or cannot be written."""
+
+    exit_code = 7
