@@ -478,7 +478,7 @@ def bench(
     """
     from .experiments import bench as speed
     from .experiments import startup as start
-    from .experiments.plan import MAX_THREADS, Plan, parse_cases, parse_policies
+    from .experiments.bench_plan import MAX_THREADS, Plan, parse_cases, parse_policies
     from .experiments.ranges import parse_numbers, split_words
     from .experiments.tables import make_writer
 

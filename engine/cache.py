@@ -57,6 +57,7 @@ from ..kernels.tables import (
     V_BLOCK,
 )
 from ..models.errors import NumericalError, UsageError
+from .ledger import MassLedger
 from .policy import DENSE, CachePolicy
 
 _WIDER = "use a policy with dense='f32' and k_bits and v_bits of 32"
@@ -76,7 +77,7 @@ class View:
         # Tiles below are in the tier, unless a sliding window never reaches it
         self.sealed = [stop if yes else 0 for stop, yes in zip(boundaries[:, -1].tolist(), cache.in_reach, strict=True)]
         # Of sink, tiers from the oldest on, recent: where each query starts and stops
-        ranges = self._ranges = np.empty((2 * n_tiers + 4, n_queries), np.int64)
+        ranges = self.ranges = np.empty((2 * n_tiers + 4, n_queries), np.int64)
         ranges[0] = 0 if cache.sliding_window is None else np.maximum(seen - cache.sliding_window, 0)
         np.minimum(seen, cache.sinks, out=ranges[1])
         np.maximum(ranges[0], cache.sinks, out=ranges[2])
@@ -89,7 +90,7 @@ class View:
         fields[N_QUERIES], fields[Q_STRIDE], fields[APPENDED] = n_queries, 4 * qkv.shape[1] * width, 1
         fields[POSITION] = position
         fields[N_PARTS] = n_parts(n_queries, heads, n_kv_heads, spans, self.threads)
-        address, nbytes = self._ranges.ctypes.data, 8 * n_queries
+        address, nbytes = self.ranges.ctypes.data, 8 * n_queries
         for i, (low, high) in enumerate(spans):
             own = address + 2 * i * nbytes, address + (2 * i + 1) * nbytes, low, high
             fields[RANGES + 4 * i : RANGES + 4 * (i + 1)] = own
@@ -344,9 +345,10 @@ class LayerCache:
 
     def fork(self) -> "LayerCache":
         """A cache of the same tokens, which shares what neither of the two will write to."""
-        other = LayerCache.__new__(LayerCache)
+        other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other._call, other._jobs, other._options, other.ledger = None, None, self._options.copy(), None
+        other._call, other._jobs, other._options = None, None, self._options.copy()
+        other.ledger, other.keeps_ledger = None, False
         other._set_sinks(self.sink_k.copy(), self.sink_v.copy())
         other._set_stores(self.recent.fork(), [tier.fork() for tier in self.tiers])
         for cache in (self, other):
@@ -464,6 +466,7 @@ class Cache:
 
     Args:
         sliding_windows: of each layer, None where it sees everything.
+        layer_type: the class of the layers' caches.
 
     """
 
@@ -475,14 +478,16 @@ class Cache:
         head_dim: int,
         context: int | None = None,
         sliding_windows: Sequence[int | None] | None = None,
+        layer_type: type[LayerCache] = LayerCache,
     ) -> None:
         self.policy = policy
         windows = [None] * n_layers if sliding_windows is None else sliding_windows
         self.layers = [
-            LayerCache(policy.for_layer(i, n_layers), n_kv_heads, head_dim, context, window)
+            layer_type(policy.for_layer(i, n_layers), n_kv_heads, head_dim, context, window)
             for i, window in enumerate(windows)
         ]
         self._views: dict[object, View] = {}
+        self.ledger: MassLedger | None = None
         self._keys = [layer.view_key for layer in self.layers]
 
     def attend(self, layer: int, qkv: Float32, position: int, scale: float, out: Float32 | None = None) -> Float32:
@@ -498,8 +503,27 @@ class Cache:
 
     def commit(self, position: int) -> None:
         """Make everything below ``position`` final, in all layers."""
+        states = [layer.ledger for layer in self.layers if layer.ledger is not None] if self.ledger is not None else []
+        if self.ledger is not None and states:
+            self.ledger.add(position - states[0].shape[2], states)
         for layer in self.layers:
             layer.commit(position)
+
+    def keep_ledger(self, on: bool) -> MassLedger | None:
+        """Begin a new ledger of the segments' shares of attention, or end it."""
+        for layer in self.layers:
+            layer.keeps_ledger = on
+        most = max(len(layer.tiers) for layer in self.layers)
+        names = ["sink", *(f"old{i + 1 if i else ''}" for i in reversed(range(most))), "recent"]
+        self.ledger = MassLedger(names) if on else None
+        return self.ledger
+
+    def continue_ledger(self, other: "Cache", position: int) -> None:
+        """Go on with the ledger of another cache of the same policy, if it has one, from a position on."""
+        if other.ledger is not None:
+            self.keep_ledger(True)
+            self.ledger = other.ledger
+            self.ledger.truncate(position)
 
     @property
     def lowest(self) -> int:
@@ -510,6 +534,8 @@ class Cache:
         """Forget the tokens from ``position`` on, in all layers; ``lowest`` or more, or the last one committed."""
         for layer in self.layers:
             layer.truncate(position)
+        if self.ledger is not None:
+            self.ledger.truncate(position)
 
     def take_over(self, other: "Cache", position: int) -> dict[str, int]:
         """Fill this cache, which is empty, from another one; see ``Session.retier``."""
@@ -519,7 +545,7 @@ class Cache:
     def fork(self) -> "Cache":
         """A cache of the same tokens that goes its own way; see ``LayerCache.fork``."""
         other = Cache.__new__(Cache)
-        other.policy, other._keys, other._views = self.policy, self._keys, {}
+        other.policy, other._keys, other._views, other.ledger = self.policy, self._keys, {}, None
         other.layers = [layer.fork() for layer in self.layers]
         return other
 

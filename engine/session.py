@@ -11,8 +11,10 @@ from ..models.errors import NumericalError, PromptError, UsageError
 from ..models.fingerprint import fingerprint
 from ..models.load import Model
 from ..models.transformer import Step
-from .cache import Cache
+from .cache import Cache, LayerCache
+from .ledger import MassLedger
 from .policy import CachePolicy
+from .shadow import PARTS, ShadowLayer
 
 Float32 = NDArray[np.float32]
 Rows = Literal["all", "last"] | None
@@ -28,14 +30,21 @@ class Session:
         policy: how the cache is kept; the default is 4 bits behind a window of 128 tokens.
         context: most tokens the session may hold; the model's own limit unless given.
         chunk: tokens processed in one pass; changes time and memory, not what a query sees.
+        shadow: keep everything densely too, and compare (``local_errors``); several times slower.
 
     Raises:
-        UsageError: a context or chunk out of range.
+        UsageError: a context or chunk out of range, or a policy that does not fit the model.
 
     """
 
     def __init__(
-        self, model: Model, policy: CachePolicy | None = None, *, context: int | None = None, chunk: int = CHUNK
+        self,
+        model: Model,
+        policy: CachePolicy | None = None,
+        *,
+        context: int | None = None,
+        chunk: int = CHUNK,
+        shadow: bool = False,
     ) -> None:
         limit = model.config.max_position_embeddings
         if context is not None and (type(context) is not int or not 1 <= context <= limit):
@@ -45,19 +54,21 @@ class Session:
         self.model = model
         self.policy = CachePolicy() if policy is None else policy
         self.context = limit if context is None else context
-        self.chunk = chunk
+        self.chunk, self.shadow = chunk, shadow
         self.position = 0
         self._history = np.empty(0, np.int64)  # ids of all tokens below the position, and room
         self.metadata: dict[str, str] = {}  # of the file that it was loaded from
         self._in_flight = False
         config = model.config
         self.policy.check_model(config.num_hidden_layers, config.head_dim)
-        self.cache = self._new_cache(model, self.policy, self.context)
+        self.cache = self._new_cache(self.policy)
 
-    @staticmethod
-    def _new_cache(model: Model, policy: CachePolicy, context: int) -> Cache:
-        config = model.config
-        return Cache(policy, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, context)
+    def _new_cache(self, policy: CachePolicy) -> Cache:
+        config = self.model.config
+        return Cache(
+            policy, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.context,
+            layer_type=ShadowLayer if self.shadow else LayerCache,
+        )  # fmt: skip
 
     def forward(
         self,
@@ -125,9 +136,10 @@ class Session:
         if position >= (lowest := self.cache.lowest):
             self.cache.truncate(position)
         elif replay or position == 0:
-            again = Session(self.model, self.policy, context=self.context, chunk=self.chunk)
+            again = Session(self.model, self.policy, context=self.context, chunk=self.chunk, shadow=self.shadow)
             if position:
                 again.forward(self._history[:position], None)
+            again.cache.continue_ledger(self.cache, position)
             self.cache = again.cache
         else:
             raise UsageError(
@@ -139,7 +151,7 @@ class Session:
     def fork(self) -> "Session":
         """A second session at the same place. The two share what is old; each goes its own way from here on."""
         self._settle()
-        other = Session(self.model, self.policy, context=self.context, chunk=self.chunk)
+        other = Session(self.model, self.policy, context=self.context, chunk=self.chunk, shadow=self.shadow)
         other.cache, other.position, other._history = self.cache.fork(), self.position, self.token_ids
         return other
 
@@ -157,10 +169,28 @@ class Session:
         """
         self._settle()
         policy.check_model(self.model.config.num_hidden_layers, self.model.config.head_dim)
-        cache = self._new_cache(self.model, policy, self.context)
+        if self.cache.ledger is not None:
+            raise UsageError("a ledger is kept, whose segments the new policy may not have: keep_ledger(False) first")
+        cache = self._new_cache(policy)
         found = cache.take_over(self.cache, self.position)
         self.cache, self.policy = cache, policy
         return found
+
+    def keep_ledger(self, on: bool = True) -> MassLedger | None:
+        """Begin a ledger of how much attention each segment gets (ledger.py), from the next token on; or end it."""
+        return self.cache.keep_ledger(on)
+
+    def local_errors(self) -> dict[str, NDArray[np.float64]]:
+        """The local errors of all layers and heads, {"k", "v", "both"} of (layers, H) each; see shadow.py.
+
+        Raises:
+            UsageError: a session that is not in shadow mode.
+
+        """
+        layers = [layer for layer in self.cache.layers if isinstance(layer, ShadowLayer)]
+        if not layers:
+            raise UsageError("local errors are known in shadow mode only: Session(..., shadow=True)")
+        return {part: np.stack([layer.errors.relative(part) for layer in layers]) for part in PARTS}
 
     def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write the session to a file; ``load`` goes on from there, bit for bit. The format is described in storage.py.

@@ -17,8 +17,8 @@ from ..engine.session import Session
 from ..models.linear import PackedLinear
 from ..models.load import Model
 from . import machine
+from .bench_plan import Case, Plan
 from .overhead import Overhead, overhead
-from .plan import Case, Plan
 from .tables import Column, Row
 
 SEED = 0

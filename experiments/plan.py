@@ -1,96 +1,213 @@
-"""What a benchmark is to measure: the cases of its options, and everything they are combined with."""
+"""``Planner``: which layers of a model need how many bits, measured on a text, and the best policy under a budget of bytes.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A layer's sensitivity is how far the model's predictions move, as mean KL divergence in nats, when the keys (or the values)
+of that layer alone are kept in so many bits. Errors of different layers are nearly independent, so their divergences add
+up, and what is left is a knapsack: one number of bits for the keys and one for the values of each layer, of the least sum
+that the budget allows. It is solved exactly.
+"""
 
-from ..engine.policy import CachePolicy
-from ..models.errors import UsageError
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..engine.policy import CachePolicy, Override
+from ..engine.session import Session
+from ..models.check import shown
+from ..models.errors import PromptError, UsageError
 from ..models.load import Model
-from ..models.pack import check_weights_option
-from .ranges import parse_numbers, parse_pairs, split_words
 
-MAX_REPETITIONS = 10_000
-MAX_TOKENS = 1 << 24
-MAX_THREADS = 1 << 16  # no machine has more; how many this one has is looked up elsewhere
+Float32 = NDArray[np.float32]
 
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One test: behind ``n_depth`` tokens that are not timed, a prompt, generated tokens, or one after the other."""
-
-    n_prompt: int
-    n_gen: int
-    n_depth: int
-
-    @property
-    def name(self) -> str:
-        """As llama-bench writes it: "pp512", "tg128 @ d4096", "pp512+tg128"."""
-        parts = [f"{kind}{count}" for kind, count in (("pp", self.n_prompt), ("tg", self.n_gen)) if count]
-        return "+".join(parts) + (f" @ d{self.n_depth}" if self.n_depth else "")
-
-    @property
-    def n_timed(self) -> int:
-        """Tokens that are timed."""
-        return self.n_prompt + self.n_gen
+BITS = (2, 3, 4, 8)
+MEASURED = (2, 3, 4)  # 8 bits are 1/256 of 4 bits: 16 times smaller steps, squared; too little to measure
+CHUNK = 128
+LOGITS_NBYTES = 1 << 27  # of the reference's logits, which are kept: so many positions are compared, the last ones
+UNITS = {"b": 1, "byte": 1, "bytes": 1, "kb": 1000, "kib": 1024, "mb": 10**6, "mib": 1 << 20}
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What is measured: every weight format, with every number of threads, every policy, every case.
+class Option:
+    """Keys (side "k") or values ("v") of one layer in so many bits: its cost and its price."""
+
+    layer: int
+    side: str
+    bits: int
+    kld: float
+    nbytes: float  # of an old token, scales included
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A policy and what is to be expected of it.
+
+    Attributes:
+        nbytes: of an old token in all layers.
+        predicted: mean KL divergence in nats: the sum of what its parts cost alone.
+
+    """
+
+    policy: CachePolicy
+    nbytes: float
+    predicted: float
+
+
+def parse_budget(text: str, values: int) -> float:
+    """Bytes of an old token: "6KB/token", "5760", "4bits" (of each of ``values`` numbers); UsageError for anything else."""
+    match = re.fullmatch(r"\s*([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*([A-Za-z]*)\s*(?:/\s*token)?\s*", text)
+    unit = match[2].lower() if match else ""
+    if match is None or unit not in (*UNITS, "", "bit", "bits"):
+        raise UsageError(f"--budget must be like 6KB/token, 5760B/token or 4bits, found {shown(text)}")
+    amount = float(match[1])
+    return amount * values / 8 if unit.startswith("bit") else amount * UNITS.get(unit, 1)
+
+
+class Reference:
+    """What a model predicts for a text where nothing is rounded, at as many of its last positions as are kept.
+
+    Args:
+        model: the model.
+        token_ids: (T,) integers.
+        first: no position before this one counts.
 
     Raises:
-        UsageError: repetitions out of range, a weight format that is none, or nothing to do.
+        PromptError: a text of no more than ``first`` tokens, or of more than the context.
 
     """
 
-    weights: list[str]
-    threads: list[int]
-    policies: list[CachePolicy]
-    cases: list[Case]
-    repetitions: int = 5
-    warmup: bool = True
+    def __init__(self, model: Model, token_ids: Sequence[int] | NDArray[np.integer], first: int) -> None:
+        self.model = model
+        session = Session(model, CachePolicy.full())
+        self.token_ids = session.check_fits(token_ids)
+        rows = LOGITS_NBYTES // (4 * model.config.vocab_size)
+        self.first = max(first, len(self.token_ids) - rows)
+        if self.first >= len(self.token_ids):
+            raise PromptError(f"the text must have more than {first} tokens, found {len(self.token_ids)}")
+        self._log_p = np.concatenate([_log_softmax(x) for x in self._logits(session)])
 
-    def __post_init__(self) -> None:
-        check_repetitions(self.repetitions)
-        for name in self.weights:
-            check_weights_option(name)
-        if not self.cases:
-            raise UsageError("nothing to measure: give -p, -n or -pg a number above 0")
+    def _logits(self, session: Session) -> Iterable[Float32]:
+        ids = self.token_ids
+        if self.first:
+            session.forward(ids[: self.first], None)
+        for start in range(self.first, len(ids), CHUNK):
+            logits = session.forward(ids[start : start + CHUNK], "all")
+            assert logits is not None
+            yield logits
 
-    def check_fits(self, model: Model) -> None:
-        """UsageError where a case needs more tokens than the model's context has."""
-        limit = model.config.max_position_embeddings
-        for case in self.cases:
-            if case.n_depth + case.n_timed > limit:
-                raise UsageError(
-                    f"{case.name} needs a context of {case.n_depth + case.n_timed} tokens, model {model.name!r} has {limit}"
-                )
-
-
-def check_repetitions(repetitions: int) -> None:
-    """UsageError for a number of repetitions out of range."""
-    if not 1 <= repetitions <= MAX_REPETITIONS:
-        raise UsageError(f"-r must be from 1 to {MAX_REPETITIONS}, found {repetitions}")
+    def divergence(self, policy: CachePolicy) -> float:
+        """Mean KL(reference || policy) in nats over the positions that count."""
+        total, at = 0.0, 0
+        for logits in self._logits(Session(self.model, policy)):
+            log_p, log_q = self._log_p[at : at + len(logits)], _log_softmax(logits)
+            at += len(logits)
+            total += float(np.einsum("tv,tv->", np.exp(log_p), log_p - log_q, dtype=np.float64))
+        return max(total / at, 0.0)
 
 
-def parse_cases(
-    prompts: Sequence[str], generated: Sequence[str], depths: Sequence[str], pairs: Sequence[str]
-) -> list[Case]:
-    """The cases of the options -p, -n, -d and -pg: at each depth the prompts, then the generations, then the pairs.
+def _log_softmax(logits: Float32) -> Float32:
+    """In float32 but for the sum: its error, about 1e-7, is far below what a layer's rounding does."""
+    logits = logits - logits.max(axis=1, keepdims=True)
+    result: Float32 = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    return result
 
-    Each option is a list of texts as it was given; see ranges.py for what they may hold. A 0 in -p or -n is no case.
 
-    Raises:
-        UsageError: what is no list of numbers, with the option's name.
+def exact(policy: CachePolicy) -> CachePolicy:
+    """The same policy with everything old in float16: what a layer in codes is compared with."""
+    plain = {"k_bits": 16, "v_bits": 16, "k_axis": "channel", "v_axis": "token", "k_group": 0, "v_group": 0}
+    return replace(policy, **plain, older=(), overrides=())  # type: ignore[arg-type]
+
+
+def measure(
+    reference: Reference, policy: CachePolicy, progress: Callable[[int, int], None] | None = None
+) -> list[Option]:
+    """The sensitivity of every layer, keys and values apart, to every number of bits.
+
+    Args:
+        reference: of the model and the text.
+        policy: whatever is not bits is kept as it says: window, sinks, tile, axes, groups, rotation.
+        progress: called with (runs done, runs in all).
 
     """
-    cases = [(n, 0) for n in parse_numbers("-p", prompts, 0, MAX_TOKENS)]
-    cases += [(0, n) for n in parse_numbers("-n", generated, 0, MAX_TOKENS)]
-    cases += parse_pairs("-pg", pairs, 0, MAX_TOKENS)
-    every = parse_numbers("-d", depths, 0, MAX_TOKENS)
-    return [Case(prompt, generated, depth) for depth in every for prompt, generated in cases if prompt + generated]
+    config = reference.model.config
+    n_layers = config.num_hidden_layers
+    total = n_layers * 2 * len(MEASURED) + 1
+    base, options = exact(policy), []
+    floor = reference.divergence(base)
+    for layer in range(n_layers):
+        for side in "kv":
+            found = {}
+            for bits in MEASURED:
+                if progress is not None:
+                    progress(len(MEASURED) * (2 * layer + "kv".index(side)) + MEASURED.index(bits) + 1, total)
+                format_ = {
+                    f"{side}_bits": bits,
+                    **{f"{side}_{x}": getattr(policy, f"{side}_{x}") for x in ("axis", "group")},
+                }
+                coded = replace(base, overrides=(Override(str(layer), **format_),))
+                found[bits] = max(reference.divergence(coded) - floor, 0.0)
+            found[8] = found[4] / 256
+            nbytes = {bits: _nbytes(policy, side, bits, config.num_key_value_heads, config.head_dim) for bits in BITS}
+            options += [Option(layer, side, bits, found[bits], nbytes[bits]) for bits in BITS]
+    if progress is not None:
+        progress(total, total)
+    return options
 
 
-def parse_policies(texts: Sequence[str]) -> list[CachePolicy]:
-    """The cache policies of the option --kv, by their short names; UsageError for one that is none."""
-    return [CachePolicy.parse(word) for word in split_words("--kv", texts)]
+def _nbytes(policy: CachePolicy, side: str, bits: int, n_kv_heads: int, head_dim: int) -> float:
+    """Bytes of one token's keys or values in one layer."""
+    layout = replace(policy, **{f"{side}_bits": bits}, older=(), overrides=()).tier_layouts(n_kv_heads, head_dim)[0]  # type: ignore[arg-type]
+    part = layout.k if side == "k" else layout.v
+    return n_kv_heads * (part.codes_nbytes + part.params_nbytes) / layout.tile
+
+
+def solve(options: Sequence[Option], budget: float) -> list[Option]:
+    """One option for each layer and side, of the least sum of divergences whose bytes are within ``budget``.
+
+    Raises:
+        UsageError: a budget below the smallest options, with what these take.
+
+    """
+    groups: dict[tuple[int, str], list[Option]] = {}
+    for option in options:
+        groups.setdefault((option.layer, option.side), []).append(option)
+    least = sum(min(option.nbytes for option in group) for group in groups.values())
+    if budget < least:
+        raise UsageError(
+            f"--budget must be at least {least:g} bytes a token, {min(BITS)} bits everywhere, found {budget:g}"
+        )
+    most = sum(max(option.nbytes for option in group) for group in groups.values())
+    unit = float(np.gcd.reduce([round(64 * option.nbytes) for option in options])) / 64
+    room = int(min(budget, most) / unit + 1e-9)
+    best, choices = np.zeros(room + 1), []
+    for group in groups.values():  # best[n]: the least sum so far with n units of room
+        costs = np.full((len(group), room + 1), np.inf)
+        for i, option in enumerate(group):
+            size = round(option.nbytes / unit)
+            costs[i, size:] = best[: room + 1 - size] + option.kld
+        choices.append(costs.argmin(axis=0))
+        best = costs.min(axis=0)
+    chosen: list[Option] = []
+    for group, choice in zip(reversed(groups.values()), reversed(choices), strict=True):
+        option = group[int(choice[room])]
+        chosen.append(option)
+        room -= round(option.nbytes / unit)
+    return chosen[::-1]
+
+
+def policy_of(chosen: Sequence[Option], policy: CachePolicy) -> Planned:
+    """The policy that keeps every layer as chosen: what most layers have is its own, the others are overrides."""
+    layers = sorted({option.layer for option in chosen})
+    pairs = {
+        layer: tuple(next(o.bits for o in chosen if (o.layer, o.side) == (layer, side)) for side in "kv")
+        for layer in layers
+    }
+    formats = sorted(set(pairs.values()), key=lambda pair: -sum(own == pair for own in pairs.values()))
+    overrides = tuple(
+        Override("+".join(str(layer) for layer in layers if pairs[layer] == pair), k_bits=pair[0], v_bits=pair[1])
+        for pair in formats[1:]
+    )
+    (k_bits, v_bits), kld = formats[0], sum(option.kld for option in chosen)
+    made = replace(policy, k_bits=k_bits, v_bits=v_bits, older=(), overrides=overrides)
+    return Planned(made, sum(option.nbytes for option in chosen), kld)

@@ -17,7 +17,7 @@ from ..models.errors import MixkvError, UsageError
 from ..models.load import open_model
 from ..models.pack import check_weights_option
 from . import machine
-from .plan import check_repetitions
+from .bench_plan import check_repetitions
 from .tables import Column, Row
 
 PROMPT_TOKENS = 16

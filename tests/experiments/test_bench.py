@@ -14,7 +14,7 @@ import mixkv
 from mixkv.engine.policy import CachePolicy
 from mixkv.experiments import bench
 from mixkv.experiments.bench import Bench, repeat, statistics
-from mixkv.experiments.plan import Case, Plan
+from mixkv.experiments.bench_plan import Case, Plan
 from mixkv.experiments.tables import make_writer
 from mixkv.models.errors import UsageError
 from mixkv.models.toy import VOCAB

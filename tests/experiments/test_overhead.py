@@ -8,8 +8,8 @@ import pytest
 import mixkv
 from mixkv import CachePolicy
 from mixkv.experiments.bench import Bench, heading
+from mixkv.experiments.bench_plan import Case, Plan
 from mixkv.experiments.overhead import overhead
-from mixkv.experiments.plan import Case, Plan
 
 
 def test_each_call_of_a_clock_that_ticks_evenly_costs_one_tick() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixkv.engine.policy import CachePolicy
-from mixkv.experiments.plan import MAX_REPETITIONS, Case, Plan, parse_cases, parse_policies
+from mixkv.experiments.bench_plan import MAX_REPETITIONS, Case, Plan, parse_cases, parse_policies
 from mixkv.models.errors import UsageError
 
 
