@@ -750,6 +750,58 @@ def _rounded(numbers: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@app.command()
+@_reported
+@_takes_cache_options
+def plan(
+    model: Annotated[str, typer.Argument(help="Registry name, a model folder, or a .gguf file.")],
+    budget: Annotated[str, typer.Option(help="Of an old token in all layers: 6KB/token, 5760B/token, 4bits.")],
+    text: Annotated[Path, typer.Option(help='What to measure on, in UTF-8; "-" reads stdin.')],
+    tokens: Annotated[int, typer.Option("--tokens", "-n", help="Tokens to measure on, from the beginning.")] = 1024,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the policy's TOML to a file.")] = None,
+    weights: Annotated[str, typer.Option(help="Weight format.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores unless given.")] = None,
+    *,
+    cache: CacheOptions,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Find how many bits each layer needs: the policy of the least divergence whose old tokens take no more than a budget.
+
+    Every layer's keys, and its values, are tried in 2, 3 and 4 bits on the text. Its tokens behind those measured on, as
+    many again, tell what the policy is worth on text it was not made for. The policy's TOML is printed, or written.
+    """
+    policy = cache.policy()
+    source = _read_text(None if str(text) == "-" else text)
+    _set_threads(threads)
+    from .experiments import plan as solver
+    from .kernels.warmup import warm_up
+
+    with Bars(quiet) as bars:
+        loaded = _load_each(model, {weights}, bars)[weights]
+        config = loaded.config
+        values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        allowed = solver.parse_budget(budget, values)
+        ids = loaded.encode(source)
+        warm_up(bars.bar("preparing kernels (compiled once)"))
+        found = solver.find(
+            loaded, ids, policy, allowed, n_tokens=tokens, progress=bars.bar("measuring the layers")
+        )  # fmt: skip
+    toml = found.policy.to_toml()
+    if output is not None:
+        output.write_text(toml, encoding="utf-8")
+    if as_json:
+        print(json.dumps({**found.to_dict(), "policy_toml": toml, "budget_bytes": allowed}))
+        return
+    if output is None:
+        print(toml, end="")
+    _say(
+        f"{found.nbytes:g} bytes an old token ({8 * found.nbytes / values:.2f} bits a value), of {allowed:g} allowed | "
+        f"KL {found.predicted:.5f} predicted, {found.measured:.5f} measured there, "
+        + ("no text left to check on" if found.unseen is None else f"{found.unseen:.5f} on the text behind it")
+    )
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"mixkv {__version__}")

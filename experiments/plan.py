@@ -6,9 +6,11 @@ up, and what is left is a knapsack: one number of bits for the keys and one for 
 that the budget allows. It is solved exactly.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,12 +48,20 @@ class Planned:
     Attributes:
         nbytes: of an old token in all layers.
         predicted: mean KL divergence in nats: the sum of what its parts cost alone.
+        measured: of the whole policy on the text that its layers were measured on.
+        unseen: the same on the text behind it; None where there is too little.
 
     """
 
     policy: CachePolicy
     nbytes: float
     predicted: float
+    measured: float = math.nan
+    unseen: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for JSON, the policy in its one-line form."""
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "policy": str(self.policy)}
 
 
 def parse_budget(text: str, values: int) -> float:
@@ -173,10 +183,7 @@ def solve(options: Sequence[Option], budget: float) -> list[Option]:
     for option in options:
         groups.setdefault((option.layer, option.side), []).append(option)
     least = sum(min(option.nbytes for option in group) for group in groups.values())
-    if budget < least:
-        raise UsageError(
-            f"--budget must be at least {least:g} bytes a token, {min(BITS)} bits everywhere, found {budget:g}"
-        )
+    _refuse_below(least, budget)
     most = sum(max(option.nbytes for option in group) for group in groups.values())
     unit = float(np.gcd.reduce([round(64 * option.nbytes) for option in options])) / 64
     room = int(min(budget, most) / unit + 1e-9)
@@ -196,6 +203,13 @@ def solve(options: Sequence[Option], budget: float) -> list[Option]:
     return chosen[::-1]
 
 
+def _refuse_below(least: float, budget: float) -> None:
+    if budget < least:
+        raise UsageError(
+            f"--budget must be at least {least:g} bytes a token, {min(BITS)} bits everywhere, found {budget:g}"
+        )
+
+
 def policy_of(chosen: Sequence[Option], policy: CachePolicy) -> Planned:
     """The policy that keeps every layer as chosen: what most layers have is its own, the others are overrides."""
     layers = sorted({option.layer for option in chosen})
@@ -211,3 +225,41 @@ def policy_of(chosen: Sequence[Option], policy: CachePolicy) -> Planned:
     (k_bits, v_bits), kld = formats[0], sum(option.kld for option in chosen)
     made = replace(policy, k_bits=k_bits, v_bits=v_bits, older=(), overrides=overrides)
     return Planned(made, sum(option.nbytes for option in chosen), kld)
+
+
+def find(
+    model: Model,
+    token_ids: Sequence[int] | NDArray[np.integer],
+    policy: CachePolicy,
+    budget: float,
+    *,
+    n_tokens: int = 1024,
+    progress: Callable[[int, int], None] | None = None,
+) -> Planned:
+    """Measure, solve, and measure what was found.
+
+    Args:
+        model: the model.
+        token_ids: (T,) of a text; the first ``n_tokens`` are measured on, and as many behind them, where there are,
+            checked on.
+        policy: everything but the bits.
+        budget: bytes of an old token in all layers.
+        n_tokens: more than the window and a tile.
+        progress: called with (runs done, runs in all).
+
+    Raises:
+        UsageError: a budget that is too small.
+        PromptError: a text that is too short, or tokens beyond the context.
+
+    """
+    ids = np.asarray(token_ids)
+    first = policy.window + policy.tile
+    reference = Reference(model, ids[:n_tokens], first)
+    config = model.config
+    least = sum(_nbytes(policy, side, min(BITS), config.num_key_value_heads, config.head_dim) for side in "kv")
+    _refuse_below(config.num_hidden_layers * least, budget)  # before hours of measuring
+    planned = policy_of(solve(measure(reference, policy, progress), budget), policy)
+    rest, unseen = ids[n_tokens : 2 * n_tokens], None
+    if len(rest) > first:
+        unseen = Reference(model, rest, first).divergence(planned.policy)
+    return replace(planned, measured=reference.divergence(planned.policy), unseen=unseen)
