@@ -759,7 +759,7 @@ def plan(
     text: Annotated[Path, typer.Option(help='What to measure on, in UTF-8; "-" reads stdin.')],
     tokens: Annotated[int, typer.Option("--tokens", "-n", help="Tokens to measure on, from the beginning.")] = 1024,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the policy's TOML to a file.")] = None,
-    weights: Annotated[str, typer.Option(help="Weight format.")] = "auto",
+    weights: Annotated[str, typer.Option(help="Weight format; others than f32 blur what is measured.")] = "f32",
     threads: Annotated[int | None, typer.Option(help="Threads; all cores unless given.")] = None,
     *,
     cache: CacheOptions,
@@ -768,7 +768,7 @@ def plan(
 ) -> None:
     """Find how many bits each layer needs: the policy of the least divergence whose old tokens take no more than a budget.
 
-    Every layer's keys, and its values, are tried in 2, 3 and 4 bits on the text. Its tokens behind those measured on, as
+    Every layer's keys, and its values, are tried in 2 and 3 bits on the text. Its tokens behind those measured on, as
     many again, tell what the policy is worth on text it was not made for. The policy's TOML is printed, or written.
     """
     policy = cache.policy()

@@ -8,24 +8,26 @@ that the budget allows. It is solved exactly.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..engine.cache import Cache
 from ..engine.policy import CachePolicy, Override
 from ..engine.session import Session
 from ..models.check import shown
 from ..models.errors import PromptError, UsageError
 from ..models.load import Model
+from ..models.transformer import Midway, Step
 
 Float32 = NDArray[np.float32]
 
 BITS = (2, 3, 4, 8)
-MEASURED = (2, 3, 4)  # 8 bits are 1/256 of 4 bits: 16 times smaller steps, squared; too little to measure
-CHUNK = 128
+MEASURED = (2, 3)
+INFERRED = {4: (7 / 15) ** 2, 8: (7 / 255) ** 2}  # of 3 bits: steps are so much smaller, errors the square of that
 LOGITS_NBYTES = 1 << 27  # of the reference's logits, which are kept: so many positions are compared, the last ones
 UNITS = {"b": 1, "byte": 1, "bytes": 1, "kb": 1000, "kib": 1024, "mb": 10**6, "mib": 1 << 20}
 
@@ -77,8 +79,11 @@ def parse_budget(text: str, values: int) -> float:
 class Reference:
     """What a model predicts for a text where nothing is rounded, at as many of its last positions as are kept.
 
+    The text goes through the model in one pass, whose states between the layers are kept as well: what is coded in one
+    layer changes nothing before it.
+
     Args:
-        model: the model.
+        model: the model; with float32 weights, as rounded activations would drown what is measured.
         token_ids: (T,) integers.
         first: no position before this one counts.
 
@@ -89,31 +94,38 @@ class Reference:
 
     def __init__(self, model: Model, token_ids: Sequence[int] | NDArray[np.integer], first: int) -> None:
         self.model = model
-        session = Session(model, CachePolicy.full())
-        self.token_ids = session.check_fits(token_ids)
+        self.token_ids = Session(model, CachePolicy.full()).check_fits(token_ids)
         rows = LOGITS_NBYTES // (4 * model.config.vocab_size)
         self.first = max(first, len(self.token_ids) - rows)
         if self.first >= len(self.token_ids):
             raise PromptError(f"the text must have more than {first} tokens, found {len(self.token_ids)}")
-        self._log_p = np.concatenate([_log_softmax(x) for x in self._logits(session)])
+        self._midway: list[Midway] = []
+        self._log_p = _log_softmax(self._logits(CachePolicy.full(), self._keep, None))
 
-    def _logits(self, session: Session) -> Iterable[Float32]:
-        ids = self.token_ids
-        if self.first:
-            session.forward(ids[: self.first], None)
-        for start in range(self.first, len(ids), CHUNK):
-            logits = session.forward(ids[start : start + CHUNK], "all")
-            assert logits is not None
-            yield logits
+    def _keep(self, at: Midway) -> None:
+        self._midway.append(Midway(at.layer, at.x.copy(), at.qkv.copy()))
 
-    def divergence(self, policy: CachePolicy) -> float:
-        """Mean KL(reference || policy) in nats over the positions that count."""
-        total, at = 0.0, 0
-        for logits in self._logits(Session(self.model, policy)):
-            log_p, log_q = self._log_p[at : at + len(logits)], _log_softmax(logits)
-            at += len(logits)
-            total += float(np.einsum("tv,tv->", np.exp(log_p), log_p - log_q, dtype=np.float64))
-        return max(total / at, 0.0)
+    def _logits(
+        self, policy: CachePolicy, on_attention: Callable[[Midway], None] | None, begin: Midway | None
+    ) -> Float32:
+        """Of the positions that count, (positions, V)."""
+        config, ids = self.model.config, self.token_ids
+        shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        step, x = Step(ids, np.arange(len(ids)), [(Cache(policy, *shape, len(ids)), 0, len(ids))]), []
+
+        def last(layer: int, out: Float32) -> None:
+            if layer == config.num_hidden_layers - 1:
+                x.append(out[self.first :].copy())
+
+        transformer = self.model.transformer
+        transformer.forward(step, None, on_layer=last, on_attention=on_attention, begin=begin)
+        return transformer.weights.head(x[0])
+
+    def divergence(self, policy: CachePolicy, layer: int = 0) -> float:
+        """Mean KL(reference || policy) in nats over the positions that count. Before ``layer`` the policy rounds nothing."""
+        log_q = _log_softmax(self._logits(policy, None, self._midway[layer]))
+        total = np.einsum("tv,tv->", np.exp(self._log_p), self._log_p - log_q, dtype=np.float64)
+        return max(float(total) / len(log_q), 0.0)
 
 
 def _log_softmax(logits: Float32) -> Float32:
@@ -124,9 +136,9 @@ def _log_softmax(logits: Float32) -> Float32:
 
 
 def exact(policy: CachePolicy) -> CachePolicy:
-    """The same policy with everything old in float16: what a layer in codes is compared with."""
-    plain = {"k_bits": 16, "v_bits": 16, "k_axis": "channel", "v_axis": "token", "k_group": 0, "v_group": 0}
-    return replace(policy, **plain, older=(), overrides=())  # type: ignore[arg-type]
+    """The same policy with everything in float32: what a layer in codes is compared with."""
+    plain = {"k_bits": 32, "v_bits": 32, "k_axis": "channel", "v_axis": "token", "k_group": 0, "v_group": 0}
+    return replace(policy, **plain, dense="f32", older=(), overrides=())  # type: ignore[arg-type]
 
 
 def measure(
@@ -144,7 +156,6 @@ def measure(
     n_layers = config.num_hidden_layers
     total = n_layers * 2 * len(MEASURED) + 1
     base, options = exact(policy), []
-    floor = reference.divergence(base)
     for layer in range(n_layers):
         for side in "kv":
             found = {}
@@ -156,8 +167,8 @@ def measure(
                     **{f"{side}_{x}": getattr(policy, f"{side}_{x}") for x in ("axis", "group")},
                 }
                 coded = replace(base, overrides=(Override(str(layer), **format_),))
-                found[bits] = max(reference.divergence(coded) - floor, 0.0)
-            found[8] = found[4] / 256
+                found[bits] = reference.divergence(coded, layer)
+            found |= {bits: part * found[3] for bits, part in INFERRED.items()}
             nbytes = {bits: _nbytes(policy, side, bits, config.num_key_value_heads, config.head_dim) for bits in BITS}
             options += [Option(layer, side, bits, found[bits], nbytes[bits]) for bits in BITS]
     if progress is not None:

@@ -69,6 +69,15 @@ class Weights:
 X, QKV, ATTENDED, GATE_UP = range(4)  # the buffers of a pass
 
 
+@dataclass(frozen=True, slots=True)
+class Midway:
+    """Where a pass stands before the attention of a layer: x (T, E), and qkv (T, heads, head_dim), float32."""
+
+    layer: int
+    x: Float32
+    qkv: Float32
+
+
 class Transformer:
     """A decoder-only transformer of the Llama family."""
 
@@ -103,24 +112,32 @@ class Transformer:
         logits: Literal["all", "last"] | None,
         *,
         on_layer: Callable[[int, Float32], None] | None = None,
+        on_attention: Callable[[Midway], None] | None = None,
+        begin: Midway | None = None,
     ) -> Float32 | None:
         """Run the rows of ``step`` through all layers.
 
         Returns logits float32 (T, V) for "all", (len(spans), V) of each span's last row for "last", None for None.
-        ``on_layer`` is called with the number of each layer and its output (T, E).
+        ``on_layer`` is called with the number of each layer and its output (T, E), ``on_attention`` before each attention,
+        with arrays that are written to afterwards. ``begin``: where an earlier pass of the same rows stood, to go on there.
         """
         weights, n_rows = self.weights, len(step.token_ids)
         buffers = Buffers(n_rows, self._widths, *self._rotary(step.positions), self._room_nbytes(n_rows))
         x = buffers.arrays[X]
-        x[:] = weights.embedding.take(step.token_ids)
         qkv = buffers.arrays[QKV].reshape(n_rows, self._heads[1], -1)
         attended = buffers.arrays[ATTENDED].reshape(n_rows, self._heads[0], -1)
-        self.chains[0](buffers)
-        for i, chain in enumerate(self.chains[1:]):
+        if begin is None:
+            x[:] = weights.embedding.take(step.token_ids)
+            self.chains[0](buffers)
+        else:
+            x[:], qkv[:] = begin.x, begin.qkv
+        for i in range(0 if begin is None else begin.layer, len(weights.layers)):
+            if on_attention is not None:
+                on_attention(Midway(i, x, qkv))
             for cache, start, stop in step.spans:
                 position = int(step.positions[start])
                 cache.attend(i, qkv[start:stop], position, self.config.head_dim**-0.5, attended[start:stop])
-            chain(buffers)
+            self.chains[i + 1](buffers)
             if on_layer is not None:
                 on_layer(i, x)
         if logits is None:
