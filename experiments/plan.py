@@ -122,7 +122,7 @@ class Reference:
         return transformer.weights.head(x[0])
 
     def divergence(self, policy: CachePolicy, layer: int = 0) -> float:
-        """Mean KL(reference || policy) in nats over the positions that count. Before ``layer`` the policy rounds nothing."""
+        """Mean KL(reference || policy) in nats, over the positions that count. It rounds nothing before ``layer``."""
         log_q = _log_softmax(self._logits(policy, None, self._midway[layer]))
         total = np.einsum("tv,tv->", np.exp(self._log_p), self._log_p - log_q, dtype=np.float64)
         return max(float(total) / len(log_q), 0.0)
