@@ -36,6 +36,7 @@ __all__ = [
     "BITS", "DENSE", "MAX_ROLLBACK", "MAX_SINKS", "MAX_TIERS", "MAX_WINDOW", "PRESETS", "CachePolicy", "Override", "Tier",
 ]  # fmt: skip
 
+YOUNGER_PAGE = 128  # positions of a page of tiers that tokens leave again: a page takes up room until all of them have
 DENSE = {"f16": F16, "bf16": BF16, "f32": F32}
 
 
@@ -275,7 +276,8 @@ class CachePolicy:
             k, v = self._kinds(tier)
             axes = tier.k_axis, tier.v_axis, tier.k_group, tier.v_group
             try:
-                layouts.append(TileLayout(n_kv_heads, head_dim, self.tile, k, v, *axes, page_tiles=PAGE // self.tile))
+                page = PAGE if len(layouts) == len(self.older) else YOUNGER_PAGE
+                layouts.append(TileLayout(n_kv_heads, head_dim, self.tile, k, v, *axes, page_tiles=page // self.tile))
             except ValueError as error:
                 raise UsageError(f"{name}: {error}") from None
         return layouts
@@ -313,6 +315,9 @@ PRESETS = {
     "full": CachePolicy.full(),
     "f16": CachePolicy(**named("f16")),
     "balanced": CachePolicy(),
-    "small": CachePolicy(k_bits=3, v_bits=3, v_group=32),
-    "tiny": CachePolicy(older=(Tier(1024, k_bits=3, v_bits=2, v_group=32), Tier(4096, k_bits=2, v_bits=2, v_group=32))),
+    "small": CachePolicy(k_bits=3, v_bits=3),
+    "tiny": CachePolicy(
+        window=64, tile=128, v_bits=3, older=(Tier(192, k_bits=3, v_bits=3), Tier(768, k_bits=3, v_bits=2))
+    ),
 }
+"""Policies by name. What they cost in quality and memory is in docs/quality.md."""
