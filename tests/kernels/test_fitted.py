@@ -189,6 +189,22 @@ def test_every_way_of_asking_for_it_gives_the_same(bits: int, axis: str) -> None
     assert same_parts(segments[0], row) and same_parts(segments[1], ranged)
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("last", [1, 5, 31])
+def test_a_last_tile_that_is_not_full_counts_its_own_tokens_alike(bits: int, axis: str, last: int) -> None:
+    """None of them stands in for all that are missing."""
+    rng, form, kinds = np.random.default_rng(7), Format(f"q{bits}{axis}", "k"), (f"q{bits}{axis}",) * 2
+    k, v = normal(rng, 64 + last, 1, 48), normal(rng, 64 + last, 1, 48)
+    options = {f"{side}_{name}": x for side in "kv" for name, x in
+               (("bits", bits), ("axis", form.axis), ("group", form.given_group))}  # fmt: skip
+    rows = segment_rows(quantize(k, v, **options, fitted=True), kinds, 64)
+    assert len(rows) == 2
+    own = 64 + np.arange(64) % last
+    check_row(k[:64], v[:64], rows[0])
+    check_row(k[own], v[own], rows[1])
+
+
 # --- What it is worth ------------------------------------------------------------------------------------------------
 
 
