@@ -1,8 +1,8 @@
 """The cache against a slow float64 oracle that does, query by query, what the docstring of engine/cache.py says.
 
 The oracle shares nothing with the package: it keeps every token in every form it may be seen in, as plain arrays over
-absolute positions, rotates and quantizes with its own few lines, and picks for each query and position the form that it sees.
-Scales are those of the range: fitted ones cannot be had bit for bit (tests/kernels/test_fitted.py has them).
+absolute positions, rotates and quantizes with its own few lines, and picks for each query and position the form that it
+sees. Scales are those of the range: fitted ones cannot be had bit for bit (tests/kernels/test_fitted.py has them).
 """
 
 import functools
@@ -46,7 +46,7 @@ def hadamard(head_dim: int) -> Float64:
 
 
 def on_grid(x: Float32) -> Float32:
-    """x in steps of 2^-9: float32 adds up 64 of these exactly, so rotation is but one rounding (block sizes but 32, 128)."""
+    """x in steps of 2^-9: float32 adds up 64 of these exactly, so rotation rounds once (not in blocks of 32 or 128)."""
     return np.round(x * 512) / np.float32(512)
 
 
