@@ -63,6 +63,8 @@ FINE, TOO_WIDE, IMPOSSIBLE = range(3)
 SMALLEST_HALF, SMALLEST_NORMAL = np.float32(2.0**-24), np.float32(2.0**-14)
 # Where the largest scale of a head and tile is below, float16's steps of 2^-24 would cost more than 1/64 of it
 SMALLEST_SCALE = np.float32(2.0**-18)
+# Steps that are not larger have an infinite inverse, or lose digits as subnormal numbers do: their range is left as it is
+SMALLEST_FITTED = np.float32(2.0**-120)
 
 
 def store_rows(layout: TileLayout, page: Bytes, first: int, k: Float32, v: Float32) -> None:
@@ -214,7 +216,7 @@ def _fit_along_lanes(values, lanes, steps, group, dead_lanes, bits, lows, highs,
             low, high = simd.scalar_at(lows + place), simd.scalar_at(highs + place)
             step = (high - low) * _part(bits) / most
             start = (high - low) * (np.float32(1) - _part(bits)) / np.float32(2)  # from ``low`` on
-            if not (step > 0 and np.isfinite(step)):
+            if not (step > SMALLEST_FITTED and np.isfinite(step)):
                 continue
             inverse, from_low = simd.splat(np.float32(1) / step), simd.splat(-start / step)
             c, cc, y, yc = zero, zero, zero, zero
@@ -263,7 +265,7 @@ def _fit_along_sum(values, lanes, steps, group, dead_steps, bits, lows, highs, s
             for lane in range(0, VECTOR, 4):
                 own, bottom = scratch + lane, simd.scalar_at(lows + place + lane)
                 slope, value = simd.scalar_at(own), simd.scalar_at(own + VECTOR)
-                if slope > 0 and np.isfinite(slope):
+                if slope > SMALLEST_FITTED and np.isfinite(slope):
                     slope, value = _line(
                         n, simd.scalar_at(own + 2 * VECTOR), simd.scalar_at(own + 3 * VECTOR),
                         simd.scalar_at(own + 4 * VECTOR), simd.scalar_at(own + 5 * VECTOR), slope, value,

@@ -342,7 +342,9 @@ def quantize(
     )
     source, store = TileStore(dense), TileStore(target)
     for t, first in enumerate(range(0, n, tile)):
-        rows = np.minimum(np.arange(first, first + tile), n - 1)  # a last, partial tile repeats its last token
+        # A last, partial tile repeats its last token; or all of its own, so that none counts much more than the others
+        rows = np.arange(first, first + tile)
+        rows = first + (rows - first) % (n - first) if fitted else np.minimum(rows, n - 1)
         store_rows(dense, source.place(t)[0], 0, k[rows].astype(np.float32), v[rows].astype(np.float32))
         source.append()
         store.append()

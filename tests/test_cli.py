@@ -65,7 +65,7 @@ def test_json_is_one_object_with_everything_in_it() -> None:
     assert stats["prompt_tokens"] == 5 and stats["generated_tokens"] == 9
     assert set(stats["kv_bytes"]) == {"sink", "old", "recent", "total"}
     assert stats["kv_bytes_float16"] == 3 * 2 * 16 * 2 * 2 * (5 + 8)  # the last token was not fed back
-    assert stats["policy"] == "sinks=4 recent=128:f16 tile=64 old=k4c/v4t"
+    assert stats["policy"] == "sinks=4 recent=128:f16 tile=64 old=k4c/v4t rot=kv scales=fit"
 
 
 @pytest.mark.parametrize("weights", ["f32", "bf16", "q8", "q4"])
@@ -111,9 +111,10 @@ def test_stop_ends_the_text_before_the_stop_string() -> None:
 
 def test_every_cache_option_reaches_the_policy() -> None:
     options = ["--window", "32", "--sinks", "2", "--k-bits", "8", "--v-bits", "16", "--tile", "32", "--dense", "f32"]
+    options += ["--rotate", "v", "--scales", "range"]
     result = mixkv("generate", "x" * 200, "-m", "toy", "-n", "2", "--json", *options)
     stats = json.loads(result.stdout)["stats"]
-    assert stats["policy"] == "sinks=2 recent=32:f32 tile=32 old=k8c/v16"
+    assert stats["policy"] == "sinks=2 recent=32:f32 tile=32 old=k8c/v16 rot=v scales=range"
     assert stats["kv_bytes"]["old"] > 0 and stats["kv_bytes"]["sink"] == 3 * 2 * 2 * 2 * 16 * 4
 
 
@@ -126,23 +127,26 @@ def info_policy(*options: str) -> str:
 def test_a_policy_is_given_by_name_line_or_file_and_options_change_it(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("window = 7\nv_bits = 2\n[[overrides]]\nlayers = '-1'\nk_bits = 8\n")
-    default = "sinks=4 recent=128:f16 tile=64 old=k4c/v4t"
-    mine = "recent=7:f16 tile=64 old=k4c/v2t{} layers=-1[k_bits=8]"
+    plain = "sinks=4 recent=128:f16 tile=64 old=k4c/v4t"
+    default = f"{plain} rot=kv scales=fit"
+    mine = "recent=7:f16 tile=64 old=k4c/v2t rot=kv scales=fit{} layers=-1[k_bits=8]"
     for options, policy in (
         ([], default),
-        (["--policy", "f16"], "sinks=0 recent=0:f16 tile=64 old=k16/v16"),
-        (["--policy", "k8v2:window=9"], "sinks=4 recent=9:f16 tile=64 old=k8c/v2t"),
-        (["--policy", "rot=k old=k2t16/v4c"], "sinks=4 recent=128:f16 tile=64 old=k2t16/v4c rot=k"),
+        (["--policy", "f16"], "sinks=0 recent=0:f16 tile=64 old=k16/v16 rot=none scales=fit"),
+        (["--policy", "k8v2:window=9"], "sinks=4 recent=9:f16 tile=64 old=k8c/v2t rot=kv scales=fit"),
+        (["--policy", "rot=k old=k2t16/v4c"], "sinks=4 recent=128:f16 tile=64 old=k2t16/v4c rot=k scales=fit"),
         (["--policy", "rot=k old=k2t16/v4c", "--rotate", "v", "--k-group", "0"],
-         "sinks=4 recent=128:f16 tile=64 old=k2t/v4c rot=v"),
-        (["--policy", "rot=kv", "--rotate", "none"], default),
+         "sinks=4 recent=128:f16 tile=64 old=k2t/v4c rot=v scales=fit"),
+        (["--policy", "rot=k", "--rotate", "none"], f"{plain} rot=none scales=fit"),
+        (["--policy", "rot=k", "--scales", "range"], f"{plain} rot=k scales=range"),
+        (["--policy", "scales=range", "--scales", "fit", "--rotate", "kv"], default),
         (["--policy", str(file)], f"sinks=4 {mine.format('')}"),
         (["--sinks", "0", "--policy", str(file), "--rollback", "3"], f"sinks=0 {mine.format(' rollback=3')}"),
-        (["--k-axis", "token", "--v-axis", "channel", "--rotate", "kv"],
-         "sinks=4 recent=128:f16 tile=64 old=k4t/v4c rot=kv"),
-        (["--k-axis", "token", "--k-group", "16", "--v-group", "16"], "sinks=4 recent=128:f16 tile=64 old=k4t16/v4t16"),
+        (["--k-axis", "token", "--v-axis", "channel"], "sinks=4 recent=128:f16 tile=64 old=k4t/v4c rot=kv scales=fit"),
+        (["--k-axis", "token", "--k-group", "16", "--v-group", "16"],
+         "sinks=4 recent=128:f16 tile=64 old=k4t16/v4t16 rot=kv scales=fit"),
         (["--window", "1", "--k-bits", "8", "--v-bits", "2", "--tile", "32", "--dense", "f32"],
-         "sinks=4 recent=1:f32 tile=32 old=k8c/v2t"),
+         "sinks=4 recent=1:f32 tile=32 old=k8c/v2t rot=kv scales=fit"),
     ):  # fmt: skip
         assert info_policy(*options) == policy, options
 
@@ -150,7 +154,7 @@ def test_a_policy_is_given_by_name_line_or_file_and_options_change_it(tmp_path: 
 def test_a_policy_reaches_the_text_and_its_statistics() -> None:
     options = ("generate", "x" * 200, "-m", "toy", "-n", "2", "--json")
     stats = json.loads(mixkv(*options, "--policy", "k8v16:window=32:sinks=2:tile=32:dense=f32").stdout)["stats"]
-    assert stats["policy"] == "sinks=2 recent=32:f32 tile=32 old=k8c/v16"
+    assert stats["policy"] == "sinks=2 recent=32:f32 tile=32 old=k8c/v16 rot=kv scales=fit"
     assert stats["kv_bytes"]["sink"] == 3 * 2 * 2 * 2 * 16 * 4
 
 
@@ -186,6 +190,7 @@ def test_info_prints_a_policy_its_digest_and_its_toml(tmp_path: Path) -> None:
         (["--policy", "layers=3[sinks=0]"], ["layers 3: 3 must be from 0 to 2", "nearest is 2"]),
         (["--policy", "f16", "--k-axis", "token"], ["k_axis must be channel at k_bits 16"]),
         (["--rotate", "q"], ["rotate must be one of none, k, v, kv, found 'q'"]),
+        (["--scales", "best"], ["scales must be one of fit, range, found 'best'"]),
         (["--rollback", "-1"], ["rollback", "0 to 16777216", "nearest is 0"]),
         (["--k-axis", "head"], ["k_axis must be one of channel, token, found 'head'"]),
         (["--toml"], ["MODEL, --json has no effect with --toml"]),

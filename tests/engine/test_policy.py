@@ -88,6 +88,8 @@ NO_SCALES = "which have no scales"
         ({"k_axis": "head"}, "k_axis must be one of channel, token, found 'head'"),
         ({"v_axis": ["token"]}, "v_axis must be one of channel, token, found ['token']"),
         ({"rotate_k": 1}, "rotate_k must be true or false, found 1"),
+        ({"scales": "best"}, "scales must be one of fit, range, found 'best'"),
+        ({"scales": None}, "scales must be one of fit, range, found None"),
         ({"rotate_v": "true"}, "rotate_v must be true or false, found 'true'"),
         ({"v_group": 24}, "v_group must be 0 or a multiple of 16 up to 256, found 24; the nearest is 16"),
         ({"v_group": 25}, "v_group must be 0 or a multiple of 16 up to 256, found 25; the nearest is 32"),
@@ -124,7 +126,7 @@ NO_SCALES = "which have no scales"
                 "overrides": (Override("+".join(["10"] * 32), dense="f32", window=0, sinks=0, rotate_k=False, tile=64),)
                 * 32
             },
-            f"the text must be at most 4096 characters, found {42 + 32 * 148}",
+            f"the text must be at most 4096 characters, found {60 + 32 * 148}",
         ),
         (
             {"overrides": (Override("1", window=200), Override("0..3+-1", older=(Tier(150),)))},
@@ -162,7 +164,7 @@ def test_an_absurd_number_is_refused_like_any_other(name: str) -> None:
         (
             lambda: Override("0", rollback=1),
             "an override's fields must be of window, sinks, k_bits, v_bits, tile, dense, k_axis, v_axis, k_group, v_group, "
-            "rotate_k, rotate_v, older, found 'rollback'",
+            "rotate_k, rotate_v, scales, older, found 'rollback'",
         ),
         (lambda: Override("0", tile=65), "tile must be one of 32, 64, 128, found 65; the nearest is 64"),
         (lambda: Override("0", older=[1]), "older must be a tuple of Tier, found [1]"),
@@ -201,7 +203,9 @@ def test_tiers_and_overrides_refuse_what_could_never_fit(make: Callable[[], obje
 
 
 def test_defaults_and_full() -> None:
-    assert CachePolicy() == CachePolicy(window=128, sinks=4, k_bits=4, v_bits=4, tile=64, dense="f16")
+    assert CachePolicy() == CachePolicy(
+        window=128, sinks=4, k_bits=4, v_bits=4, tile=64, dense="f16", rotate_k=True, rotate_v=True, scales="fit"
+    )
     full = CachePolicy.full()
     assert (full.k_bits, full.v_bits, full.dense) == (32, 32, "f32")
     old, dense = full.old_layout(2, 16), full.dense_layout(2, 16)
@@ -232,6 +236,19 @@ def test_tiers_and_overrides_are_values_too() -> None:
             setattr(value, name, "1")
         assert not hasattr(value, "__dict__")
     assert mixkv.Tier is Tier and mixkv.Override is Override
+
+
+def test_only_sides_that_some_tier_keeps_in_codes_are_rotated() -> None:
+    assert CachePolicy().rotates == (True, True)
+    assert CachePolicy(rotate_k=False).rotates == (False, True) and CachePolicy(rotate_v=False).rotates == (True, False)
+    assert CachePolicy(k_bits=16).rotates == (False, True) and CachePolicy(v_bits=32).rotates == (True, False)
+    assert CachePolicy(k_bits=16, v_bits=16, older=(Tier(200, v_bits=16),)).rotates == (True, False)
+    assert CachePolicy.full().rotates == (False, False)
+    assert CachePolicy(k_bits=32, v_bits=16).rotates == (False, False)
+    assert CachePolicy(k_bits=16, v_bits=16, overrides=(Override("1", k_bits=8),)).for_layer(1, 2).rotates == (
+        True,
+        False,
+    )
 
 
 def test_the_tables_of_fields_name_every_field_once() -> None:
@@ -281,11 +298,11 @@ def test_later_overrides_win_over_earlier_ones_field_by_field() -> None:
         overrides=(
             Override("0..1+-1", k_bits=8, window=7),
             Override("1..-2", k_bits=2, v_bits=2),
-            Override("-3", older=(Tier(200),), rotate_v=True, sinks=0, tile=32, dense="f32"),
+            Override("-3", older=(Tier(200),), rotate_v=False, scales="range", sinks=0, tile=32, dense="f32"),
         ),
     )
     first, middle = CachePolicy(window=7, k_bits=8, rollback=9), CachePolicy(k_bits=2, v_bits=2, rollback=9)
-    third = CachePolicy(128, 0, 2, 2, 32, "f32", rotate_v=True, rollback=9, older=(Tier(200),))
+    third = CachePolicy(128, 0, 2, 2, 32, "f32", rotate_v=False, scales="range", rollback=9, older=(Tier(200),))
     second = CachePolicy(window=7, k_bits=2, v_bits=2, rollback=9)
     assert [policy.for_layer(i, 6) for i in range(6)] == [first, second, middle, third, middle, first]
     assert CachePolicy().for_layer(0, 1) == CachePolicy()

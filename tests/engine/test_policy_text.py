@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from mixkv.engine.policy import MAX_ROLLBACK, MAX_SINKS, MAX_WINDOW, PRESETS, CachePolicy, Override, Tier
 from mixkv.models.errors import UsageError
 
-DEFAULT = "sinks=4 recent=128:f16 tile=64 old=k4c/v4t"
+PLAIN = "sinks=4 recent=128:f16 tile=64 old=k4c/v4t"
+DEFAULT = f"{PLAIN} rot=kv scales=fit"
+UNTURNED = {"rotate_k": False, "rotate_v": False}  # what names of a dense type imply
 N_LAYERS = 7  # of the model that drawn overrides are for
 
 
@@ -57,6 +59,7 @@ WINDOWS = st.sampled_from([0, 1, 64, 128, 5000])
 SINKS = st.sampled_from([0, 4, 5, MAX_SINKS])
 TILES = st.sampled_from([32, 64, 128])
 DENSE = st.sampled_from(["f16", "bf16", "f32"])
+SCALES = st.sampled_from(["fit", "range"])
 
 
 @st.composite
@@ -64,8 +67,8 @@ def overrides(draw: st.DrawFn) -> Override:
     """Some fields for some layers; any of them are legal together, behind any window of ``WINDOWS``."""
     pieces = [
         {"window": draw(WINDOWS)}, {"dense": draw(DENSE)}, {"sinks": draw(SINKS)}, {"tile": draw(TILES)},
-        {"rotate_k": draw(st.booleans())}, {"rotate_v": draw(st.booleans())}, draw(sides("k")), draw(sides("v")),
-        {"older": draw(tiers(5000))},
+        {"rotate_k": draw(st.booleans())}, {"rotate_v": draw(st.booleans())}, {"scales": draw(SCALES)}, draw(sides("k")),
+        draw(sides("v")), {"older": draw(tiers(5000))},
     ]  # fmt: skip
     fields: dict[str, Any] = {}
     for piece in draw(st.lists(st.sampled_from(pieces), min_size=1, max_size=len(pieces))):
@@ -82,6 +85,7 @@ def policies(draw: st.DrawFn) -> CachePolicy:
         dense=draw(DENSE),
         rotate_k=draw(st.booleans()),
         rotate_v=draw(st.booleans()),
+        scales=draw(SCALES),
         rollback=draw(st.sampled_from([0, 1, MAX_ROLLBACK])),
         older=draw(tiers(5000)),
         overrides=tuple(draw(st.lists(overrides(), max_size=4))),
@@ -134,12 +138,13 @@ def test_two_policies_have_one_digest_only_if_they_are_one(one: CachePolicy, oth
     ("text", "policy"),
     [
         (DEFAULT, CachePolicy()),
-        ("sinks=4 recent=128:f16 tile=64 old=k4c/v4t64 rot=k", CachePolicy(v_group=64, rotate_k=True)),
-        ("sinks=0 recent=0:f32 tile=64 old=k32/v32", CachePolicy.full()),
-        (f"{DEFAULT} rot=kv rollback=64", CachePolicy(rotate_k=True, rotate_v=True, rollback=64)),
-        (f"{DEFAULT} rot=v", CachePolicy(rotate_v=True)),
+        ("sinks=4 recent=128:f16 tile=64 old=k4c/v4t64 rot=k scales=fit", CachePolicy(v_group=64, rotate_v=False)),
+        ("sinks=0 recent=0:f32 tile=64 old=k32/v32 rot=none scales=fit", CachePolicy.full()),
+        (f"{DEFAULT} rollback=64", CachePolicy(rollback=64)),
+        (f"{PLAIN} rot=v scales=fit", CachePolicy(rotate_k=False)),
+        (f"{PLAIN} rot=none scales=range", CachePolicy(rotate_k=False, rotate_v=False, scales="range")),
         (
-            "sinks=0 recent=7:bf16 tile=32 old=512:k8c/v8t old=1024:k16/v2c old=k4t16/v4t64",
+            "sinks=0 recent=7:bf16 tile=32 old=512:k8c/v8t old=1024:k16/v2c old=k4t16/v4t64 rot=kv scales=fit",
             CachePolicy(
                 7, 0, 8, 8, 32, "bf16",
                 older=(
@@ -160,12 +165,13 @@ def test_two_policies_have_one_digest_only_if_they_are_one(one: CachePolicy, oth
             ),
         ),
         (
-            f"{DEFAULT} layers=0[old=*] layers=1[old=512:* old=k2c/v2t window=9 rotate_v=true] layers=2[sinks=0 tile=32]",
+            f"{DEFAULT} layers=0[old=*] layers=1[old=512:* old=k2c/v2t window=9 rotate_v=true] "
+            "layers=2[sinks=0 tile=32 scales=range]",
             CachePolicy(
                 overrides=(
                     Override("0", older=()),
                     Override("1", window=9, rotate_v=True, older=(Tier(512, 2, 2),)),
-                    Override("2", sinks=0, tile=32),
+                    Override("2", sinks=0, tile=32, scales="range"),
                 )
             ),
         ),
@@ -178,18 +184,20 @@ def test_the_canonical_form_of_a_policy(text: str, policy: CachePolicy) -> None:
 
 def test_the_digest_of_the_default_stays() -> None:
     """A stored digest must mean the same policy for ever."""
-    assert CachePolicy().digest == "f17231dfffe492d4"
+    assert CachePolicy().digest == "60d30c8c5366f909"
 
 
 @pytest.mark.parametrize(
     ("text", "policy"),
     [
         ("tile=32", CachePolicy(tile=32)),
-        ("rot=none rollback=0", CachePolicy()),
+        ("rot=kv scales=fit rollback=0", CachePolicy()),
+        ("rot=none", CachePolicy(rotate_k=False, rotate_v=False)),
+        ("scales=range", CachePolicy(scales="range")),
         ("old=*", CachePolicy()),
         ("old=256:* old=k2c/v2t k_bits=8", CachePolicy(k_bits=8, older=(Tier(256, 2, 2),))),
-        ("k_bits=8 v_axis=channel rotate_k=true\n dense=f32\tv_group=64 ", CachePolicy(k_bits=8, v_axis="channel",
-                                                                                        rotate_k=True, dense="f32")),
+        ("k_bits=8 v_axis=channel rotate_k=false\n dense=f32\tv_group=64 ", CachePolicy(k_bits=8, v_axis="channel",
+                                                                                        rotate_k=False, dense="f32")),
         ("old=k4c64/v4t", CachePolicy()),
         ("layers=0[old=k8c/v8t rot=kv]", CachePolicy(overrides=(
             Override("0", k_bits=8, v_bits=8, k_axis="channel", v_axis="token", k_group=0, v_group=0, older=(),
@@ -201,7 +209,7 @@ def test_what_a_line_does_not_name_is_as_by_default(text: str, policy: CachePoli
     assert CachePolicy.parse(text) == policy
 
 
-KEYS = "a key must be one of sinks, recent, tile, old, rot, rollback, layers, or a field's name"
+KEYS = "a key must be one of sinks, recent, tile, old, rot, scales, rollback, layers, or a field's name"
 WORDS = "words must be like sinks=4 or layers=0..1[tile=32]"
 FORMAT = "old must be a format like k4c/v4t64 or k16/v16"
 
@@ -224,7 +232,7 @@ FORMAT = "old must be a format like k4c/v4t64 or k16/v16"
         ("layers=0[]", "layers='0': layers '0': an override must name a field, found none"),
         ("layers=0[k_bits=5]", "layers='0': k_bits must be one of 2, 3, 4, 8, 16, 32, found 5; the nearest is 4"),
         ("layers=0[rollback=5]", "layers='0': an override's fields must be of window, sinks, k_bits, v_bits, tile, dense, "
-         "k_axis, v_axis, k_group, v_group, rotate_k, rotate_v, older, found 'rollback'"),
+         "k_axis, v_axis, k_group, v_group, rotate_k, rotate_v, scales, older, found 'rollback'"),
         ("sinks=", "sinks must be a whole number from 0 to 65536, found ''"),
         ("sinks=-1", "sinks must be a whole number from 0 to 65536, found '-1'"),
         ("rollback=16777217", f"rollback must be a whole number from 0 to {MAX_ROLLBACK}, found 16777217; the nearest is "
@@ -234,6 +242,9 @@ FORMAT = "old must be a format like k4c/v4t64 or k16/v16"
         ("recent=x:f16", f"window must be a whole number from 0 to {MAX_WINDOW}, found 'x'"),
         ("rot=vk", "rot must be one of none, k, v, kv, found 'vk'"),
         ("rotate_k=1", "rotate_k must be true or false, found 1"),
+        ("scales=best", "scales must be one of fit, range, found 'best'"),
+        ("scales=1", "scales must be one of fit, range, found 1"),
+        ("scales=fit scales=fit", "scales must be given once, found it twice"),
         ("old=k4/v4t", "old must name after k4 the axis of their scales, c or t, found 'k4/v4t'"),
         ("old=k4c/v16t", "old must name after v16 no axis, they have no scales, found 'k4c/v16t'"),
         ("old=k5/v4t", "k_bits must be one of 2, 3, 4, 8, 16, 32, found 5; the nearest is 4"),
@@ -280,8 +291,8 @@ def test_presets_are_policies_by_name() -> None:
     for name, policy in PRESETS.items():
         assert CachePolicy.parse(name) is policy
     assert PRESETS["full"] == CachePolicy.full() and PRESETS["balanced"] == CachePolicy()
-    assert PRESETS["f16"] == CachePolicy(window=0, sinks=0, k_bits=16, v_bits=16)
-    assert str(PRESETS["small"]) == "sinks=4 recent=128:f16 tile=64 old=k3c/v3t32"
+    assert PRESETS["f16"] == CachePolicy(window=0, sinks=0, k_bits=16, v_bits=16, **UNTURNED)
+    assert str(PRESETS["small"]) == "sinks=4 recent=128:f16 tile=64 old=k3c/v3t32 rot=kv scales=fit"
     assert len(PRESETS["tiny"].tiers) == 3
     for policy in PRESETS.values():
         policy.check_model(30, 64)
@@ -295,7 +306,8 @@ def test_presets_are_policies_by_name() -> None:
 
 def test_every_field_stands_in_the_toml() -> None:
     policy = CachePolicy(
-        rotate_k=True,
+        rotate_v=False,
+        scales="range",
         older=(Tier(300, k_bits=2),),
         overrides=(Override("0", older=()), Override("1", older=(Tier(7000),))),
     )
@@ -303,7 +315,7 @@ def test_every_field_stands_in_the_toml() -> None:
     assert policy.to_toml() == (
         "window = 128\nsinks = 4\nk_bits = 4\nv_bits = 4\ntile = 64\n"
         'dense = "f16"\nk_axis = "channel"\nv_axis = "token"\nk_group = 0\nv_group = 0\n'
-        "rotate_k = true\nrotate_v = false\nrollback = 0\n"
+        'rotate_k = true\nrotate_v = false\nscales = "range"\nrollback = 0\n'
         f"\n[[older]]\nafter = 300\nk_bits = 2\n{tier}"
         '\n[[overrides]]\nlayers = "0"\nolder = []\n'
         f'\n[[overrides]]\nlayers = "1"\n\n[[overrides.older]]\nafter = 7000\nk_bits = 4\n{tier}'
@@ -317,7 +329,9 @@ def test_a_toml_may_leave_out_what_is_as_by_default() -> None:
     assert CachePolicy.from_toml(text) == CachePolicy(older=(Tier(300),), overrides=(Override("-1", sinks=0),))
 
 
-FIELDS = "window, sinks, k_bits, v_bits, tile, dense, k_axis, v_axis, k_group, v_group, rotate_k, rotate_v, rollback"
+FIELDS = (
+    "window, sinks, k_bits, v_bits, tile, dense, k_axis, v_axis, k_group, v_group, rotate_k, rotate_v, scales, rollback"
+)
 NINES = "9" * 5001
 
 
@@ -329,6 +343,7 @@ NINES = "9" * 5001
         ("window = 1.0", "window must be a whole number from 0 to 16777216, found 1.0"),
         ("window = -1", "window must be a whole number from 0 to 16777216, found -1; the nearest is 0"),
         ("rotate_k = 1", "rotate_k must be true or false, found 1"),
+        ("scales = true", "scales must be one of fit, range, found True"),
         ("dense = 16", "dense must be one of f16, bf16, f32, found 16"),
         ("tile = [64]", "tile must be one of 32, 64, 128, found [64]"),
         ("older = 300", "older must be tables, [[older]], found 300"),
@@ -407,9 +422,9 @@ def test_a_file_that_cannot_be_read_is_refused_by_its_name(tmp_path: Path) -> No
         ("k4v2", CachePolicy(v_bits=2)),
         ("k16v32", CachePolicy(k_bits=16, v_bits=32)),
         ("f32", CachePolicy.full()),
-        ("f16", CachePolicy(window=0, sinks=0, k_bits=16, v_bits=16)),
-        ("bf16:tile=32", CachePolicy(window=0, sinks=0, k_bits=16, v_bits=16, tile=32, dense="bf16")),
-        ("f16:window=1", CachePolicy(window=1, sinks=0, k_bits=16, v_bits=16)),
+        ("f16", CachePolicy(window=0, sinks=0, k_bits=16, v_bits=16, **UNTURNED)),
+        ("bf16:tile=32", CachePolicy(window=0, sinks=0, k_bits=16, v_bits=16, tile=32, dense="bf16", **UNTURNED)),
+        ("f16:window=1", CachePolicy(window=1, sinks=0, k_bits=16, v_bits=16, **UNTURNED)),
         (
             "k8v3:dense=f32:sinks=0:window=16777216:tile=128",
             CachePolicy(window=MAX_WINDOW, sinks=0, k_bits=8, v_bits=3, tile=128, dense="f32"),

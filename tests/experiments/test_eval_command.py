@@ -66,7 +66,7 @@ def test_json_is_one_object_with_everything_in_it(file: str, toy: Model) -> None
     about = {"model", "policy", "weights", "reference_weights", "threads", "seconds"}
     assert set(found) == RESULTS | about
     assert set(found["kld"]) == {"mean", "median", "p99", "p999", "max"}
-    assert found["policy"] == "sinks=2 recent=32:bf16 tile=32 old=k3c/v2t"
+    assert found["policy"] == "sinks=2 recent=32:bf16 tile=32 old=k3c/v2t rot=kv scales=fit"
     assert (found["model"], found["weights"], found["reference_weights"]) == ("toy", "auto", "f32")
     assert 0 < found["seconds"] < 60 and found["threads"] == 1
     policy = CachePolicy(32, 2, 3, 2, 32, "bf16")

@@ -343,7 +343,9 @@ def dense_store(k: np.ndarray, v: np.ndarray, kind: str = "f32", tile: int = 64)
     return store
 
 
-def seal(source: TileStore, kinds: tuple[str, str], dead: int = 0, page_tiles: int = 0) -> TileStore:
+def seal(
+    source: TileStore, kinds: tuple[str, str], dead: int = 0, page_tiles: int = 0, fitted: bool = False
+) -> TileStore:
     """All tiles of a store in the formats ``kinds``, with scales of float32 where they have to be; OverflowError."""
     layout = source.layout
     target = TileStore(
@@ -352,7 +354,7 @@ def seal(source: TileStore, kinds: tuple[str, str], dead: int = 0, page_tiles: i
     for t in range(source.first, source.stop):
         target.append()
         for _ in range(2):
-            jobs = np.array([seal_job(source, target, t, dead if t == 0 else 0)])
+            jobs = np.array([seal_job(source, target, t, dead if t == 0 else 0, fitted)])
             quantize_jobs(jobs, target.layout)
             if jobs[0, IMPOSSIBLE_AT:].any():
                 raise OverflowError
@@ -407,6 +409,8 @@ def segment_tiles(segment: Segment, kinds: tuple[str, str], tile: int) -> list[n
 def read_segment(segment: Segment, kinds: tuple[str, str], tile: int) -> tuple[Any, Any]:
     """K and V of a segment made by ``quantize``, float64 (N, Hkv, D)."""
     pairs = [row.read() for row in segment_rows(segment, kinds, tile)]
+    if not pairs:
+        return read_tiles([], kinds, tile, segment.n_kv_heads, segment.head_dim)
     k, v = (np.concatenate(x) for x in zip(*pairs, strict=True))
     return k[: segment.stop], v[: segment.stop]
 

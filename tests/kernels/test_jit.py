@@ -65,7 +65,7 @@ def test_the_cache_folder_is_below_MIXKV_CACHE_where_that_is_set(
 
 
 def test_a_cache_folder_of_Numba_itself_is_respected(tmp_path: Path) -> None:
-    found = run_process("merge", {"NUMBA_CACHE_DIR": str(tmp_path)})
+    found = run_process("merge", {"MIXKV_CACHE": "", "NUMBA_CACHE_DIR": str(tmp_path)})
     assert Path(found["used"]).is_relative_to(tmp_path)
     assert {name: found[name] for name in MERGED} == MERGED
 

@@ -11,7 +11,8 @@ from mixkv.kernels.tables import N_PARTS, STEP
 from .oracle import expected, normal, read_store
 
 POLICY = CachePolicy(
-    window=130, sinks=5, k_bits=8, v_bits=8, tile=32, dense="f32", older=(Tier(600, k_bits=4, v_bits=4),)
+    window=130, sinks=5, k_bits=8, v_bits=8, tile=32, dense="f32", rotate_k=False, rotate_v=False,
+    older=(Tier(600, k_bits=4, v_bits=4),),
 )  # fmt: skip
 HEADS, KV_HEADS, D, N = 4, 2, 20, 1400
 

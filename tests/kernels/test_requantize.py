@@ -112,7 +112,7 @@ def test_shares_of_workers_add_up_round_by_round(workers: int, kinds: tuple[str,
     for store in (first, second):
         for _ in range(3):
             store.append()
-    jobs = np.array([seal_job(*pair, t, 0) for pair in ((source, first), (first, second)) for t in range(3)])
+    jobs = np.array([seal_job(*pair, t, 0, False) for pair in ((source, first), (first, second)) for t in range(3)])
     call = np.zeros(CALL_FIELDS, np.int64)
     call[N_KV_HEADS], call[ROW_WIDTH], call[HEAD_DIM], call[JOBS] = 3, 32, 20, jobs.ctypes.data
     call[JOB_STARTS : JOB_STARTS + 3] = 0, 3, 6
