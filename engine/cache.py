@@ -416,7 +416,7 @@ class LayerCache:
             kept_as = self._enter(t, position, sources)
             dead = min(max(self.sinks - start, 0), stop - start)
             n_coded = int(coded[dead:].sum())
-            found["not_restored"] += n_coded if kept_as == "dense" else 0
+            found["not_restored"] += int(coded[:dead].sum()) + (n_coded if kept_as == "dense" else 0)
             found["requantized"] += n_coded if kept_as == "anew" else 0
         self.commit(position)
         return found
@@ -424,8 +424,8 @@ class LayerCache:
     def _enter(self, t: int, position: int, sources: list[TileStore]) -> str:
         """Take tile t, the last of the recent segment, through the tiers that it has reached.
 
-        Returns how it is kept in the end: "dense", "as it was" where it could be copied from one of ``sources``, or in codes,
-        "anew".
+        Returns how it is kept in the end: "dense", "as it was" where it could be copied from one of ``sources``, or, in
+        codes, "anew".
         """
         source, kept_as = self.recent, "dense"
         for i, tier in enumerate(self.tiers):
