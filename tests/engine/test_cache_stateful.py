@@ -49,7 +49,9 @@ from .stateful import (
     new_cache,
     policies,
     shapes,
+    steps_off,
     stub_model,
+    variations,
 )
 
 MOST_LINES, MOST_TOKENS = 4, 1500
@@ -147,10 +149,22 @@ class Sessions(RuleBasedStateMachine):
     def cut_back(self, line: Line, position: int) -> None:
         line.tokens, line.rows = line.tokens[:position], line.rows[:position]
 
-    @rule(at=st.integers(0, 3), back=st.one_of(st.integers(0, 130), st.floats(0, 1)))
-    def truncate(self, at: int, back: int | float) -> None:
+    def read_some(self, line: Line, n: int) -> None:
+        if n and len(line.tokens) + n <= MOST_TOKENS:
+            self.read(line, self.some_tokens(n), 1)
+
+    @rule(
+        at=st.integers(0, 3),
+        back=st.one_of(st.integers(0, 130), st.just(0.0), st.floats(0, 1)),
+        then=st.integers(0, 3),
+    )
+    def truncate(self, at: int, back: int | float, then: int) -> None:
+        self.go_back(self.line(at), back)
+        self.read_some(self.line(at), then)
+
+    def go_back(self, line: Line, back: int | float) -> None:
         """By a number of tokens, or to a place between the lowest possible and the end; what is too far is refused."""
-        line, n = self.line(at), len(self.line(at).tokens)
+        n = len(line.tokens)
         session, lowest = line.session, line.session.cache.lowest
         assert 0 <= lowest <= max(0, line.high - session.policy.rollback)
         position = max(0, n - back) if isinstance(back, int) else min(n, round(lowest + back * (n - lowest)))
@@ -175,15 +189,16 @@ class Sessions(RuleBasedStateMachine):
             line.base = line.base.fork()  # it may be another line's as well
             line.base.truncate(position)
 
-    @rule(at=st.integers(0, 3), part=st.floats(0, 1), beyond=st.booleans())
-    def replay(self, at: int, part: float, beyond: bool) -> None:
+    @rule(at=st.integers(0, 3), to=st.one_of(st.floats(0, 1), st.integers(0, 9)), beyond=st.booleans())
+    def replay(self, at: int, to: float | int, beyond: bool) -> None:
         """Back to any place, if need be by reading again: then it is a session that has never been anywhere else."""
         line = self.line(at)
         if beyond:
             for wrong in (-1, len(line.tokens) + 1):
                 with pytest.raises(UsageError, match=f"from 0 to {len(line.tokens)}"):
                     line.session.truncate(wrong, replay=True)
-        position, cache = round(part * len(line.tokens)), line.session.cache
+        n, cache = len(line.tokens), line.session.cache
+        position = min(to, n) if isinstance(to, int) else round(to * n)
         line.session.truncate(position, replay=True)
         self.cut_back(line, position)
         if line.session.cache is cache:
@@ -198,13 +213,24 @@ class Sessions(RuleBasedStateMachine):
             line.rows = line.again(self.reference).forward(line.tokens)
 
     @precondition(lambda self: len(self.lines) < MOST_LINES)
-    @rule(at=st.integers(0, 3))
-    def fork(self, at: int) -> None:
+    @rule(
+        at=st.integers(0, 3),
+        back=st.one_of(st.none(), st.just(0), st.just(0.0), st.floats(0, 1)),
+        reads=st.tuples(st.integers(0, 40), st.integers(0, 40)),
+        fork_first=st.booleans(),
+    )
+    def fork(self, at: int, back: int | float | None, reads: tuple[int, int], fork_first: bool) -> None:
+        """One of the two may go back at once, and both go on, in the same tiles."""
         line = self.line(at)
         other = line.session.fork()
         assert other.cache is not line.session.cache and other.position == line.session.position
         self.plain_model.add(self.plain_model.book(line.session.cache).copy(other.cache))
         self.lines.append(Line(other, line.tokens, line.rows, line.base, line.high))
+        both = [line, self.lines[-1]]
+        if back is not None:
+            self.go_back(both[fork_first], back)
+        for own, n in zip(both, reads, strict=True):
+            self.read_some(own, n)
 
     @rule(at=st.integers(0, 3), replace=st.booleans(), chunk=CHUNKS)
     def save_and_load(self, at: int, replace: bool, chunk: int) -> None:
@@ -227,7 +253,8 @@ class Sessions(RuleBasedStateMachine):
     @rule(data=st.data(), at=st.integers(0, 3), by_file=st.booleans())
     def retier(self, data: st.DataObject, at: int, by_file: bool) -> None:
         """The same is done to a second session, with which all outputs are compared from then on."""
-        line, policy = self.line(at), data.draw(policies(self.shape))
+        line = self.line(at)
+        policy = data.draw(st.one_of(policies(self.shape), variations(line.session.policy)))
         note(f"{policy}")
         if by_file:
             line.session.save(self.folder / "twin")
@@ -264,6 +291,7 @@ class Sessions(RuleBasedStateMachine):
     @invariant()
     def nobody_writes_to_what_is_held(self) -> None:
         for line in self.lines:
+            assert line.session.token_ids.tolist() == line.tokens.tolist()
             if len(line.tokens):
                 self.plain_model.book(line.session.cache).check_held(len(line.tokens))
 
@@ -344,7 +372,11 @@ def check_retiered(old: LayerBook, new: LayerBook, before: LayerCache, after: La
                         fmt = rules.formats(above)[side]
                         if fmt.kind[0] == "q":
                             spans = group_ranges(y[:, head], fmt, dead if dead < rules.tile else 0)
-                            allowed += 1.3 * spans / (2**fmt.bits - 1) + 2.0**-8 * np.abs(y[:, head]).max() + 2.0**-16
+                            allowed += (
+                                1.3 * steps_off(fmt) * spans / (2**fmt.bits - 1)
+                                + 2.0**-8 * np.abs(y[:, head]).max()
+                                + 2.0**-16
+                            )
                         else:
                             allowed += eps[fmt.kind] * np.abs(y).max()
                     assert (np.abs(own[dead:, head] - y[dead:, head]) <= allowed[dead:]).all()
