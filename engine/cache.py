@@ -418,7 +418,7 @@ class LayerCache:
             kept_as = self._enter(t, position, sources)
             dead = min(max(self.sinks - start, 0), stop - start)
             n_coded = int(coded[dead:].sum())
-            found["not_restored"] += n_coded if kept_as == "dense" else 0
+            found["not_restored"] += int(coded[:dead].sum()) + (n_coded if kept_as == "dense" else 0)
             found["requantized"] += n_coded if kept_as == "anew" else 0
         self.commit(position)
         return found

@@ -278,3 +278,10 @@ def test_head_dims_that_are_no_multiple_of_the_vector_are_padded_in_every_segmen
         outs = feed(cache, qkv, cuts(11, 150))
         assert outs.shape == qkv[0].shape and cache.old.stop == 3
         np.testing.assert_allclose(outs, reference(qkv), rtol=0, atol=1e-5)
+
+
+def test_sinks_of_which_there_are_only_codes_are_counted_as_not_restored(draw_qkv: Draw, feed: Feed) -> None:
+    """When another policy takes over: two of its eight sinks were dense before, six are decoded."""
+    cache, other = (LayerCache(CachePolicy(window=0, sinks=sinks, tile=32), HEADS, DIM) for sinks in (2, 8))
+    feed(cache, draw_qkv(13, 64), [0, 64])
+    assert other.take_over(cache, 64) == {"requantized": 0, "not_restored": 6}
