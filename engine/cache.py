@@ -424,8 +424,8 @@ class LayerCache:
     def _enter(self, t: int, position: int, sources: list[TileStore]) -> str:
         """Take tile t, the last of the recent segment, through the tiers that it has reached.
 
-        Returns how it is kept in the end: "dense", "as it was" where it could be copied from one of ``sources``, or in codes,
-        "anew".
+        Returns how it is kept in the end: "dense", "as it was" where it could be copied from one of ``sources``, or in
+        codes, "anew".
         """
         source, kept_as = self.recent, "dense"
         for i, tier in enumerate(self.tiers):
