@@ -341,6 +341,7 @@ def generate(
     text = _read_prompt(prompt, file)
     used_threads = _set_threads(threads)
     from .engine import generate as loop
+    from .engine import memory
     from .engine.conversation import Conversation
     from .kernels.warmup import warm_up
     from .models.load import load
@@ -356,6 +357,9 @@ def generate(
         )  # fmt: skip
         session, ids = talk.session, talk.prompt(text)
         session.check_fits(ids)
+        most = min(talk.kept + len(ids) + max_tokens, session.context)
+        held = session.nbytes()["total"]
+        memory.check_fits(loaded.config, session.policy, most, context=session.context, held=held)
         warm_up(bars.bar("preparing kernels (compiled once)"))
     if talk.retiered is not None:
         _say(_retiered_line(policy, talk.retiered))
@@ -614,6 +618,9 @@ def info(
     as_toml: Annotated[
         bool, typer.Option("--toml", help="Print only the policy, as a file for --policy; of no model.")
     ] = False,
+    context: Annotated[
+        int | None, typer.Option(help="Also say what the cache of a session with so many tokens takes.")
+    ] = None,
     session_file: Annotated[
         Path | None, typer.Option("--session", help="Instead, say what is in a session file; of no model.")
     ] = None,
@@ -623,7 +630,7 @@ def info(
     if session_file is not None:
         from .engine.conversation import summary
 
-        if model is not None or routes or as_toml or cache != CacheOptions():
+        if model is not None or routes or as_toml or context is not None or cache != CacheOptions():
             raise UsageError("with --session, info describes the file alone: only --json can be given besides")
         found = summary(session_file)
         if as_json:
@@ -633,18 +640,21 @@ def info(
         return
     policy = cache.policy()
     if as_toml:
-        idle = [name for name, given in (("MODEL", model), ("--routes", routes), ("--json", as_json)) if given]
+        options = ("MODEL", model), ("--routes", routes), ("--context", context), ("--json", as_json)
+        idle = [name for name, given in options if given]
         if idle:
             raise UsageError(f"{', '.join(idle)} has no effect with --toml, which prints only the policy")
         print(policy.to_toml(), end="")
         return
     described: dict[str, Any] = {}
-    if model is not None or not routes:
+    if model is not None or not routes or context is not None:
         from .models.load import open_model
 
         with Bars(quiet=as_json) as bars:
             opened = open_model(model or "smollm2", progress=bars.bar("downloading"))
         described |= _described(opened, policy, weights)
+        if context is not None:
+            described |= _planned(opened, policy, context)
     described |= {"policy": str(policy), "policy_digest": policy.digest}
     if as_json:
         described["policy_toml"] = policy.to_toml()
@@ -705,6 +715,19 @@ def _described(opened: "Opened", policy: "CachePolicy", weights: str) -> dict[st
     }
 
 
+def _planned(opened: "Opened", policy: "CachePolicy", tokens: int) -> dict[str, Any]:
+    """What a cache of so many tokens takes, and what memory there is."""
+    from .engine.memory import available_nbytes, plan
+
+    limit = opened.config.max_position_embeddings
+    if not 1 <= tokens <= limit:
+        raise UsageError(f"--context must be from 1 to {limit} tokens (the model's limit), found {tokens}")
+    found = plan(opened.config, policy, tokens)
+    tiers = {f"old{i + 1 if i else ''}": nbytes for i, nbytes in enumerate(found.tiers)}
+    planned = {"tokens": tokens, "sink": found.sink, **tiers, "recent": found.recent, "total": found.total}
+    return {"kv_bytes": planned, "available_bytes": available_nbytes()}
+
+
 def _bytes_per_token(policy: "CachePolicy", n_layers: int, n_kv_heads: int, head_dim: int) -> dict[str, float]:
     """Bytes of a token in all layers, by tier and dense; the last tier of a layer stands for those that it has not."""
     each = [policy.for_layer(i, n_layers).nbytes_per_token(n_kv_heads, head_dim) for i in range(n_layers)]
@@ -740,6 +763,7 @@ def evaluate(
         raise UsageError("stdin is closed: there is no text to read")
     text = _read_text(None if str(file) == "-" else file)
     used_threads = _set_threads(threads)
+    from .engine.memory import check_fits
     from .engine.policy import CachePolicy
     from .engine.session import Session
     from .experiments.evaluate import evaluate as run
@@ -748,6 +772,7 @@ def evaluate(
     with Bars(quiet) as bars:
         loaded = _load_each(model, {weights, reference_weights}, bars)
         ids = _first_tokens(loaded[weights], text, tokens)
+        check_fits(loaded[weights].config, policy, len(ids), beside=[CachePolicy.full()])
         reference = Session(loaded[reference_weights], CachePolicy.full())
         candidate = Session(loaded[weights], policy)
         warm_up(bars.bar("preparing kernels (compiled once)"))
