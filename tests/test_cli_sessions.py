@@ -230,6 +230,17 @@ def test_a_file_saved_from_python_is_a_raw_text(tmp_path: Path, toy: Model) -> N
     assert conversation.read_saved(tmp_path / "s").added["note"] == "mine"
 
 
+@pytest.mark.parametrize("n", [5, 200, 256])
+def test_where_everything_is_read_the_last_token_is_read_again(tmp_path: Path, toy: Model, n: int) -> None:
+    ids, session, whole = np.arange(n) % 90 + 33, Session(toy), Session(toy)
+    session.forward(ids, None)
+    session.save(tmp_path / "s")
+    found = run("", "-m", "toy", "-n", "1", "--session", str(tmp_path / "s"))
+    kept = n - 1 if n - 1 >= session.cache.lowest else 0
+    assert found["stats"]["kept_tokens"] == kept and found["prompt_ids"] == ids[kept:].tolist()
+    assert found["token_ids"] == [int(whole.forward(ids, "last").argmax())]
+
+
 # --- policies and models ------------------------------------------------------------------------------------------
 
 
