@@ -1,7 +1,8 @@
 """The command line: parse, call, print. Heavy imports stand inside the commands; this is the only place that prints.
 
 Exit codes: 0 done; 1 another error; 2 wrong usage; 3 a model file refused; 4 a download failed; 5 a prompt refused;
-6 numbers that cannot be continued with; 130 interrupted; 141 the reader of stdout went away.
+6 numbers that cannot be continued with; 7 a session file refused, or not written; 130 interrupted; 141 the reader of
+stdout went away.
 """
 
 import contextlib
@@ -105,15 +106,18 @@ class CacheOptions(NamedTuple):
     scales: Scales = None
     rollback: Rollback = None
 
-    def policy(self) -> "CachePolicy":
-        """The policy that they ask for; UsageError where there is none."""
+    def policy(self, saved: "CachePolicy | None" = None) -> "CachePolicy":
+        """The policy that they ask for, where they change ``saved`` unless --policy is given; UsageError for none."""
         from dataclasses import replace
 
         from .engine.policy import CachePolicy
         from .engine.policy_text import rotation
 
         text = "balanced" if self.policy_text is None else self.policy_text
-        policy = CachePolicy.load(text) if text.endswith(".toml") else CachePolicy.parse(text)
+        if saved is not None and self.policy_text is None:
+            policy = saved
+        else:
+            policy = CachePolicy.load(text) if text.endswith(".toml") else CachePolicy.parse(text)
         own = {name: value for name, value in self._asdict().items() if value is not None}
         own.pop("policy_text", None)
         if "rotate" in own:
@@ -278,18 +282,6 @@ def _read_text(file: Path | None) -> str:
         raise PromptError(f"{where}: not UTF-8 at byte {error.start}") from None
 
 
-def _prompt_ids(model: "Model", text: str, chat: bool | None, system: str | None) -> list[int]:
-    """Token ids of the prompt, in the chat template if there is one and nobody asked for the raw text."""
-    if chat is None:
-        chat = model.has_chat_template
-    if not chat:
-        if system is not None:
-            raise UsageError("--system needs the chat template: this model has none, or --raw was given")
-        return model.encode(text)
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    return model.encode_chat([*messages, {"role": "user", "content": text}])
-
-
 @app.command()
 @_reported
 @_takes_cache_options
@@ -316,6 +308,13 @@ def generate(
     check_weights: Annotated[bool, typer.Option("--check-weights", help="Refuse NaN and infinite weights.")] = False,
     threads: Annotated[int | None, typer.Option(help="Threads; all cores unless given.")] = None,
     context: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer.")] = None,
+    session_file: Annotated[
+        Path | None,
+        typer.Option("--session", help="Go on with the session in this file, or begin one; it is saved at the end."),
+    ] = None,
+    retier: Annotated[
+        bool, typer.Option("--retier", help="Keep the session by another policy from now on: that of the options.")
+    ] = False,
     *,
     cache: CacheOptions,
     as_json: AsJson = False,
@@ -325,7 +324,16 @@ def generate(
     started = time.perf_counter()
     from .engine.sampler import SamplingParams
 
-    policy = cache.policy()
+    if retier and (session_file is None or cache == CacheOptions()):
+        raise UsageError("--retier has no effect without --session and options of a cache")
+    saved = None
+    if session_file is not None:
+        from .engine import conversation
+
+        saved = conversation.look(session_file)
+    policy = cache.policy(None if saved is None else saved.policy)
+    if session_file is not None and saved is not None:
+        conversation.check_options(session_file, saved, policy, chat=chat, system=system, retier=retier)
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repeat_penalty, seed)
     idle = [name for name, given in (("--top-k", top_k), ("--top-p", top_p < 1), ("--min-p", min_p)) if given]
     if temperature == 0 and idle:
@@ -333,7 +341,8 @@ def generate(
     text = _read_prompt(prompt, file)
     used_threads = _set_threads(threads)
     from .engine import generate as loop
-    from .engine.session import Session
+    from .engine import memory
+    from .engine.conversation import Conversation
     from .kernels.warmup import warm_up
     from .models.load import load
 
@@ -343,21 +352,35 @@ def generate(
             model, weights, progress=bars.bar("loading"), download_progress=bars.bar("downloading"),
             check_weights=check_weights,
         )  # fmt: skip
-        ids = _prompt_ids(loaded, text, chat, system)
-        session = Session(loaded, policy, context=context)
+        talk = Conversation(
+            loaded, policy, chat=chat, system=system, context=context, path=session_file, saved=saved
+        )  # fmt: skip
+        session, ids = talk.session, talk.prompt(text)
         session.check_fits(ids)
+        most = min(talk.kept + len(ids) + max_tokens, session.context)
+        held = session.nbytes()["total"]
+        memory.check_fits(loaded.config, session.policy, most, context=session.context, held=held)
         warm_up(bars.bar("preparing kernels (compiled once)"))
+    if talk.retiered is not None:
+        _say(_retiered_line(policy, talk.retiered))
     run = Run(session, ids, started, as_json, quiet)
-    run.stream(
-        loop.generate(session, ids, max_tokens=max_tokens, sampling=sampling, stop=stop or (), progress=run.read)
-    )
-    about = {"model": loaded.name, "policy": str(policy), "routes": policy.routes(), "threads": used_threads}
-    stats = {**run.statistics(), **about}
-    if as_json:
-        result = {"text": run.text, "prompt_ids": ids, "token_ids": run.token_ids, "finish_reason": run.finish_reason}
-        print(json.dumps({**result, "stats": stats}, ensure_ascii=False))
+    tokens = loop.generate(session, ids, max_tokens=max_tokens, sampling=sampling, stop=stop or (), progress=run.read)
+    about: dict[str, Any] = {"model": loaded.name, "policy": str(policy), "routes": policy.routes()}
+    about["threads"] = used_threads
+    if talk.retiered is not None:
+        about["retier"] = talk.retiered
+    try:
+        run.stream(tokens)
+        stats = {**run.statistics(), "kept_tokens": talk.kept, **about}
+        if as_json:
+            result: dict[str, Any] = {"text": run.text, "prompt_ids": ids, "token_ids": run.token_ids}
+            result |= {"finish_reason": run.finish_reason, "stats": stats}
+            print(json.dumps(result, ensure_ascii=False), flush=True)
+    finally:
+        saving = talk.end(run.text, run.token_ids)
     if not quiet:
-        _say(_statistics_line(stats, run.finish_reason))
+        kept = f"kept {talk.kept} tokens | " if session_file is not None else ""
+        _say(kept + _statistics_line(stats, run.finish_reason) + (f" | saved to {session_file}" if saving else ""))
     if run.finish_reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
 
@@ -434,6 +457,13 @@ def _statistics_line(stats: dict[str, Any], finish_reason: str) -> str:
         f"prompt {stats['prompt_tokens']} tokens, {stats['prompt_tokens_per_second']:.1f} tokens/s | "
         f"generated {stats['generated_tokens']} tokens, {stats['generated_tokens_per_second']:.1f} tokens/s "
         f"({finish_reason}) | KV {_size(kv['total'])} ({parts}); float16 would take {_size(stats['kv_bytes_float16'])}"
+    )
+
+
+def _retiered_line(policy: "CachePolicy", found: dict[str, int]) -> str:
+    return (
+        f"mixkv: {found['tokens']} tokens are kept by the policy '{policy}' from now on: {found['requantized']} of them "
+        f"were rounded once more, {found['not_restored']} stay as rounded as they were although it keeps such tokens whole"
     )
 
 
@@ -588,23 +618,43 @@ def info(
     as_toml: Annotated[
         bool, typer.Option("--toml", help="Print only the policy, as a file for --policy; of no model.")
     ] = False,
+    context: Annotated[
+        int | None, typer.Option(help="Also say what the cache of a session with so many tokens takes.")
+    ] = None,
+    session_file: Annotated[
+        Path | None, typer.Option("--session", help="Instead, say what is in a session file; of no model.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Describe a model, and what its cache takes under a policy."""
+    """Describe a model, and what its cache takes under a policy; or a session file."""
+    if session_file is not None:
+        from .engine.conversation import summary
+
+        if model is not None or routes or as_toml or context is not None or cache != CacheOptions():
+            raise UsageError("with --session, info describes the file alone: only --json can be given besides")
+        found = summary(session_file)
+        if as_json:
+            print(json.dumps(found))
+        else:
+            _print_table(found)
+        return
     policy = cache.policy()
     if as_toml:
-        idle = [name for name, given in (("MODEL", model), ("--routes", routes), ("--json", as_json)) if given]
+        options = ("MODEL", model), ("--routes", routes), ("--context", context), ("--json", as_json)
+        idle = [name for name, given in options if given]
         if idle:
             raise UsageError(f"{', '.join(idle)} has no effect with --toml, which prints only the policy")
         print(policy.to_toml(), end="")
         return
     described: dict[str, Any] = {}
-    if model is not None or not routes:
+    if model is not None or not routes or context is not None:
         from .models.load import open_model
 
         with Bars(quiet=as_json) as bars:
             opened = open_model(model or "smollm2", progress=bars.bar("downloading"))
         described |= _described(opened, policy, weights)
+        if context is not None:
+            described |= _planned(opened, policy, context)
     described |= {"policy": str(policy), "policy_digest": policy.digest}
     if as_json:
         described["policy_toml"] = policy.to_toml()
@@ -665,6 +715,19 @@ def _described(opened: "Opened", policy: "CachePolicy", weights: str) -> dict[st
     }
 
 
+def _planned(opened: "Opened", policy: "CachePolicy", tokens: int) -> dict[str, Any]:
+    """What a cache of so many tokens takes, and what memory there is."""
+    from .engine.memory import available_nbytes, plan
+
+    limit = opened.config.max_position_embeddings
+    if not 1 <= tokens <= limit:
+        raise UsageError(f"--context must be from 1 to {limit} tokens (the model's limit), found {tokens}")
+    found = plan(opened.config, policy, tokens)
+    tiers = {f"old{i + 1 if i else ''}": nbytes for i, nbytes in enumerate(found.tiers)}
+    planned = {"tokens": tokens, "sink": found.sink, **tiers, "recent": found.recent, "total": found.total}
+    return {"kv_bytes": planned, "available_bytes": available_nbytes()}
+
+
 def _bytes_per_token(policy: "CachePolicy", n_layers: int, n_kv_heads: int, head_dim: int) -> dict[str, float]:
     """Bytes of a token in all layers, by tier and dense; the last tier of a layer stands for those that it has not."""
     each = [policy.for_layer(i, n_layers).nbytes_per_token(n_kv_heads, head_dim) for i in range(n_layers)]
@@ -700,6 +763,7 @@ def evaluate(
         raise UsageError("stdin is closed: there is no text to read")
     text = _read_text(None if str(file) == "-" else file)
     used_threads = _set_threads(threads)
+    from .engine.memory import check_fits
     from .engine.policy import CachePolicy
     from .engine.session import Session
     from .experiments.evaluate import evaluate as run
@@ -708,6 +772,7 @@ def evaluate(
     with Bars(quiet) as bars:
         loaded = _load_each(model, {weights, reference_weights}, bars)
         ids = _first_tokens(loaded[weights], text, tokens)
+        check_fits(loaded[weights].config, policy, len(ids), beside=[CachePolicy.full()])
         reference = Session(loaded[reference_weights], CachePolicy.full())
         candidate = Session(loaded[weights], policy)
         warm_up(bars.bar("preparing kernels (compiled once)"))

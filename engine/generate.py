@@ -78,7 +78,7 @@ def _tokens(
     progress: Callable[[int], None] | None,
 ) -> Iterator[Token]:
     ends = () if ignore_eos else session.model.config.eos_token_ids
-    seen = set(prompt_ids)
+    seen = {*session.token_ids.tolist(), *prompt_ids}
     logits = session.forward(prompt_ids, "last", progress=progress)
     for count in range(1, max_tokens + 1):
         assert logits is not None

@@ -271,7 +271,7 @@ class CachePolicy:
 
     def tier_layouts(self, n_kv_heads: int, head_dim: int) -> list[TileLayout]:
         """The layouts of the old tiers' tiles, one a tier; UsageError for a group or codes that do not fit ``head_dim``."""
-        layouts = []
+        layouts: list[TileLayout] = []
         for name, tier in self._named_tiers().items():
             k, v = self._kinds(tier)
             axes = tier.k_axis, tier.v_axis, tier.k_group, tier.v_group

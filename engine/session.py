@@ -46,11 +46,7 @@ class Session:
         chunk: int = CHUNK,
         shadow: bool = False,
     ) -> None:
-        limit = model.config.max_position_embeddings
-        if context is not None and (type(context) is not int or not 1 <= context <= limit):
-            raise UsageError(f"context must be from 1 to {limit} tokens (the model's limit), found {context!r}")
-        if type(chunk) is not int or chunk < 1:
-            raise UsageError(f"chunk must be a whole number, 1 or more, found {chunk!r}")
+        limit = _check_limits(model, context, chunk)
         self.model = model
         self.policy = CachePolicy() if policy is None else policy
         self.context = limit if context is None else context
@@ -228,14 +224,16 @@ class Session:
             made.append(cls(model, policy, context=saved_context, chunk=chunk))
             return made[0].cache
 
+        _check_limits(model, context, chunk)
         made: list[Session] = []
         saved, _ = load(Path(path), cls._fingerprint(model), model.config.vocab_size, make)
         session = made[0]
         if context is not None:
-            least = max(saved.position, min(saved.policy.sinks, saved.context))
-            session.context = cls(model, saved.policy, context=context).context
-            if context < least or (context > saved.context < saved.policy.sinks):
+            sinks = max(layer.policy.sinks for layer in session.cache.layers)
+            least = max(saved.position, min(sinks, saved.context))
+            if context < least or (context > saved.context < sinks):
                 raise UsageError(f"context must be {least} or more for this file, or as it was, {saved.context}")
+            session.context = context
         session.position, session._history, session.metadata = saved.position, saved.token_ids, saved.added
         return session
 
@@ -304,3 +302,13 @@ class Session:
 
         self.model.transformer.forward(step, None, on_layer=check)
         raise NumericalError(f"{where}: the logits of the output head are NaN, infinite or all -inf")
+
+
+def _check_limits(model: Model, context: int | None, chunk: int) -> int:
+    """The model's limit of tokens; UsageError for a context or chunk out of range."""
+    limit = model.config.max_position_embeddings
+    if context is not None and (type(context) is not int or not 1 <= context <= limit):
+        raise UsageError(f"context must be from 1 to {limit} tokens (the model's limit), found {context!r}")
+    if type(chunk) is not int or chunk < 1:
+        raise UsageError(f"chunk must be a whole number, 1 or more, found {chunk!r}")
+    return limit

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ _TYPES = {
     np.dtype(ml_dtypes.bfloat16): "BF16",
 }  # fmt: skip
 OWN_KEYS = ("format", "sha256", "policy", "model", "position", "context")
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 Tensor = tuple[str, np.dtype[Any], tuple[int, ...]]
 Spans = list[list[tuple[int, int]]]
@@ -61,6 +63,8 @@ class Saved:
     context: int
     token_ids: NDArray[np.int64]
     added: dict[str, str]
+    model: str  # its fingerprint
+    nbytes: int  # of all tensors
 
 
 def save(
@@ -70,9 +74,11 @@ def save(
 
     Raises:
         SessionFileError: the file cannot be written. One that was there before is untouched.
-        UsageError: a name among ``added`` that the format needs for itself.
+        UsageError: a name among ``added`` that the format needs for itself, or what is no text.
 
     """
+    if strange := [x for pair in added.items() for x in pair if not isinstance(x, str)]:
+        raise UsageError(f"metadata must be names and texts, found {shown(strange[0])}")
     if clash := [name for name in added if name in OWN_KEYS]:
         raise UsageError(f"metadata must not be named {', '.join(OWN_KEYS)}, found {shown(clash[0])}")
     position = len(token_ids)
@@ -82,10 +88,13 @@ def save(
     }  # fmt: skip
     wide = [{name: list(store.wide_scales()) for name, store in _stores(layer).items()} for layer in cache.layers]
     tensors = [("token_ids", np.dtype(np.int64), token_ids.shape), *_tensors(cache, _spans(cache), wide)]
+    header = _header(metadata, tensors)
     try:
-        _write(path, _header(metadata, tensors), _arrays(cache, token_ids))
-    except OSError as error:
-        why = error.strerror or str(error)
+        if len(header) - 8 > MAX_HEADER_NBYTES:
+            raise ValueError(f"the header would have {len(header) - 8} bytes, at most {MAX_HEADER_NBYTES} are allowed")
+        _write(path, header, _arrays(cache, token_ids))
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
         raise SessionFileError(f"{path}: cannot be saved: {why}; what was there before is as it was") from None
 
 
@@ -102,13 +111,20 @@ def load(path: Path, model: str, vocab: int, make_cache: Callable[[CachePolicy, 
         SessionFileError: a file that cannot be read, is damaged, or belongs to another model or version.
 
     """
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            data = np.memmap(file, np.uint8, "r") if size else np.empty(0, np.uint8)
-            return _read(data, str(path), model, vocab, make_cache)
-    except OSError as error:
-        raise SessionFileError(f"{path}: cannot be read: {error.strerror or error}") from None
+    data = _contents(path)
+    entries, body = _checked(data, str(path))
+    return _read(entries, body, str(path), model, vocab, make_cache)
+
+
+def describe(path: Path) -> Saved:
+    """What a file holds beside the cache, without a model: its checksum is verified, its tiles are not looked at.
+
+    Raises:
+        SessionFileError: a file that cannot be read, is damaged, or belongs to another version.
+
+    """
+    entries, body = _checked(_contents(path), str(path))
+    return _saved(entries.pop("__metadata__"), _Tensors(entries, body, str(path)))
 
 
 # --- what is in a file ------------------------------------------------------------------------------------------------
@@ -196,10 +212,20 @@ def _header(metadata: Mapping[str, str], tensors: list[Tensor]) -> bytes:
 
 
 def _write(path: Path, header: bytes, arrays: Iterator[NDArray[Any]]) -> None:
-    """Write a file whose digest is then filled in, and put it in the place of ``path`` when it is safe on disk."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    """Write a file whose digest is then filled in, and put it in the place of ``path`` when it is safe on disk.
+
+    A link stays one, and a file that is replaced has the permissions that it had; a new one is its owner's alone.
+    """
+    path = Path(os.path.realpath(path))
+    mode = path.stat().st_mode if path.exists() else None
+    if mode is not None and not stat.S_ISREG(mode):  # root could replace even a device
+        raise OSError(0, "it is no file that could be replaced")
+    handle, name = tempfile.mkstemp(prefix=".mixkv.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "w+b") as file:
+            if mode is not None:
+                with contextlib.suppress(OSError):
+                    os.chmod(name, stat.S_IMODE(mode))
             digest = hashlib.sha256(header)
             file.write(header)
             for array in arrays:
@@ -226,30 +252,72 @@ def _write(path: Path, header: bytes, arrays: Iterator[NDArray[Any]]) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+def _contents(path: Path) -> Bytes:
+    """The bytes of a file, mapped; a pipe or device, which may never end, is not read."""
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with os.fdopen(handle, "rb") as file:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(0, "it is no file")
+            return np.memmap(file, np.uint8, "r") if found.st_size else np.empty(0, np.uint8)
+    except (OSError, ValueError) as error:
+        raise SessionFileError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _saved(metadata: dict[str, str], tensors: "_Tensors") -> Saved:
+    """What a file holds beside the cache."""
+    try:
+        position, context = (_number(metadata, name) for name in ("position", "context"))
+        policy = CachePolicy.parse(metadata["policy"])
+    except ValueError as error:
+        raise SessionFileError(f"{tensors.where}: {error}") from None
+    token_ids = np.array(tensors.get("token_ids", np.dtype(np.int64), (position,)))
+    if position > context or (position and token_ids.min() < 0):
+        raise SessionFileError(f"{tensors.where}: more tokens than its context has, or ids that no model has")
+    added = {name: value for name, value in metadata.items() if name not in OWN_KEYS}
+    if strange := [name for name, value in added.items() if not isinstance(value, str)]:
+        raise SessionFileError(f"{tensors.where}: the metadata {shown(strange[0])} are no text")
+    return Saved(policy, position, context, token_ids, added, metadata["model"], tensors.nbytes)
+
+
+def _number(metadata: Mapping[str, str], name: str) -> int:
+    """A number of tokens; ValueError for what is none."""
+    if not re.fullmatch("[0-9]{1,18}", metadata[name]):
+        raise ValueError(f"{name} must be a number of tokens, found {shown(metadata[name])}")
+    return int(metadata[name])
+
+
 def _read(
-    data: Bytes, where: str, model: str, vocab: int, make_cache: Callable[[CachePolicy, int], Cache]
+    entries: dict[str, Any],
+    body: Bytes,
+    where: str,
+    model: str,
+    vocab: int,
+    make_cache: Callable[[CachePolicy, int], Cache],
 ) -> tuple[Saved, Cache]:
-    entries, body = _checked(data, where)
     metadata = entries.pop("__metadata__")
     if metadata["model"] != model:
         raise SessionFileError(f"{where}: saved with another model, or with its weights in another format")
-    try:
-        position, context = int(metadata["position"]), int(metadata["context"])
-        policy = CachePolicy.parse(metadata["policy"])
-        cache = make_cache(policy, context)
-    except ValueError as error:
-        raise SessionFileError(f"{where}: {error}") from None
     tensors = _Tensors(entries, body, where)
-    token_ids = tensors.get("token_ids", np.dtype(np.int64), (position,))
-    if position > context or (position and not 0 <= token_ids.min() <= token_ids.max() < vocab):
-        raise SessionFileError(f"{where}: more tokens than its context has, or ids that the model has not")
+    saved = _saved(metadata, tensors)
+    position = saved.position
+    if position and saved.token_ids.max() >= vocab:
+        raise SessionFileError(f"{where}: ids that the model has not")
+    try:
+        cache = make_cache(saved.policy, saved.context)
+    except UsageError as error:
+        raise SessionFileError(f"{where}: {error}") from None
     spans = [_layer_spans(layer, position, tensors, i) for i, layer in enumerate(cache.layers)]
     wide = [
-        {name: tensors.wide(f"layers.{i}.{name}.", span) for name, span in zip(_stores(layer), own, strict=True)}
+        {
+            name: tensors.wide(f"layers.{i}.{name}.", span, store)
+            for (name, store), span in zip(_stores(layer).items(), own, strict=True)
+        }
         for i, (layer, own) in enumerate(zip(cache.layers, spans, strict=True))
     ]
     expected = {name: (dtype, shape) for name, dtype, shape in _tensors(cache, spans, wide)}
-    tensors.expect_only({"token_ids", *expected})
+    tensors.expect_only(["token_ids", *expected])
     for name, (dtype, shape) in expected.items():
         tensors.get(name, dtype, shape)
     for i, layer in enumerate(cache.layers):
@@ -268,8 +336,7 @@ def _read(
                 store.widen(tile, which_side)
                 found = tensors.get(f"{prefix}{name}.wide_{'kv'[which_side]}.{tile}")
                 store.wide_scales()[tile, which_side][:] = found
-    added = {name: value for name, value in metadata.items() if name not in OWN_KEYS}
-    return Saved(policy, position, context, np.array(token_ids), added), cache
+    return saved, cache
 
 
 def _checked(data: Bytes, where: str) -> tuple[dict[str, Any], Bytes]:
@@ -285,9 +352,12 @@ def _checked(data: Bytes, where: str) -> tuple[dict[str, Any], Bytes]:
     metadata = entries.get("__metadata__")
     if not isinstance(metadata, dict) or not str(metadata.get("format", "")).startswith("mixkv session "):
         raise SessionFileError(f"{where}: no session file of mixkv")
-    digest = str(metadata.get("sha256", "")).encode()
-    if len(digest) != len(_NO_DIGEST) or header.count(digest) != 1:
+    found_digest = metadata.get("sha256")
+    if not isinstance(found_digest, str) or not _DIGEST.fullmatch(found_digest):
         raise SessionFileError(f"{where}: damaged: there is no checksum")
+    digest = found_digest.encode()
+    if header.count(digest) != 1:
+        raise SessionFileError(f"{where}: damaged: its checksum is another")
     found = hashlib.sha256(data[:8].tobytes())
     found.update(header.replace(digest, _NO_DIGEST.encode()))
     found.update(data[8 + length :].data)
@@ -305,14 +375,15 @@ class _Tensors:
 
     def __init__(self, entries: dict[str, Any], body: Bytes, where: str) -> None:
         self._entries, self._body, self.where = entries, body, where
+        self.nbytes = len(body)
 
     def get(self, name: str, dtype: np.dtype[Any] | None = None, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
         """One tensor, a view; of the type and shape it is expected to have, where these are given."""
-        entry = self._entries.get(name, {})
+        entry: Any = self._entries.get(name)
         try:
             own_dtype = next(dtype for dtype, name_ in _TYPES.items() if name_ == entry["dtype"])
-            own_shape, (start, stop) = tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
-            if min(own_shape, default=0) < 0 or not 0 <= start <= stop <= len(self._body):
+            own_shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+            if any(type(x) is not int or x < 0 for x in (*own_shape, start, stop)) or not start <= stop <= self.nbytes:
                 raise ValueError
             array = self._body[start:stop].view(own_dtype).reshape(own_shape)
         except (TypeError, KeyError, ValueError, StopIteration, OverflowError):
@@ -323,19 +394,28 @@ class _Tensors:
             )
         return array
 
-    def wide(self, prefix: str, span: tuple[int, int]) -> list[tuple[int, int]]:
-        """The tiles and sides of a store that have scales as float32."""
-        found = []
+    def wide(self, prefix: str, span: tuple[int, int], store: TileStore) -> list[tuple[int, int]]:
+        """The tiles and sides of a store that have scales as float32; only codes have."""
+        found, sides = [], (store.layout.k, store.layout.v)
         for name in self._entries:
             match = re.fullmatch(re.escape(prefix) + "wide_([kv])[.]([0-9]{1,9})", name)
-            if match and span[0] <= int(match[2]) < span[1]:
+            if match and span[0] <= int(match[2]) < span[1] and sides["kv".index(match[1])].params_nbytes:
                 found.append((int(match[2]), "kv".index(match[1])))
         return found
 
-    def expect_only(self, names: set[str]) -> None:
-        """SessionFileError for a tensor that has no business here."""
-        if strange := sorted(self._entries.keys() - names):
+    def expect_only(self, names: list[str]) -> None:
+        """SessionFileError for a tensor that has no business here, and where they do not lie one behind the other."""
+        if strange := sorted(self._entries.keys() - set(names)):
             raise SessionFileError(f"{self.where}: tensor {shown(strange[0])} does not belong there")
+        end = 0
+        for name in dict.fromkeys(names):
+            self.get(name)
+            start, stop = self._entries[name]["data_offsets"]
+            if start != end:
+                raise SessionFileError(f"{self.where}: tensor {shown(name)} begins at byte {start}, not at {end}")
+            end = stop
+        if end != self.nbytes:
+            raise SessionFileError(f"{self.where}: {self.nbytes - end} bytes more than the tensors have")
 
 
 def _layer_spans(layer: LayerCache, position: int, tensors: _Tensors, i: int) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..engine import memory
 from ..engine.policy import CachePolicy
 from ..models.errors import UsageError
 from ..models.load import Model
@@ -58,13 +59,18 @@ class Plan:
             raise UsageError("nothing to measure: give -p, -n or -pg a number above 0")
 
     def check_fits(self, model: Model) -> None:
-        """UsageError where a case needs more tokens than the model's context has."""
+        """UsageError where a case needs more tokens than the model's context has, or a cache more memory than there is."""
         limit = model.config.max_position_embeddings
         for case in self.cases:
             if case.n_depth + case.n_timed > limit:
                 raise UsageError(
                     f"{case.name} needs a context of {case.n_depth + case.n_timed} tokens, model {model.name!r} has {limit}"
                 )
+        available = memory.available_nbytes()
+        for policy in self.policies:
+            memory.check_fits(
+                model.config, policy, max(case.n_depth + case.n_timed for case in self.cases), available=available
+            )
 
 
 def check_repetitions(repetitions: int) -> None:
