@@ -74,7 +74,7 @@ class ShadowLayer(LayerCache):
         return out
 
     def _answer(self, q: Float32, view: View, scale: float, k_coded: bool, v_coded: bool) -> Float32:
-        """Outputs (T, H, width) over what the view's queries see, values as they are held (a rotation changes no norm)."""
+        """Outputs (T, H, D) over what the view's queries see, values as they are held (a rotation changes no norm)."""
         result, state = np.zeros(q.shape, np.float32), empty_state(q.shape[1], len(q))
         stores = [(self.recent, self.recent)]
         stores += [(tier if k_coded else self.recent, tier if v_coded else self.recent) for tier in self.tiers]
@@ -83,7 +83,7 @@ class ShadowLayer(LayerCache):
             starts, stops = (np.ascontiguousarray(x) for x in view.ranges[2 * i : 2 * i + 2])
             if (starts < stops).any():
                 attend(q, segment, starts, stops, result, state, scale=scale, exact=self.exact)
-        return result
+        return result[..., : self.head_dim]  # behind it codes have copies of the last channel
 
     def commit(self, position: int) -> None:
         """As ``LayerCache.commit``, but dense tiles stay."""

@@ -203,7 +203,8 @@ def solve(options: Sequence[Option], budget: float) -> list[Option]:
         costs = np.full((len(group), room + 1), np.inf)
         for i, option in enumerate(group):
             size = round(option.nbytes / unit)
-            costs[i, size:] = best[: room + 1 - size] + option.kld
+            if size <= room:
+                costs[i, size:] = best[: room + 1 - size] + option.kld
         choices.append(costs.argmin(axis=0))
         best = costs.min(axis=0)
     chosen: list[Option] = []
