@@ -113,6 +113,14 @@ class Sessions(RuleBasedStateMachine):
         want = other.forward(line.tokens[start:])
         assert want.tobytes() == line.rows[start:].tobytes()
 
+    def take_as_base(self, line: Line) -> None:
+        """Behind the place where it was given its policy, a session is compared with what it is now.
+
+        One that went back at once would have to seal anew what this one has kept as codes of the policy before.
+        """
+        line.base = line.session.fork()
+        line.base.model = self.reference
+
     def plain_truncate(self, line: Line, position: int) -> None:
         self.plain_model.book(line.session.cache).truncate(position)
 
@@ -186,8 +194,7 @@ class Sessions(RuleBasedStateMachine):
             return
         self.plain_truncate(line, position)
         if line.base is not None and position < line.base.position:
-            line.base = line.base.fork()  # it may be another line's as well
-            line.base.truncate(position)
+            self.take_as_base(line)
 
     @rule(at=st.integers(0, 3), to=st.one_of(st.floats(0, 1), st.integers(0, 9)), beyond=st.booleans())
     def replay(self, at: int, to: float | int, beyond: bool) -> None:
@@ -204,8 +211,7 @@ class Sessions(RuleBasedStateMachine):
         if line.session.cache is cache:
             self.plain_truncate(line, position)
             if line.base is not None and position < line.base.position:
-                line.base = line.base.fork()
-                line.base.truncate(position)
+                self.take_as_base(line)
             return
         event("replayed")
         line.base, line.high = None, position
