@@ -348,7 +348,7 @@ class LayerCache:
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._call, other._jobs, other._options = None, None, self._options.copy()
-        other.ledger, other.keeps_ledger = None, False
+        other.ledger = None
         other._set_sinks(self.sink_k.copy(), self.sink_v.copy())
         other._set_stores(self.recent.fork(), [tier.fork() for tier in self.tiers])
         for cache in (self, other):
@@ -547,6 +547,7 @@ class Cache:
         other = Cache.__new__(Cache)
         other.policy, other._keys, other._views, other.ledger = self.policy, self._keys, {}, None
         other.layers = [layer.fork() for layer in self.layers]
+        other.keep_ledger(False)
         return other
 
     def nbytes(self) -> dict[str, int]:

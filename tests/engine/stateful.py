@@ -172,11 +172,12 @@ def stub_model(shape: Shape, seed: int, plain_model: "PlainModel | None" = None)
     return SimpleNamespace(config=config, transformer=StubTransformer(shape, seed, plain_model), windows=shape.windows)
 
 
-def new_cache(model: Any, policy: CachePolicy, context: int) -> Cache:
+def new_cache(session: Any, policy: CachePolicy) -> Cache:
     """In the place of ``Session._new_cache``, which knows no sliding windows."""
-    config = model.config
+    config = session.model.config
     return Cache(
-        policy, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, context, model.windows
+        policy, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, session.context,
+        session.model.windows,
     )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ class Sessions(RuleBasedStateMachine):
         self.due = self.seed = 0
         self.resources = contextlib.ExitStack()
         patch = mock.patch.object
-        self.resources.enter_context(patch(Session, "_new_cache", staticmethod(new_cache)))
+        self.resources.enter_context(patch(Session, "_new_cache", new_cache))
         self.resources.enter_context(patch(Session, "_fingerprint", staticmethod(lambda model: "stub")))
         self.resources.enter_context(patch(mixkv.engine.cache, "seal_job", self.noting))
         self.folder = Path(self.resources.enter_context(tempfile.TemporaryDirectory()))

@@ -292,7 +292,7 @@ def test_presets_are_policies_by_name() -> None:
         assert CachePolicy.parse(name) is policy
     assert PRESETS["full"] == CachePolicy.full() and PRESETS["balanced"] == CachePolicy()
     assert PRESETS["f16"] == CachePolicy(window=0, sinks=0, k_bits=16, v_bits=16, **UNTURNED)
-    assert str(PRESETS["small"]) == "sinks=4 recent=128:f16 tile=64 old=k3c/v3t32 rot=kv scales=fit"
+    assert str(PRESETS["small"]) == "sinks=4 recent=128:f16 tile=64 old=k3c/v3t rot=kv scales=fit"
     assert len(PRESETS["tiny"].tiers) == 3
     for policy in PRESETS.values():
         policy.check_model(30, 64)
