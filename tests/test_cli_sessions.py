@@ -305,15 +305,27 @@ def test_words_in_a_file_that_cannot_be_are_refused(tmp_path: Path, toy: Model, 
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "mixkv.cli", "generate", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        [sys.executable, "-m", "mixkv.cli", "generate", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        bufsize=0,  # what a buffer had read already, ``communicate`` would not see
+    )  # fmt: skip
+
+
+def first_bytes(process: subprocess.Popen[bytes], n: int) -> bytes:
+    """At least so many bytes of what a process writes to stdout, and all that it has written by then."""
+    shown = b""
+    assert process.stdout is not None
+    while len(shown) < n:
+        more = process.stdout.read(n)
+        assert more, "stdout was closed"
+        shown += more
+    return shown
 
 
 def test_ctrl_c_keeps_what_was_generated(tmp_path: Path, chatty: Path) -> None:
     file = tmp_path / "s"
     process = start("Hi", "-m", str(chatty), "-n", "15000", "--session", str(file))
     assert process.stdout is not None
-    shown = process.stdout.read(20)
+    shown = first_bytes(process, 20)
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)
     assert process.returncode == cli.INTERRUPTED and b"saved to" in err, err
@@ -402,7 +414,7 @@ def test_a_closed_stdout_saves_what_there_is(tmp_path: Path) -> None:
     file = tmp_path / "s"
     process = start("hello", "-m", "toy", "-n", "2000", "-q", "--session", str(file))
     assert process.stdout is not None and process.stderr is not None
-    process.stdout.read(3)
+    first_bytes(process, 3)
     process.stdout.close()
     assert process.wait(timeout=60) == cli.PIPE_CLOSED
     process.stderr.close()
