@@ -31,8 +31,11 @@ from ..kernels.segment import Int64, TileStore, seal_job, segment_of_arrays, wid
 from ..kernels.simd import LANES
 from ..kernels.state import pad_last_axis
 from ..kernels.tables import (
+    APPEND_AS_IS,
+    APPEND_ROTATED,
     APPENDED,
     CALL_FIELDS,
+    DENSE_KIND,
     EXACT,
     FRESH,
     HEAD_DIM,
@@ -87,7 +90,7 @@ class View:
         spans = list(zip(ranges[::2, 0].tolist(), ranges[1::2, -1].tolist(), strict=True))
         width = -(-qkv.shape[2] // LANES) * LANES
         fields = np.zeros(CALL_FIELDS, np.int64)
-        fields[N_QUERIES], fields[Q_STRIDE], fields[APPENDED] = n_queries, 4 * qkv.shape[1] * width, 1
+        fields[N_QUERIES], fields[Q_STRIDE], fields[APPENDED] = n_queries, 4 * qkv.shape[1] * width, APPEND_ROTATED
         fields[POSITION] = position
         fields[N_PARTS] = n_parts(n_queries, heads, n_kv_heads, spans, self.threads)
         address, nbytes = self.ranges.ctypes.data, 8 * n_queries
@@ -186,14 +189,13 @@ class LayerCache:
         call = self._describe(view, scale, tiles)
         while True:
             attend_segments(call, padded, result, view.state, view.threads)
-            if call[LOST]:
-                self._explain_lost(padded[:, heads:])
-            if not (
-                tiles and self._widened(tiles)
-            ):  # else float16 did not do for some scales, and others have room now
+            if call[LOST] and self._lost_any(padded[:, heads:]):
+                self.widen_dense()
+            elif not (tiles and self._widened(tiles)):
                 break
+            # Once more, with more room; what is rotated must not be so twice
             call = self._describe(view, scale, tiles)
-            call[APPENDED] = 0  # the tokens are stored; what is rotated must not be so twice
+            call[APPENDED] = APPEND_AS_IS
         if result is not out:
             out[...] = result[..., :head_dim]
         return out
@@ -247,19 +249,42 @@ class LayerCache:
         most = max(side.parts * side.limbs for layout in layouts for side in (layout.k, layout.v))
         call = empty_call(heads, layouts[0].n_kv_heads, layouts[0].width, most)
         call[FRESH], call[N_SEGMENTS], call[N_SINKS] = 1, len(self.tiers) + 2, self.sinks
-        call[HEAD_DIM] = self.head_dim
+        call[HEAD_DIM], call[DENSE_KIND] = self.head_dim, DENSE[self.policy.dense]
         call[K_BLOCK], call[V_BLOCK] = (block_size(self.head_dim) * rotates for rotates in self.policy.rotates)
         call[OPTIONS] = self._options.ctypes.data
         call[SEGMENTS : SEGMENTS + 2] = self._sink_addresses
         return call
 
-    def _explain_lost(self, kv: Float32) -> None:
-        """NumericalError if a finite key or value of those just appended has become infinite."""
-        self._call[LOST] = 0  # type: ignore[index]
+    def _lost_any(self, kv: Float32) -> bool:
+        """Whether there are finite keys or values that the dense parts cannot hold."""
+        if self._call is not None:
+            self._call[LOST] = 0
         try:
             narrow(kv, self.recent.layout.k_kind)
-        except OverflowError as error:
-            raise NumericalError(f"a key or value of {error}; {_WIDER}") from None
+        except OverflowError:
+            return True
+        return False
+
+    def widen_dense(self) -> None:
+        """Keep the dense parts as float32 from now on: there are numbers that float16 cannot hold.
+
+        Only these are kept otherwise than before (append.py): no query sees whether a part has been widened already.
+        """
+        wide = TileStore(replace(self.recent.layout, k_kind=F32, v_kind=F32))
+        wide.forget_before(self.recent.first)
+        for t in range(self.recent.first, self.recent.stop):
+            wide.append()
+            quantize_jobs(np.array([seal_job(self.recent, wide, t, 0, False)]), wide.layout)
+        sinks = self.sink_k.astype(np.float32), self.sink_v.astype(np.float32)
+        self._call = None
+        self._set_sinks(*sinks)
+        self._set_stores(wide, self.tiers)
+
+    def _as_kept(self, x: Float32) -> Float32:
+        """Numbers as the dense parts keep them: rounded to their type, but for those that are beyond it."""
+        with np.errstate(over="ignore"):
+            rounded = x.astype(DENSE_DTYPES[DENSE[self.policy.dense]]).astype(np.float32)
+        return np.where(np.isfinite(rounded), rounded, x)
 
     def _widened(self, tiles: list[tuple[int, int]]) -> bool:
         """Make room for scales as float32 where a job just done says so; whether there was one.
@@ -394,7 +419,7 @@ class LayerCache:
 
     def take_over(self, other: "LayerCache", position: int) -> dict[str, int]:
         """Fill this cache, which is empty, with what another one of the same model holds; see ``Session.retier``."""
-        tile, layout = self.policy.tile, self.recent.layout
+        tile = self.policy.tile
         found = {"requantized": 0, "not_restored": 0}
         turned_alike = self.policy.rotates == other.policy.rotates
         alike = turned_alike and tile == other.policy.tile
@@ -404,11 +429,10 @@ class LayerCache:
             k, v = (rotated(x) if y and not turned_alike else x for x, y in zip(kv, self.policy.rotates, strict=True))
             if not self.recent.stop:
                 self.recent.forget_before(t)
-            page, _ = self.recent.place(t)
-            try:
-                store_rows(layout, page, 0, k, v)
-            except OverflowError as error:
-                raise NumericalError(f"a key or value of {error}; {_WIDER}") from None
+            k, v = self._as_kept(k), self._as_kept(v)
+            if self._lost_any(np.stack([k, v])):
+                self.widen_dense()
+            store_rows(self.recent.layout, self.recent.place(t)[0], 0, k, v)
             self.recent.append()
             for x, kept in ((k, self.sink_k), (v, self.sink_v)):
                 rows = min(stop, self.sinks) - start

@@ -6,7 +6,8 @@ nothing in it is ever executed.
     __metadata__              format, sha256, policy (canonical form), model, position, context, and what the caller adds
     token_ids                 int64 (position,)
     layers.I.spans            int64 (stores, 2): first and one past the last tile of the recent segment and of each tier
-    layers.I.sink.k, .v       (sinks, n_kv_heads, width) in the dtype of the dense parts
+    layers.I.sink.k, .v       (sinks, n_kv_heads, width) in the dtype of the dense parts: the policy's, or float32 where a
+                              number of the layer does not fit that
     layers.I.S.k, .v          uint8 (tiles, n_kv_heads, bytes): numbers or codes as kernels/layout.py has them; S is
                               recent, old, old2, ...
     layers.I.S.k_scales, .v_scales            uint8 (tiles, n_kv_heads, bytes): scales and minima, float16
@@ -308,6 +309,9 @@ def _read(
         cache = make_cache(saved.policy, saved.context)
     except UsageError as error:
         raise SessionFileError(f"{where}: {error}") from None
+    for i, layer in enumerate(cache.layers):
+        if tensors.get(f"layers.{i}.sink.k").dtype == np.float32 != layer.sink_k.dtype:
+            layer.widen_dense()
     spans = [_layer_spans(layer, position, tensors, i) for i, layer in enumerate(cache.layers)]
     wide = [
         {

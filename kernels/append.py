@@ -9,9 +9,12 @@ from numpy.typing import NDArray
 from . import simd
 from .hadamard import rotate_head
 from .jit import SHARE, inner, standalone
-from .layout import BF16, F32, HEAD, K_CODES, KIND, ROW, TOKEN, V_CODES
+from .layout import BF16, F16, F32, HEAD, K_CODES, KIND, ROW, TOKEN, V_CODES
 from .simd import LANES
 from .tables import (
+    APPEND_AS_IS,
+    APPENDED,
+    DENSE_KIND,
     FIRST_TILE,
     HEAD_DIM,
     K_BLOCK,
@@ -37,10 +40,20 @@ VECTOR = 4 * LANES
 
 
 @inner
-def _narrow(kind, source, target, rest):  # type: ignore[no-untyped-def]
-    """16 float32 as 16 numbers of a dense kind; returns ``rest`` plus 0, or NaN in the lanes that became infinite."""
+def _narrow(kind, source, target, rest, through):  # type: ignore[no-untyped-def]
+    """16 float32 as 16 numbers of a dense kind; returns ``rest`` plus 0, or NaN in the lanes that became infinite.
+
+    Numbers that are kept as float32 only because some do not fit another type (``through``) are those of that type where
+    they fit.
+    """
     x = simd.load_f32(source)
     if kind == F32:
+        if through == F16:
+            simd.store_f16(target, x)
+            x = simd.finite_or(simd.load_f16(target), x)
+        elif through == BF16:
+            simd.store_bf16(target, x)
+            x = simd.finite_or(simd.load_bf16(target), x)
         simd.store_f32(target, x)
         return rest
     if kind == BF16:
@@ -53,7 +66,7 @@ def _narrow(kind, source, target, rest):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _store_token(source, heads, width, kind, side, base, stride, scratch, rest):  # type: ignore[no-untyped-def]
+def _store_token(source, heads, width, kind, side, base, stride, scratch, rest, through):  # type: ignore[no-untyped-def]
     """The heads of one token, ``width`` float32 each, from ``source`` to ``base``, ``stride`` bytes between channels."""
     size = 4 if kind == F32 else 2
     for head in range(heads):
@@ -61,9 +74,9 @@ def _store_token(source, heads, width, kind, side, base, stride, scratch, rest):
         for c in range(0, width, LANES):
             place = source + 4 * (head * width + c)
             if stride == size:
-                rest = _narrow(kind, place, at + c * size, rest)
+                rest = _narrow(kind, place, at + c * size, rest, through)
                 continue
-            rest = _narrow(kind, place, scratch, rest)
+            rest = _narrow(kind, place, scratch, rest, through)
             for i in range(LANES):
                 if kind == F32:
                     simd.store_scalar(at + (c + i) * stride, simd.scalar_at(scratch + 4 * i))
@@ -73,7 +86,7 @@ def _store_token(source, heads, width, kind, side, base, stride, scratch, rest):
 
 
 @inner
-def _store_sixteen(source, row_stride, heads, width, kind, side, base, stride, scratch, rest):  # type: ignore[no-untyped-def]
+def _store_sixteen(source, row_stride, heads, width, kind, side, base, stride, scratch, rest, through):  # type: ignore[no-untyped-def]
     """The same of 16 tokens that lie side by side in the target, each channel in one piece."""
     for head in range(heads):
         for c in range(0, width, LANES):
@@ -83,7 +96,7 @@ def _store_sixteen(source, row_stride, heads, width, kind, side, base, stride, s
             simd.transpose(scratch, scratch)
             for i in range(LANES):
                 target = base + head * get(side, HEAD) + (c + i) * stride
-                rest = _narrow(kind, scratch + i * VECTOR, target, rest)
+                rest = _narrow(kind, scratch + i * VECTOR, target, rest, through)
     return rest
 
 
@@ -112,27 +125,27 @@ def _store_tokens(call, is_k, x, first, stop, scratch, rest):  # type: ignore[no
     side += 8 * (K_SIDE if is_k else V_SIDE)
     sink_side += 8 * (K_SIDE if is_k else V_SIDE)
     which, kind, stride = K_CODES if is_k else V_CODES, get(side, KIND), get(side, ROW)
-    size = 4 if kind == F32 else 2
+    size, through = 4 if kind == F32 else 2, get(call, DENSE_KIND)
     row = first
     while row < stop:
         position, source = get(call, POSITION) + row, x + row * row_stride
         tile, place = (position >> shift) - get(geometry, FIRST_TILE), position & ((1 << shift) - 1)
         base, count = tile_address(addresses, tile, which, side, 0), np.int64(1)
         if not is_k:
-            rest = _store_token(source, heads, width, kind, side, base + place * stride, size, scratch, rest)
+            rest = _store_token(source, heads, width, kind, side, base + place * stride, size, scratch, rest, through)
         elif place % LANES == 0 and row + LANES <= stop:
             count = np.int64(LANES)
             rest = _store_sixteen(
-                source, row_stride, heads, width, kind, side, base + place * size, stride, scratch, rest
+                source, row_stride, heads, width, kind, side, base + place * size, stride, scratch, rest, through
             )
         else:
-            rest = _store_token(source, heads, width, kind, side, base + place * size, stride, scratch, rest)
+            rest = _store_token(source, heads, width, kind, side, base + place * size, stride, scratch, rest, through)
         for i in range(count if position < get(call, N_SINKS) else 0):
             if position + i < get(call, N_SINKS):
                 at = (position + i) * get(sink_side, TOKEN if is_k else ROW)
                 rest = _store_token(
                     source + i * row_stride, heads, width, kind, sink_side,
-                    tile_address(sink_addresses, 0, which, sink_side, 0) + at, size, scratch, rest,
+                    tile_address(sink_addresses, 0, which, sink_side, 0) + at, size, scratch, rest, through,
                 )  # fmt: skip
         row += count
     return rest
@@ -154,7 +167,8 @@ def store_share(call, worker, workers, _, x, _1, _2, _3, _4):  # type: ignore[no
     first, stop = 0 if worker == 0 else min(first, rows), rows if worker == workers - 1 else min(stop, rows)
     own = np.empty((LANES + 1) * LANES, np.float32)
     scratch, rest = (own.ctypes.data + 63) // 64 * 64, simd.splat(np.float32(0))
-    _rotate_tokens(call, x, first, stop)
+    if get(call, APPENDED) != APPEND_AS_IS:
+        _rotate_tokens(call, x, first, stop)
     for is_k in (True, False):
         at = x + 4 * width * (get(call, N_HEADS) + (0 if is_k else heads))
         rest = _store_tokens(call, is_k, at, first, stop, scratch, rest)

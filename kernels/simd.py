@@ -662,6 +662,12 @@ def rounded(context: Any, builder: Any, x: Any) -> Any:
     return builder.fsub(builder.fadd(x, _const(_V_F32, _ROUND)), _const(_V_F32, _ROUND))
 
 
+@_operation(f32x16, f32x16, f32x16)
+def finite_or(context: Any, builder: Any, x: Any, y: Any) -> Any:
+    """X where it is finite, else y."""
+    return builder.select(builder.fcmp_ordered("==", builder.fsub(x, x), _const(_V_F32, 0.0)), x, y)
+
+
 @_operation(f32x16, f32x16, types.intp)
 def hadamard_lanes(context: Any, builder: Any, x: Any, size: Any) -> Any:
     """Every ``size`` lanes, a power of two, times the Hadamard matrix of that size, which is of +1 and -1; at most 16."""
