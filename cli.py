@@ -747,6 +747,7 @@ def evaluate(
         int | None,
         typer.Option("--tokens", "-n", help="Most tokens to evaluate, from the beginning; all unless given."),
     ] = None,
+    first: Annotated[int, typer.Option(help="Compare predictions only from this position on.")] = 0,
     weights: Annotated[str, typer.Option(help="Weight format of the candidate.")] = "auto",
     reference_weights: Annotated[str, typer.Option(help="Weight format of the reference.")] = "f32",
     threads: Annotated[int | None, typer.Option(help="Threads; all cores unless given.")] = None,
@@ -777,7 +778,7 @@ def evaluate(
         candidate = Session(loaded[weights], policy)
         warm_up(bars.bar("preparing kernels (compiled once)"))
         begun = time.perf_counter()
-        found = run(reference, candidate, ids, progress=bars.bar("evaluating"))
+        found = run(reference, candidate, ids, first=first, progress=bars.bar("evaluating"))
     seconds = time.perf_counter() - begun
     about = {"model": model, "policy": str(policy), "weights": weights, "reference_weights": reference_weights}
     result = {**found.to_dict(), **about, "threads": used_threads, "seconds": seconds}

@@ -32,7 +32,7 @@ class Evaluation:
 
     Attributes:
         tokens: of the text, all of them read by both sessions.
-        predicted_tokens: all but the first, which nothing comes before.
+        predicted_tokens: those compared: all but the first, which nothing comes before, or those behind a later one.
         ppl, ppl_reference: perplexity, exp of the mean negative log likelihood; inf beyond the range of a float.
         ln_ppl_ratio: ln(ppl / ppl_reference), the mean difference of the tokens' negative log likelihoods.
         ln_ppl_ratio_se: its standard error, as if tokens were independent of each other; None where there is none: for a
@@ -65,6 +65,7 @@ def evaluate(
     token_ids: Sequence[int] | NDArray[np.integer],
     *,
     chunk: int = CHUNK,
+    first: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Read a text with both sessions; both end behind it.
@@ -76,6 +77,7 @@ def evaluate(
         reference, candidate: two sessions that have read nothing, of the same vocabulary.
         token_ids: (T,) integers, T >= 2.
         chunk: tokens read at once; it changes time, memory and rounding, not what is computed.
+        first: what is predicted from before this position is not compared, only read; from 0 to T - 2.
         progress: called with (tokens read, tokens in all) after each chunk.
 
     Raises:
@@ -85,20 +87,26 @@ def evaluate(
 
     """
     ids = _checked(reference, candidate, token_ids, chunk)
+    if type(first) is not int or not 0 <= first <= len(ids) - 2:
+        raise UsageError(f"first must be from 0 to {len(ids) - 2}, so that a token is predicted, found {first!r}")
     parts: list[Comparison] = []
-    for first in range(0, len(ids) - 1, chunk):
-        last = min(first + chunk, len(ids) - 1)
-        parts.append(_read(reference, candidate, ids[first:last], ids[first + 1 : last + 1]))
+    starts = [*range(0, first, chunk), *range(first, len(ids) - 1, chunk)]
+    for start, stop in zip(starts, [*starts[1:], len(ids) - 1], strict=True):
+        if start < first:
+            for session in (reference, candidate):
+                session.forward(ids[start:stop], None)
+        else:
+            parts.append(_read(reference, candidate, ids[start:stop], ids[start + 1 : stop + 1]))
         if progress is not None:
-            progress(last, len(ids))
+            progress(stop, len(ids))
     for session in (reference, candidate):  # the last token predicts nothing, but the cache is to hold it
         session.forward(ids[-1:], None)
     if progress is not None:
         progress(len(ids), len(ids))
     tokens = joined(parts)
-    _refuse_impossible(tokens.nll_reference, ids)
+    _refuse_impossible(tokens.nll_reference, ids[first:], first)
     sizes = [session.nbytes()["total"] / len(ids) for session in (candidate, reference)]
-    return _summary(tokens, *sizes)
+    return _summary(tokens, len(ids), *sizes)
 
 
 def _checked(
@@ -129,20 +137,20 @@ def _read(reference: Session, candidate: Session, ids: NDArray[np.int64], target
     return compare(expected, found, targets)
 
 
-def _refuse_impossible(nll_reference: Float64, ids: NDArray[np.int64]) -> None:
+def _refuse_impossible(nll_reference: Float64, ids: NDArray[np.int64], first: int) -> None:
     """NumericalError for a text that the reference says cannot be: every ratio to that would be NaN or -inf."""
     impossible = np.flatnonzero(np.isinf(nll_reference))
     if impossible.size:
         at = int(impossible[0]) + 1
-        raise NumericalError(f"position {at}: the reference gives token {ids[at]} of the text probability 0")
+        raise NumericalError(f"position {first + at}: the reference gives token {ids[at]} of the text probability 0")
 
 
-def _summary(tokens: Comparison, nbytes: float, nbytes_reference: float) -> Evaluation:
+def _summary(tokens: Comparison, n_tokens: int, nbytes: float, nbytes_reference: float) -> Evaluation:
     difference, n = tokens.nll - tokens.nll_reference, len(tokens.nll)
     known = n > 1 and bool(np.isfinite(difference).all())
     kld = np.sort(tokens.kld)
     return Evaluation(
-        tokens=n + 1,
+        tokens=n_tokens,
         predicted_tokens=n,
         ppl=_exp(float(tokens.nll.mean())),
         ppl_reference=_exp(float(tokens.nll_reference.mean())),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import mixkv
 from mixkv import CachePolicy, Session
+from mixkv.experiments.divergence import compare
 from mixkv.experiments.evaluate import CHUNK, Evaluation, evaluate
 from mixkv.models.errors import NumericalError, PromptError, UsageError
 from mixkv.models.linear import Norm
@@ -309,3 +310,28 @@ def test_fewer_bits_cost_the_default_model_more(default_model: Model) -> None:
     assert 0 < 100 * found[16].kld.mean < 3 * found[4].kld.mean < found[2].kld.mean
     assert found[4].top1 > 0.9 and found[16].top1 > 0.99
     assert 10 < found[16].ppl_reference < 30
+
+
+@pytest.mark.parametrize("first", [0, 1, 37, 64, 100, 148])
+def test_what_is_predicted_before_a_position_is_read_but_not_compared(first: int) -> None:
+    """The numbers are those of the tokens behind it alone, and both sessions hold the whole text."""
+    model, ids = mixkv.load("toy"), np.random.default_rng(5).integers(0, 256, 150)
+    policy = CachePolicy(window=20, tile=32, k_bits=2, v_bits=2)
+    sessions = Session(model, CachePolicy.full()), Session(model, policy)
+    found = evaluate(*sessions, ids, first=first, chunk=50)
+    expected, coded = (Session(model, p).forward(ids, "all") for p in (CachePolicy.full(), policy))
+    assert expected is not None and coded is not None
+    want = compare(expected[first:-1], coded[first:-1], ids[first + 1 :])
+    assert (found.tokens, found.predicted_tokens) == (150, 149 - first)
+    assert found.kld.mean == pytest.approx(want.kld.mean(), rel=1e-3, abs=1e-9)
+    assert found.ppl == pytest.approx(np.exp(want.nll.mean()), rel=1e-5)
+    assert [session.position for session in sessions] == [150, 150]
+
+
+@pytest.mark.parametrize("first", [-1, 149, 10**9, 1.0, True])
+def test_a_first_position_out_of_range_is_refused_before_anything_is_read(first: object) -> None:
+    model = mixkv.load("toy")
+    sessions = Session(model), Session(model)
+    with pytest.raises(UsageError, match="first must be from 0 to 148"):
+        evaluate(*sessions, np.zeros(150, np.int64), first=first)  # type: ignore[arg-type]
+    assert [session.position for session in sessions] == [0, 0]
