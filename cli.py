@@ -610,8 +610,9 @@ def info(
     *,
     cache: CacheOptions,
     weights: Annotated[
-        str, typer.Option(help="Weights in memory: f32, bf16, q8, q4, or auto: as stored, else q8.")
-    ] = "auto",
+        str | None,
+        typer.Option(help="Weights in memory: f32, bf16, q8, q4, or auto: as stored, else q8.", show_default="auto"),
+    ] = None,
     routes: Annotated[
         bool, typer.Option("--routes", help="How the kernels compute each format on this CPU, and what options cost.")
     ] = False,
@@ -630,7 +631,7 @@ def info(
     if session_file is not None:
         from .engine.conversation import summary
 
-        if model is not None or routes or as_toml or context is not None or cache != CacheOptions():
+        if model or weights or routes or as_toml or context is not None or cache != CacheOptions():
             raise UsageError("with --session, info describes the file alone: only --json can be given besides")
         found = summary(session_file)
         if as_json:
@@ -640,8 +641,8 @@ def info(
         return
     policy = cache.policy()
     if as_toml:
-        options = ("MODEL", model), ("--routes", routes), ("--context", context), ("--json", as_json)
-        idle = [name for name, given in options if given]
+        options = ("MODEL", model), ("--weights", weights), ("--routes", routes), ("--context", context)
+        idle = [name for name, given in (*options, ("--json", as_json)) if given]
         if idle:
             raise UsageError(f"{', '.join(idle)} has no effect with --toml, which prints only the policy")
         print(policy.to_toml(), end="")
@@ -652,7 +653,7 @@ def info(
 
         with Bars(quiet=as_json) as bars:
             opened = open_model(model or "smollm2", progress=bars.bar("downloading"))
-        described |= _described(opened, policy, weights)
+        described |= _described(opened, policy, weights or "auto")
         if context is not None:
             described |= _planned(opened, policy, context)
     described |= {"policy": str(policy), "policy_digest": policy.digest}
@@ -837,6 +838,11 @@ def plan(
     Every layer's keys, and its values, are tried in 2 and 3 bits on the text. Its tokens behind those measured on, as
     many again, tell what the policy is worth on text it was not made for. The policy's TOML is printed, or written.
     """
+    idle = [name for name, given in (("--k-bits", cache.k_bits), ("--v-bits", cache.v_bits)) if given is not None]
+    if idle:
+        raise UsageError(f"{', '.join(idle)} has no effect: bits are what is searched for")
+    if output is not None and not output.parent.is_dir():
+        raise UsageError(f"--output {output}: there is no folder {output.parent}")
     policy = cache.policy()
     source = _read_text(None if str(text) == "-" else text)
     _set_threads(threads)
@@ -854,8 +860,12 @@ def plan(
             loaded, ids, policy, allowed, n_tokens=tokens, progress=bars.bar("measuring the layers")
         )  # fmt: skip
     toml = found.policy.to_toml()
-    if output is not None:
-        output.write_text(toml, encoding="utf-8")
+    try:
+        if output is not None:
+            output.write_text(toml, encoding="utf-8")
+    except OSError as error:
+        print(toml, end="")  # minutes of measuring are in it
+        raise UsageError(f"--output {output}: cannot be written: {error.strerror}; the policy is on stdout") from None
     if as_json:
         print(json.dumps({**found.to_dict(), "policy_toml": toml, "budget_bytes": allowed}))
         return

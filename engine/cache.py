@@ -154,7 +154,6 @@ class LayerCache:
 
     def _set_stores(self, recent: TileStore, tiers: list[TileStore]) -> None:
         self.recent, self.tiers = recent, tiers  # youngest first
-        self._by_position = *reversed(tiers), recent
 
     def _set_sinks(self, k: NDArray[np.generic], v: NDArray[np.generic]) -> None:
         self.sink_k, self.sink_v = k, v
@@ -245,6 +244,8 @@ class LayerCache:
 
     def _begin_call(self, heads: int) -> Int64:
         """What is the same in every call with so many query heads."""
+        self._widen_sinks()
+        self._by_position = *reversed(self.tiers), self.recent
         layouts = [tier.layout for tier in self.tiers]
         most = max(side.parts * side.limbs for layout in layouts for side in (layout.k, layout.v))
         call = empty_call(heads, layouts[0].n_kv_heads, layouts[0].width, most)
@@ -275,10 +276,15 @@ class LayerCache:
         for t in range(self.recent.first, self.recent.stop):
             wide.append()
             quantize_jobs(np.array([seal_job(self.recent, wide, t, 0, False)]), wide.layout)
-        sinks = self.sink_k.astype(np.float32), self.sink_v.astype(np.float32)
         self._call = None
-        self._set_sinks(*sinks)
         self._set_stores(wide, self.tiers)
+        self._widen_sinks()
+
+    def _widen_sinks(self) -> None:
+        """Give the sinks the type of the recent segment; an interrupt may have come between the two."""
+        dtype = DENSE_DTYPES[self.recent.layout.k_kind]
+        if self.sink_k.dtype != dtype:
+            self._set_sinks(self.sink_k.astype(dtype), self.sink_v.astype(dtype))
 
     def _as_kept(self, x: Float32) -> Float32:
         """Numbers as the dense parts keep them: rounded to their type, but for those that are beyond it."""
@@ -341,6 +347,7 @@ class LayerCache:
 
     def truncate(self, position: int) -> None:
         """Forget the tokens from ``position`` on, which is ``lowest`` or more. What is next appended goes there."""
+        self._widen_sinks()
         tile, source = self.policy.tile, self.recent
         for i, tier in enumerate(self.tiers):
             # Not what the last query that stays had sealed; nor what its source does not hold any more
@@ -438,7 +445,9 @@ class LayerCache:
                 rows = min(stop, self.sinks) - start
                 if rows > 0:
                     kept[start : start + rows, :, : self.head_dim] = x[:rows]
-            sources = [tier for tier in other.tiers if alike and tier.first <= t < tier.stop]
+            # What was a sink has no codes worth having in its tile
+            alive = alike and (self.sinks >= other.sinks or t * tile >= other.sinks)
+            sources = [tier for tier in other.tiers if alive and tier.first <= t < tier.stop]
             kept_as = self._enter(t, position, sources)
             dead = min(max(self.sinks - start, 0), stop - start)
             n_coded = int(coded[dead:].sum())
@@ -460,7 +469,7 @@ class LayerCache:
             if not tier.stop:
                 tier.forget_before(t)
             tier.append()
-            same = [other for other in sources if other.layout == tier.layout]
+            same = [other for other in sources if other.layout.same_tiles(tier.layout)]
             kept_as = "as it was" if same else "anew" if max(tier.layout.k_kind, tier.layout.v_kind) >= Q8 else "dense"
             if same:
                 tier.copy(t, same[0])

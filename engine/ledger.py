@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..models.errors import UsageError
+
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
@@ -45,7 +47,14 @@ class MassLedger:
         return np.concatenate([np.empty(0, np.int64), *(np.arange(first, stop) for first, stop, _ in self._steps)])
 
     def shares(self) -> Float64:
-        """(T, layers, H, segments), adding up to 1 over the segments. A layer with fewer tiers has 0 for those it lacks."""
+        """(T, layers, H, segments), adding up to 1 over the segments. A layer with fewer tiers has 0 for those it lacks.
+
+        Raises:
+            UsageError: no query has been entered.
+
+        """
+        if not self._steps:
+            raise UsageError("the ledger has no queries yet")
         return np.concatenate([self._shares(states) for _, _, states in self._steps])
 
     def _shares(self, states: list[Float32]) -> Float64:
@@ -60,6 +69,6 @@ class MassLedger:
         return np.stack(layers).transpose(3, 0, 2, 1)
 
     def mean(self) -> dict[str, float]:
-        """The mean share of each segment over all queries, layers and heads."""
+        """The mean share of each segment over all queries, layers and heads; UsageError where there is no query."""
         shares = self.shares().mean(axis=(0, 1, 2))
         return dict(zip(self.names, shares.tolist(), strict=True))

@@ -81,7 +81,7 @@ def plan(
     sliding_windows: Sequence[int | None] | None = None,
     chunk: int = CHUNK,
 ) -> Plan:
-    """The bytes of a session that has read so many tokens, but for scales that float16 cannot hold (4 kB each).
+    """The bytes of a session that has read so many tokens, but for numbers that float16 cannot hold.
 
     Args:
         config: of the model.
@@ -273,5 +273,5 @@ def _changed(policy: CachePolicy, window: int, bits: int) -> CachePolicy | None:
 
 
 def _most_tokens(tile: int, tokens: int, fits: Callable[[int], bool]) -> int:
-    """The most tokens that fit, in whole tiles, in which bytes grow with tokens."""
+    """Tokens that fit, in whole tiles: the most, or nearly, as pages of tiers go all at once."""
     return tile * (bisect_right(range(1, tokens // tile + 1), False, key=lambda n: not fits(n * tile)))

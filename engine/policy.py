@@ -1,6 +1,7 @@
 """CachePolicy: what a cache keeps, and how precisely."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -36,7 +37,9 @@ __all__ = [
     "BITS", "DENSE", "MAX_ROLLBACK", "MAX_SINKS", "MAX_TIERS", "MAX_WINDOW", "PRESETS", "CachePolicy", "Override", "Tier",
 ]  # fmt: skip
 
-YOUNGER_PAGE = 128  # positions of a page of tiers that tokens leave again: a page takes up room until all of them have
+SYSTEM_PAGE = 4096  # bytes: memory comes in multiples of it
+MOST_PAGES = 4  # that are made one page in longer tiers, where this leaves less of the memory unused
+SHORT_PAGE = 128  # positions of a page of short tiers: a page takes up room until all of its tokens have left it
 DENSE = {"f16": F16, "bf16": BF16, "f32": F32}
 
 
@@ -272,12 +275,19 @@ class CachePolicy:
     def tier_layouts(self, n_kv_heads: int, head_dim: int) -> list[TileLayout]:
         """The layouts of the old tiers' tiles, one a tier; UsageError for a group or codes that do not fit ``head_dim``."""
         layouts: list[TileLayout] = []
+        ends = [*(tier.after for tier in self.older), math.inf]
         for name, tier in self._named_tiers().items():
             k, v = self._kinds(tier)
             axes = tier.k_axis, tier.v_axis, tier.k_group, tier.v_group
             try:
-                page = PAGE if len(layouts) == len(self.older) else YOUNGER_PAGE
-                layouts.append(TileLayout(n_kv_heads, head_dim, self.tile, k, v, *axes, page_tiles=page // self.tile))
+                pages = [SHORT_PAGE]
+                if ends[len(layouts)] - tier.after >= 4 * PAGE:
+                    pages = [count * PAGE for count in range(1, MOST_PAGES + 1)]
+                fitting = [
+                    TileLayout(n_kv_heads, head_dim, self.tile, k, v, *axes, page_tiles=page // self.tile)
+                    for page in pages
+                ]
+                layouts.append(min(fitting, key=lambda layout: _unused(layout) if _unused(layout) > 0.01 else 0))
             except ValueError as error:
                 raise UsageError(f"{name}: {error}") from None
         return layouts
@@ -311,13 +321,19 @@ class CachePolicy:
         return kinds[tier.k_bits], kinds[tier.v_bits]
 
 
+def _unused(layout: TileLayout) -> float:
+    """The part of a page's memory, which comes in whole pages of the system, that nothing is written to."""
+    nbytes = layout.page_tiles * layout.nbytes
+    return -nbytes % SYSTEM_PAGE / nbytes
+
+
 PRESETS = {
     "full": CachePolicy.full(),
     "f16": CachePolicy(**named("f16")),
     "balanced": CachePolicy(),
     "small": CachePolicy(k_bits=3, v_bits=3),
     "tiny": CachePolicy(
-        window=64, tile=128, v_bits=3, older=(Tier(192, k_bits=3, v_bits=3), Tier(768, k_bits=3, v_bits=2))
+        window=64, tile=128, v_bits=3, older=(Tier(128, k_bits=3, v_bits=3), Tier(256, k_bits=3, v_bits=2))
     ),
 }
 """Policies by name. What they cost in quality and memory is in docs/quality.md."""

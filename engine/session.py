@@ -82,7 +82,7 @@ class Session:
 
         Raises:
             PromptError: no token, an id outside of the vocabulary, or more tokens than the context holds.
-            NumericalError: logits that are NaN or all -inf, or a value beyond the cache's dtype.
+            NumericalError: logits that are NaN or all -inf, or a value that a tier cannot hold.
 
         An error or interrupt leaves the session where the last complete chunk ended.
         """
@@ -130,25 +130,29 @@ class Session:
             raise UsageError(f"position must be a whole number from 0 to {self.position}, found {position!r}")
         self._settle()
         if position >= (lowest := self.cache.lowest):
-            self.cache.truncate(position)
+            self._in_flight, self.position = (
+                True,
+                position,
+            )  # from here on, whatever comes between, it is done in the end
+            self._settle()
         elif replay or position == 0:
             again = Session(self.model, self.policy, context=self.context, chunk=self.chunk, shadow=self.shadow)
             if position:
                 again.forward(self._history[:position], None)
             again.cache.continue_ledger(self.cache, position)
-            self.cache = again.cache
+            self.cache, self.position = again.cache, position
         else:
             raise UsageError(
                 f"position must be {lowest} or more, found {position}: what came before is kept as codes only "
                 f"(rollback={self.policy.rollback}); replay=True reads the tokens again"
             )
-        self.position = position
 
     def fork(self) -> "Session":
         """A second session at the same place. The two share what is old; each goes its own way from here on."""
         self._settle()
         other = Session(self.model, self.policy, context=self.context, chunk=self.chunk, shadow=self.shadow)
         other.cache, other.position, other._history = self.cache.fork(), self.position, self.token_ids
+        other.metadata = dict(self.metadata)
         return other
 
     def retier(self, policy: CachePolicy) -> dict[str, int]:
@@ -160,7 +164,7 @@ class Session:
 
         Raises:
             UsageError: a policy that does not fit the model.
-            NumericalError: a value that the new policy's types cannot hold. Nothing has changed then.
+            NumericalError: a value that a tier of the new policy cannot hold. Nothing has changed then.
 
         """
         self._settle()
@@ -193,7 +197,7 @@ class Session:
 
         Args:
             path: replaced at once when all is written, or left as it is.
-            metadata: names and texts to keep with it.
+            metadata: names and texts to keep with it; those of the file that it was loaded from unless given.
 
         Raises:
             SessionFileError: the file cannot be written.
@@ -203,7 +207,8 @@ class Session:
         from .storage import save
 
         self._settle()
-        save(Path(path), self.cache, self._fingerprint(self.model), self.token_ids, self.context, metadata or {})
+        metadata = self.metadata if metadata is None else metadata
+        save(Path(path), self.cache, self._fingerprint(self.model), self.token_ids, self.context, metadata)
 
     @classmethod
     def load(cls, model: Model, path: str | Path, *, context: int | None = None, chunk: int = CHUNK) -> "Session":

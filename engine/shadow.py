@@ -1,8 +1,8 @@
 """Shadow mode: what is kept in codes is kept densely too, and every query is answered by both.
 
 The local error of a layer and head is how far its output over codes is from its output over the same keys and values in the
-dense type, relative to the latter, as a root mean square over all queries. It is also found with K alone in codes, and with
-V alone: K's part and V's part.
+dense type, relative to the latter, as a root mean square over all queries, those that were taken back too. It is also found
+with K alone in codes, and with V alone: K's part and V's part. A change of policy (``retier``) starts from the dense tiles.
 """
 
 from dataclasses import dataclass, field

@@ -256,14 +256,17 @@ def _write(path: Path, header: bytes, arrays: Iterator[NDArray[Any]]) -> None:
 def _contents(path: Path) -> Bytes:
     """The bytes of a file, mapped; a pipe or device, which may never end, is not read."""
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(handle, "rb") as file:
-            found = os.fstat(handle)
+        with open(path, "rb", opener=_without_waiting) as file:
+            found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise OSError(0, "it is no file")
             return np.memmap(file, np.uint8, "r") if found.st_size else np.empty(0, np.uint8)
     except (OSError, ValueError) as error:
         raise SessionFileError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _saved(metadata: dict[str, str], tensors: "_Tensors") -> Saved:

@@ -20,6 +20,7 @@ from ..engine.policy import CachePolicy, Override
 from ..engine.session import Session
 from ..models.check import shown
 from ..models.errors import PromptError, UsageError
+from ..models.limits import MAX_LAYER_ITEMS
 from ..models.load import Model
 from ..models.transformer import Midway, Step
 
@@ -231,12 +232,25 @@ def policy_of(chosen: Sequence[Option], policy: CachePolicy) -> Planned:
     }
     formats = sorted(set(pairs.values()), key=lambda pair: -sum(own == pair for own in pairs.values()))
     overrides = tuple(
-        Override("+".join(str(layer) for layer in layers if pairs[layer] == pair), k_bits=pair[0], v_bits=pair[1])
+        Override("+".join(part), k_bits=pair[0], v_bits=pair[1])
         for pair in formats[1:]
+        for part in _parts([layer for layer in layers if pairs[layer] == pair])
     )
     (k_bits, v_bits), kld = formats[0], sum(option.kld for option in chosen)
     made = replace(policy, k_bits=k_bits, v_bits=v_bits, older=(), overrides=overrides)
     return Planned(made, sum(option.nbytes for option in chosen), kld)
+
+
+def _parts(layers: Sequence[int]) -> list[list[str]]:
+    """Layers as items of overrides, runs as ranges, in as many overrides as they need."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][1] == layer - 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    items = [f"{first}..{last}" if first < last else str(first) for first, last in runs]
+    return [items[at : at + MAX_LAYER_ITEMS] for at in range(0, len(items), MAX_LAYER_ITEMS)]
 
 
 def find(
@@ -260,12 +274,16 @@ def find(
         progress: called with (runs done, runs in all).
 
     Raises:
-        UsageError: a budget that is too small.
+        UsageError: a budget that is too small, too few tokens, a policy with further tiers or overrides.
         PromptError: a text that is too short, or tokens beyond the context.
 
     """
-    ids = np.asarray(token_ids)
+    if policy.older or policy.overrides:
+        raise UsageError("the policy must have one tier and no overrides: these are what is searched for")
     first = policy.window + policy.tile
+    if type(n_tokens) is not int or n_tokens <= first:
+        raise UsageError(f"--tokens must be above {first}, the window and a tile, found {n_tokens!r}")
+    ids = np.asarray(token_ids)
     reference = Reference(model, ids[:n_tokens], first)
     config = model.config
     least = sum(_nbytes(policy, side, min(BITS), config.num_key_value_heads, config.head_dim) for side in "kv")

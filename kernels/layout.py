@@ -180,6 +180,10 @@ class TileLayout:
             kind, 0, 0, 0, group, parts, per_lane, offset, params, offset + self.page_tiles * params, codes, limbs
         )
 
+    def same_tiles(self, other: "TileLayout") -> bool:
+        """Whether tiles are the same bytes, scales and codes, in both layouts; pages may have other numbers of them."""
+        return replace(self, page_tiles=other.page_tiles) == other
+
     def empty_page(self) -> Bytes:
         """A page of zeros, uint8 (page_tiles * nbytes,), aligned to 64 bytes.
 

@@ -186,10 +186,12 @@ class TileStore:
         return self._held.table[tile - self._held.first]
 
     def copy(self, tile: int, other: "TileStore") -> None:
-        """Take over a tile that this store and another one of the same layout both hold."""
+        """Take over a tile that this store and another one of the same tiles (``TileLayout.same_tiles``) both hold."""
         (page, slot), (source, source_slot) = self.place(tile), other.place(tile)
-        for view, side in itertools.product((self.layout.params, self.layout.codes), (self.layout.k, self.layout.v)):
-            view(page, side)[:, slot] = view(source, side)[:, source_slot]
+        own, theirs = self.layout, other.layout
+        for side, their_side in ((own.k, theirs.k), (own.v, theirs.v)):
+            own.codes(page, side)[:, slot] = theirs.codes(source, their_side)[:, source_slot]
+            own.params(page, side)[:, slot] = theirs.params(source, their_side)[:, source_slot]
         for (wide_tile, side_number), scales in other.wide_scales().items():
             if wide_tile == tile:
                 self.widen(tile, side_number)

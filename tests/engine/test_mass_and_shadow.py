@@ -97,6 +97,14 @@ def test_a_ledger_follows_the_session_back_and_changes_no_logit(model: Any) -> N
     session.retier(CachePolicy())
 
 
+def test_a_ledger_without_queries_says_so(model: Any) -> None:
+    ledger = Session(model).keep_ledger()
+    assert ledger is not None and len(ledger.positions) == 0
+    for ask in (ledger.shares, ledger.mean):
+        with pytest.raises(UsageError, match="no queries yet"):
+            ask()
+
+
 def test_layers_with_fewer_tiers_have_no_share_of_those_they_lack(model: Any) -> None:
     policy = CachePolicy(
         window=20, tile=32, older=(Tier(70), Tier(120, k_bits=2)), overrides=(Override("1", older=(Tier(70),)),)

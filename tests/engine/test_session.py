@@ -1,5 +1,6 @@
 """Sessions: what forward returns, that chunks do not matter, what is refused, and how it survives faults."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 import mixkv
 import mixkv.engine.cache
-from mixkv import CachePolicy, Session
+from mixkv import CachePolicy, Session, Tier
 from mixkv.engine.cache import Cache, LayerCache
 from mixkv.models.errors import PromptError, UsageError
 from mixkv.models.load import Model
@@ -237,3 +238,20 @@ def test_a_chunk_out_of_range_is_refused(toy: Model, chunk: int) -> None:
 def test_a_context_or_chunk_that_is_no_whole_number_is_refused(toy: Model, name: str, value: object) -> None:
     with pytest.raises(UsageError, match=f"^{name} must be .*found {value!r}$"):
         Session(toy, **{name: value})  # type: ignore[arg-type]
+
+
+def test_retier_to_fewer_sinks_does_not_take_the_codes_that_they_never_had(toy: Model) -> None:
+    """Sinks widen no range in their tile: what stands there in their place is worth nothing."""
+    ids = np.random.default_rng(4).integers(0, 256, 300)
+    policy = CachePolicy(sinks=4, window=20)
+    session = Session(toy, policy)
+    session.forward(ids, None)
+    exact = [layer.values(0, 4)[:2] for layer in session.cache.layers]
+    found = session.retier(replace(policy, sinks=0))
+    assert found["requantized"] == 60, "all of tile 0 but the sinks"
+    for layer, (k, v) in zip(session.cache.layers, exact, strict=True):
+        own_k, own_v, coded = layer.values(0, 4)
+        assert coded.all()
+        assert np.abs(own_k - k).max() < 0.2 * np.abs(k).max() and np.abs(own_v - v).max() < 0.2 * np.abs(v).max()
+    again = session.fork().retier(replace(policy, sinks=0, older=(Tier(200, k_bits=2, v_bits=2),)))
+    assert again["requantized"] == 64, "what stays in a tier of the same format is copied, whatever its pages"

@@ -108,6 +108,14 @@ def test_a_choice_becomes_a_policy_that_says_the_same_of_every_layer() -> None:
     assert CachePolicy.from_toml(planned.policy.to_toml()) == planned.policy
 
 
+def test_a_deep_model_with_two_formats_in_turn_is_said_in_ranges_and_several_overrides() -> None:
+    for pattern in ([i % 2 for i in range(200)], [i // 3 % 2 for i in range(200)], [int(i < 150) for i in range(200)]):
+        chosen = [Option(i, side, (2, 8)[bit], 0.0, 1) for i, bit in enumerate(pattern) for side in "kv"]
+        policy = policy_of(chosen, CachePolicy()).policy
+        assert [policy.for_layer(i, 200).k_bits for i in range(200)] == [(2, 8)[bit] for bit in pattern]
+        policy.check_model(200, 64)
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +183,12 @@ def test_what_is_found_keeps_to_the_budget_and_beats_the_same_bits_everywhere(mo
 def test_a_text_too_short_or_a_budget_too_small_is_refused_before_anything_is_measured(model: Any) -> None:
     with pytest.raises(PromptError, match="more than 52 tokens, found 50"):
         find(model, tokens(50), POLICY, 1e6)
+    for n in (52, 0, -5, True, 60.0):
+        with pytest.raises(UsageError, match="--tokens must be above 52"):
+            find(model, tokens(200), POLICY, 1e6, n_tokens=n)
+    for policy in (CachePolicy.parse("tiny"), CachePolicy(overrides=(Override("0", k_bits=8),))):
+        with pytest.raises(UsageError, match="one tier and no overrides"):
+            find(model, tokens(200), policy, 1e6)
     ticks: list[int] = []
     with pytest.raises(UsageError, match="--budget must be at least"):
         find(model, tokens(200), POLICY, 1, progress=lambda *_: ticks.append(1))
@@ -202,3 +216,10 @@ def test_the_command_writes_a_policy_that_others_take(tmp_path: Path) -> None:
     assert run(app, ["eval", str(text), "-m", "toy", "--policy", str(tmp_path / "mine.toml")]).exit_code == 0
     refused = run(app, [*base, "--budget", "many"])
     assert refused.exit_code == 2 and "--budget must be like" in refused.stderr
+    missing = run(app, [*base, "--budget", "7bits", "-o", str(tmp_path / "none" / "mine.toml")])
+    assert missing.exit_code == 2 and "there is no folder" in missing.stderr
+    folder = run(app, [*base, "--budget", "7bits", "-o", str(tmp_path)])
+    assert folder.exit_code == 2 and "cannot be written" in folder.stderr
+    assert CachePolicy.from_toml(folder.stdout) == policy, "what was measured is not lost"
+    bits = run(app, [*base, "--budget", "7bits", "--k-bits", "8"])
+    assert bits.exit_code == 2 and "--k-bits has no effect" in bits.stderr
