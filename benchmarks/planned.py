@@ -1,6 +1,6 @@
 """How much better a planned policy is than uniform ones of the same bytes, on text that it was not made for.
 
-    python benchmarks/quality.py topics.txt [--model smollm2] [--bits 4] [--tokens 1024] [--pieces 3]
+    python benchmarks/planned.py topics.txt [--model smollm2] [--bits 4] [--tokens 1024] [--pieces 3]
 
 The plan is made on the first tokens, as ``mixkv plan`` makes it; every policy is then measured on the pieces behind them,
 each read by itself. Float32 weights; mean KL divergence in nats from a float32 cache, from the first codes on.
