@@ -26,8 +26,8 @@ from ..kernels.attention import attend_segments
 from ..kernels.flash import empty_call, n_parts
 from ..kernels.hadamard import block_size, rotated
 from ..kernels.layout import DENSE_DTYPES, F32, Q8
-from ..kernels.quantize import IMPOSSIBLE_AT, Float32, narrow, quantize_jobs, store_rows
-from ..kernels.segment import Int64, TileStore, seal_job, segment_of_arrays, widen_as_found
+from ..kernels.quantize import IMPOSSIBLE_AT, Float32, narrow, store_rows
+from ..kernels.segment import Int64, TileStore, seal, seal_job, segment_of_arrays, widen_as_found
 from ..kernels.simd import LANES
 from ..kernels.state import pad_last_axis
 from ..kernels.tables import (
@@ -114,6 +114,7 @@ class LayerCache:
     """
 
     exact = False
+    keeps_dense = False  # dense tiles for ever, as shadow mode does (shadow.py)
 
     def __init__(
         self,
@@ -124,15 +125,11 @@ class LayerCache:
         sliding_window: int | None = None,
     ) -> None:
         self.policy, self.head_dim, self.sliding_window = policy, head_dim, sliding_window
-        self.sinks = (
-            policy.sinks if context is None else min(policy.sinks, context)
-        )  # there are no more tokens than that
+        self.sinks = policy.sinks if context is None else min(policy.sinks, context)
         self.ages = np.array([[tier.after] for tier in policy.tiers])
         self.in_reach = [sliding_window is None or sliding_window > age for age in self.ages[:, 0].tolist()]
-        self._set_stores(
-            TileStore(policy.dense_layout(n_kv_heads, head_dim)),
-            [TileStore(layout) for layout in policy.tier_layouts(n_kv_heads, head_dim)],
-        )
+        self.recent = TileStore(policy.dense_layout(n_kv_heads, head_dim))
+        self.tiers = [TileStore(layout) for layout in policy.tier_layouts(n_kv_heads, head_dim)]  # youngest first
         dtype = DENSE_DTYPES[DENSE[policy.dense]]
         self._set_sinks(*np.zeros((2, self.sinks, n_kv_heads, -(-head_dim // LANES) * LANES), dtype))
         self._call: Int64 | None = None
@@ -152,8 +149,13 @@ class LayerCache:
         """Layers for which this is the same have the same ``View``."""
         return self.sinks, self.policy.tile, *self.ages[:, 0].tolist(), self.sliding_window
 
-    def _set_stores(self, recent: TileStore, tiers: list[TileStore]) -> None:
-        self.recent, self.tiers = recent, tiers  # youngest first
+    @property
+    def _fitted(self) -> bool:
+        return self.policy.scales == "fit"
+
+    def _dead(self, tile: int) -> int:
+        """How many of the first tokens of a tile are sinks, and so never seen in it."""
+        return min(max(self.sinks - tile * self.policy.tile, 0), self.policy.tile)
 
     def _set_sinks(self, k: NDArray[np.generic], v: NDArray[np.generic]) -> None:
         self.sink_k, self.sink_v = k, v
@@ -227,9 +229,8 @@ class LayerCache:
         stop = SEGMENTS + 2 + 2 * len(self._by_position)
         call[SEGMENTS + 2 : stop] = [x for store in self._by_position for x in store.addresses()]
         if tiles:
-            stores, fitted = [recent, *self.tiers], self.policy.scales == "fit"
-            dead = [min(max(self.sinks - t * self.policy.tile, 0), self.policy.tile) for _, t in tiles]
-            jobs = [seal_job(stores[i], stores[i + 1], t, x, fitted) for (i, t), x in zip(tiles, dead, strict=True)]
+            stores = [recent, *self.tiers]
+            jobs = [seal_job(stores[i], stores[i + 1], t, self._dead(t), self._fitted) for i, t in tiles]
             self._jobs = np.array(jobs, np.int64)
             starts = [sum(tier < i for tier, _ in tiles) for i in range(MAX_ROUNDS + 1)]
             call[JOBS], call[JOB_STARTS:STEP] = self._jobs.ctypes.data, starts
@@ -275,9 +276,8 @@ class LayerCache:
         wide.forget_before(self.recent.first)
         for t in range(self.recent.first, self.recent.stop):
             wide.append()
-            quantize_jobs(np.array([seal_job(self.recent, wide, t, 0, False)]), wide.layout)
-        self._call = None
-        self._set_stores(wide, self.tiers)
+            seal(self.recent, wide, t, 0, False)
+        self._call, self.recent = None, wide
         self._widen_sinks()
 
     def _widen_sinks(self) -> None:
@@ -331,7 +331,8 @@ class LayerCache:
         for i, tier in enumerate(self.tiers):
             # Not with a window of 0 a tile that the token at the horizon is still missing in
             entered = min(policy.boundary(horizon, i), horizon) // policy.tile
-            source.forget_before(max(seen, min(tier.stop, entered)))
+            if source is not self.recent or not self.keeps_dense:
+                source.forget_before(max(seen, min(tier.stop, entered)))
             source = tier
         source.forget_before(seen)
 
@@ -371,7 +372,7 @@ class LayerCache:
             fits &= not reached or (source_first <= stop and sealed <= stop <= max(position // tile, first))
         for (first, stop), age in zip(spans, [*self.ages[:, 0].tolist(), math.inf], strict=True):
             fits &= 0 <= first <= stop <= position + 1
-            fits &= first == 0 or first * tile + max(min(age, reach), 1) - 1 <= position  # s. ``lowest``
+            fits &= first == 0 or first * tile + max(min(age, reach), 1) - 1 <= position  # as ``lowest`` says
         if not fits:
             raise UsageError(f"a cache at position {position} cannot hold the tiles {spans}")
 
@@ -382,7 +383,7 @@ class LayerCache:
         other._call, other._jobs, other._options = None, None, self._options.copy()
         other.ledger = None
         other._set_sinks(self.sink_k.copy(), self.sink_v.copy())
-        other._set_stores(self.recent.fork(), [tier.fork() for tier in self.tiers])
+        other.recent, other.tiers = self.recent.fork(), [tier.fork() for tier in self.tiers]
         for cache in (self, other):
             cache.recent.own(cache.recent.stop - 1)
         return other
@@ -409,7 +410,7 @@ class LayerCache:
                 continue
             wide.forget_before(t)
             wide.append()
-            quantize_jobs(np.array([seal_job(stores[0], wide, t, 0, False)]), wide.layout)
+            seal(stores[0], wide, t, 0, False)
             page, _ = wide.place(t)
             here = slice(max(start - t * tile, 0), min(stop - t * tile, tile))
             there = slice(t * tile + here.start - start, t * tile + here.stop - start)
@@ -449,7 +450,7 @@ class LayerCache:
             alive = alike and (self.sinks >= other.sinks or t * tile >= other.sinks)
             sources = [tier for tier in other.tiers if alive and tier.first <= t < tier.stop]
             kept_as = self._enter(t, position, sources)
-            dead = min(max(self.sinks - start, 0), stop - start)
+            dead = min(self._dead(t), stop - start)
             n_coded = int(coded[dead:].sum())
             found["not_restored"] += int(coded[:dead].sum()) + (n_coded if kept_as == "dense" else 0)
             found["requantized"] += n_coded if kept_as == "anew" else 0
@@ -474,14 +475,10 @@ class LayerCache:
             if same:
                 tier.copy(t, same[0])
             else:
-                dead = min(max(self.sinks - t * self.policy.tile, 0), self.policy.tile)
-                again = True
-                while again:
-                    jobs = np.array([seal_job(source, tier, t, dead, self.policy.scales == "fit")])
-                    quantize_jobs(jobs, tier.layout)
-                    if jobs[0, IMPOSSIBLE_AT:].any():
-                        raise NumericalError(f"tile {t} cannot be quantized; {_WIDER}")
-                    again = widen_as_found(tier, t, jobs[0])
+                try:
+                    seal(source, tier, t, self._dead(t), self._fitted)
+                except OverflowError as error:
+                    raise NumericalError(f"tile {t} cannot be quantized: {error}; {_WIDER}") from None
             source = tier
         return kept_as
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..kernels.layout import BF16, F16, F32, KIND_OF_BITS, PAGE, TileLayout
 from ..kernels.routes import route
 from ..models.check import shown
@@ -259,14 +257,8 @@ class CachePolicy:
 
         A multiple of ``tile``; from the B(p) of tier 0 on tokens are dense.
         """
-        return self.tile * max(0, (position + 1 - self._after(tier)) // self.tile)
-
-    def boundaries(self, positions: np.ndarray, tier: int = 0) -> np.ndarray:
-        """B(p) of many positions, int64."""
-        return self.tile * np.maximum(0, (positions + 1 - self._after(tier)) // self.tile)
-
-    def _after(self, tier: int) -> int:
-        return self.older[tier - 1].after if tier else self.window
+        after = self.older[tier - 1].after if tier else self.window
+        return self.tile * max(0, (position + 1 - after) // self.tile)
 
     def dense_layout(self, n_kv_heads: int, head_dim: int) -> TileLayout:
         """The layout of the recent segment's tiles."""
@@ -279,15 +271,14 @@ class CachePolicy:
         for name, tier in self._named_tiers().items():
             k, v = self._kinds(tier)
             axes = tier.k_axis, tier.v_axis, tier.k_group, tier.v_group
+            is_short = ends[len(layouts)] - tier.after < 4 * PAGE
+            pages = [SHORT_PAGE] if is_short else [count * PAGE for count in range(1, MOST_PAGES + 1)]
             try:
-                pages = [SHORT_PAGE]
-                if ends[len(layouts)] - tier.after >= 4 * PAGE:
-                    pages = [count * PAGE for count in range(1, MOST_PAGES + 1)]
-                fitting = [
+                possible = [
                     TileLayout(n_kv_heads, head_dim, self.tile, k, v, *axes, page_tiles=page // self.tile)
                     for page in pages
                 ]
-                layouts.append(min(fitting, key=lambda layout: _unused(layout) if _unused(layout) > 0.01 else 0))
+                layouts.append(min(possible, key=_unused))
             except ValueError as error:
                 raise UsageError(f"{name}: {error}") from None
         return layouts
@@ -322,9 +313,10 @@ class CachePolicy:
 
 
 def _unused(layout: TileLayout) -> float:
-    """The part of a page's memory, which comes in whole pages of the system, that nothing is written to."""
+    """The part of a page's memory, which comes in whole pages of the system, that nothing is written to; 0 up to 1 %."""
     nbytes = layout.page_tiles * layout.nbytes
-    return -nbytes % SYSTEM_PAGE / nbytes
+    unused = -nbytes % SYSTEM_PAGE / nbytes
+    return unused if unused > 0.01 else 0.0
 
 
 PRESETS = {

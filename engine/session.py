@@ -130,10 +130,8 @@ class Session:
             raise UsageError(f"position must be a whole number from 0 to {self.position}, found {position!r}")
         self._settle()
         if position >= (lowest := self.cache.lowest):
-            self._in_flight, self.position = (
-                True,
-                position,
-            )  # from here on, whatever comes between, it is done in the end
+            # From here on it is done in the end, whatever comes between
+            self._in_flight, self.position = True, position
             self._settle()
         elif replay or position == 0:
             again = Session(self.model, self.policy, context=self.context, chunk=self.chunk, shadow=self.shadow)

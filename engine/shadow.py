@@ -50,6 +50,8 @@ class LocalErrors:
 class ShadowLayer(LayerCache):
     """A layer's cache that forgets no dense tile, and compares, for each query, what it sees with what it stands for."""
 
+    keeps_dense = True
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.errors = LocalErrors()
@@ -84,14 +86,6 @@ class ShadowLayer(LayerCache):
             if (starts < stops).any():
                 attend(q, segment, starts, stops, result, state, scale=scale, exact=self.exact)
         return result[..., : self.head_dim]  # behind it codes have copies of the last channel
-
-    def commit(self, position: int) -> None:
-        """As ``LayerCache.commit``, but dense tiles stay."""
-        kept, self.recent = self.recent, TileStore(self.recent.layout)
-        try:
-            super().commit(position)
-        finally:
-            self.recent = kept
 
 
 def _segment(k: TileStore, v: TileStore, stop: int) -> Segment:

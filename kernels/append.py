@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from . import simd
 from .hadamard import rotate_head
 from .jit import SHARE, inner, standalone
-from .layout import BF16, F16, F32, HEAD, K_CODES, KIND, ROW, TOKEN, V_CODES
+from .layout import F32, HEAD, K_CODES, KIND, ROW, TOKEN, V_CODES
 from .simd import LANES
 from .tables import (
     APPEND_AS_IS,
@@ -35,6 +35,7 @@ from .tables import (
     get,
     tile_address,
 )
+from .tiles import store_dense
 
 VECTOR = 4 * LANES
 
@@ -48,20 +49,11 @@ def _narrow(kind, source, target, rest, through):  # type: ignore[no-untyped-def
     """
     x = simd.load_f32(source)
     if kind == F32:
-        if through == F16:
-            simd.store_f16(target, x)
-            x = simd.finite_or(simd.load_f16(target), x)
-        elif through == BF16:
-            simd.store_bf16(target, x)
-            x = simd.finite_or(simd.load_bf16(target), x)
+        if through != F32:
+            x = simd.finite_or(store_dense(through, x, target), x)
         simd.store_f32(target, x)
         return rest
-    if kind == BF16:
-        simd.store_bf16(target, x)
-        y = simd.load_bf16(target)
-    else:
-        simd.store_f16(target, x)
-        y = simd.load_f16(target)
+    y = store_dense(kind, x, target)
     return simd.add(rest, simd.sub(y, y))
 
 

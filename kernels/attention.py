@@ -75,6 +75,8 @@ from .tables import (
     TILE,
     TILE_FUNCTION,
     TILE_KERNEL,
+    UNPACK_FUNCTION,
+    UNPACK_KERNEL,
     V_BLOCK,
     WORK_KERNEL,
     M,
@@ -89,7 +91,7 @@ from .tables import (
     set_row_float,
     set_row_int,
 )
-from .tiles import VECTOR
+from .tiles import VECTOR, unpack_head
 
 _attend_split, _merge = split_kernel.call, merge_parts.call
 SHARE_KEYS = 48  # keys that a split's fixed costs are worth, when work is shared out
@@ -255,6 +257,7 @@ def attend_share(call, worker, workers, _, q, out, state, outs, states):  # type
     room[OUT] = room[QUERIES] + rows * width * 4
     room[ROOM_ROWS] = rows
     room[TILE_KERNEL], room[DENSE_KERNEL] = get(call, TILE_FUNCTION), get(call, DENSE_FUNCTION)
+    room[UNPACK_KERNEL] = get(call, UNPACK_FUNCTION)
     if get(call, N_PARTS):
         _in_parts(
             call, worker, workers, block, q, outs, states, room.ctypes.data, table.ctypes.data, numbers.ctypes.data
@@ -305,6 +308,7 @@ KERNELS = {
     STORE_KERNEL: store_share,
     SEAL_KERNEL: quantize_share,
     LEDGER_KERNEL: enter_parts,
+    UNPACK_FUNCTION: unpack_head,
 }
 """The kernels that are called by their address, by the field of a call that has it."""
 

@@ -14,7 +14,6 @@ from . import simd
 from .jit import SHARE, inner, standalone
 from .layout import (
     ADDRESSES,
-    BF16,
     DENSE_DTYPES,
     F32,
     GROUP,
@@ -22,7 +21,6 @@ from .layout import (
     K_CODES,
     KIND,
     KIND_BITS,
-    PARTS,
     PER_LANE,
     ROW,
     V_CODES,
@@ -39,11 +37,12 @@ from .tables import (
     N_KV_HEADS,
     ROW_WIDTH,
     TILE,
+    UNPACK_FUNCTION,
     V_SIDE,
     get,
     make_geometry,
 )
-from .tiles import VECTOR, codes_to_floats, is_dense, unpack_codes, unpack_dense_k, unpack_dense_v, unpack_scales
+from .tiles import VECTOR, is_dense, store_dense, unpack_head
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -53,10 +52,8 @@ Int64 = NDArray[np.int64]
 # became of K and of V
 SOURCE, TARGET = 0, ADDRESSES
 SOURCE_GEOMETRY, TARGET_GEOMETRY, DEAD, FITTED = range(2 * ADDRESSES, 2 * ADDRESSES + 4)
-TOO_WIDE_AT, IMPOSSIBLE_AT = (
-    FITTED + 1,
-    FITTED + 3,
-)  # not 0 for K, one further for V, where float16, or nothing, would do
+# Not 0 for K, one further for V, where float16, or nothing, would do
+TOO_WIDE_AT, IMPOSSIBLE_AT = FITTED + 1, FITTED + 3
 JOB_FIELDS = FITTED + 5
 FINE, TOO_WIDE, IMPOSSIBLE = range(3)
 
@@ -133,7 +130,7 @@ def quantize_jobs(jobs: Int64, layout: TileLayout) -> None:
     """Do jobs, int64 (n, JOB_FIELDS), one after the other; the layout is that of the targets."""
     call = np.zeros(CALL_FIELDS, np.int64)
     call[N_KV_HEADS], call[ROW_WIDTH], call[HEAD_DIM] = layout.n_kv_heads, layout.width, layout.head_dim
-    call[JOBS], call[JOB_STARTS + 1] = jobs.ctypes.data, len(jobs)
+    call[JOBS], call[JOB_STARTS + 1], call[UNPACK_FUNCTION] = jobs.ctypes.data, len(jobs), unpack_head.address()
     quantize_share.function(call.ctypes.data, 0, 1, 0, 0, 0, 0, 0, 0)
 
 
@@ -363,20 +360,7 @@ def _pack(values, lanes, steps, group, per_lane, divisors, minima, bits, target)
                         top_words, top_place, tops = simd.zero_words(), 0, tops + VECTOR
 
 
-@inner
-def _unpack(is_k, side, codes, params, width, tile, pairs, scales, values):  # type: ignore[no-untyped-def]
-    """One head of a tile of any format as float32 [lanes/16][steps][16]."""
-    kind = get(side, KIND)
-    if is_dense(kind):
-        if is_k:
-            unpack_dense_k(codes, kind, get(side, ROW), np.int64(0), width, tile, 0, tile, values, scales)
-        else:
-            unpack_dense_v(codes, kind, get(side, ROW), width, tile, 0, tile, values)
-        return
-    lanes, steps = (tile, width) if is_k else (width, tile)
-    unpack_scales(params, get(side, PARTS) * (lanes if get(side, PER_LANE) else steps), np.float32(0), scales)
-    unpack_codes(codes, kind, lanes * steps // 32, pairs)
-    codes_to_floats(pairs, scales, lanes, steps, get(side, GROUP), get(side, PARTS), get(side, PER_LANE), values)
+_unpack = unpack_head.call
 
 
 @inner
@@ -390,23 +374,15 @@ def _store_dense(values, lanes, steps, kind, row_stride, target):  # type: ignor
         for step in range(steps):
             at = target + step * row_stride + block * LANES * size
             x = simd.load_f32(values + (block * steps + step) * VECTOR)
-            y = x
-            if kind == F32:
-                simd.store_f32(at, x)
-            elif kind == BF16:
-                simd.store_bf16(at, x)
-                y = simd.load_bf16(at)
-            else:
-                simd.store_f16(at, x)
-                y = simd.load_f16(at)
+            y = store_dense(kind, x, at)
             lost = simd.larger(simd.sub(x, y), lost)  # infinite where y has become so, NaN, and dropped, where x was so
             lost = simd.larger(simd.sub(y, x), lost)
     return IMPOSSIBLE if np.isinf(simd.max_lanes(lost)) else FINE
 
 
 @inner
-def _quantize_head(job, is_k, head, head_dim, tile, memory):  # type: ignore[no-untyped-def]
-    """K (or V) of one head of a tile: FINE, or why not. ``memory``: an address of room for it."""
+def _quantize_head(unpack, job, is_k, head, head_dim, tile, memory):  # type: ignore[no-untyped-def]
+    """K (or V) of one head of a tile: FINE, or why not. ``unpack``: where ``unpack_head`` is; ``memory``: room for it."""
     width = (head_dim + LANES - 1) // LANES * LANES
     lanes, steps = (tile, width) if is_k else (width, tile)
     wide, coded = get(job, SOURCE_GEOMETRY), get(job, TARGET_GEOMETRY)
@@ -420,7 +396,20 @@ def _quantize_head(job, is_k, head, head_dim, tile, memory):  # type: ignore[no-
     codes += head * get(coded, HEAD)
     params += head * get(coded, HEAD)
     values, lows = memory, memory + 4 * tile * width
-    _unpack(is_k, wide, at, at_params, width, tile, lows, lows + 2 * tile * width, values)
+    _unpack(
+        unpack,
+        np.int64(is_k),
+        wide,
+        at,
+        at_params,
+        width,
+        tile,
+        np.int64(0),
+        tile,
+        lows,
+        lows + 2 * tile * width,
+        values,
+    )
     kind = get(coded, KIND)
     if is_dense(kind):
         return _store_dense(values, lanes, steps, kind, get(coded, ROW), codes)
@@ -453,9 +442,10 @@ def quantize_share(call, worker, workers, nth_round, _, _1, _2, _3, _4):  # type
     tile = get(get(jobs + 8 * JOB_FIELDS * first, TARGET_GEOMETRY), TILE)
     # Values; then codes as pairs and scales of the source, or ranges, scales and minima of the target
     memory = np.empty(4 * tile * width + 3 * tile * width + 4 * LANES * LANES + 64, np.uint8)
+    unpack, room = get(call, UNPACK_FUNCTION), (memory.ctypes.data + 63) // 64 * 64
     for unit in range(first * 2 * heads + worker, stop * 2 * heads, workers):
         job, side = jobs + 8 * JOB_FIELDS * (unit // (2 * heads)), unit // heads % 2
-        found = _quantize_head(job, side == 0, unit % heads, head_dim, tile, (memory.ctypes.data + 63) // 64 * 64)
+        found = _quantize_head(unpack, job, side == 0, unit % heads, head_dim, tile, room)
         if found != FINE:
             simd.store_integer(job + 8 * ((TOO_WIDE_AT if found == TOO_WIDE else IMPOSSIBLE_AT) + side), np.int64(1))
     memory[0] = 0  # Numba frees an array after its last mention, and the addresses above do not count as one

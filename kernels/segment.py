@@ -154,11 +154,6 @@ class TileStore:
         tiles = held.stop - max(in_page, min(held.written, held.first))
         return tiles * self.layout.nbytes + sum(self._wide_nbytes(side) for _, side in held.wide)
 
-    @property
-    def shared_nbytes(self) -> int:
-        """Bytes of whole pages that a fork of this store holds too, or has held."""
-        return len(self._held.shared) * self.layout.page_tiles * self.layout.nbytes
-
     def place(self, tile: int) -> tuple[Bytes, int]:
         """The page and the slot of a tile that is held, or of the next one, which ``append`` will hold."""
         number, slot = divmod(tile, self.layout.page_tiles)
@@ -303,6 +298,23 @@ def widen_as_found(target: TileStore, tile: int, job: Int64) -> bool:
     return bool(sides)
 
 
+def seal(source: TileStore, target: TileStore, tile: int, dead: int, fitted: bool) -> None:
+    """Write a tile that both stores hold from one to the other, alone; see ``seal_job``.
+
+    Raises:
+        OverflowError: in codes, numbers that are not finite, or whose range is not; in dense tiles, finite ones that do
+            not fit.
+
+    """
+    again = True
+    while again:
+        jobs = np.array([seal_job(source, target, tile, dead, fitted)])
+        quantize_jobs(jobs, target.layout)
+        if jobs[0, IMPOSSIBLE_AT:].any():
+            raise OverflowError("a key, a value or a range of them is beyond its type, or not a number")
+        again = widen_as_found(target, tile, jobs[0])
+
+
 def quantize(
     k: Float32,
     v: Float32,
@@ -350,12 +362,6 @@ def quantize(
         store_rows(dense, source.place(t)[0], 0, k[rows].astype(np.float32), v[rows].astype(np.float32))
         source.append()
         store.append()
-        while True:
-            jobs = np.array([seal_job(source, store, t, 0, fitted)])
-            quantize_jobs(jobs, target)
-            if jobs[0, IMPOSSIBLE_AT:].any():
-                raise OverflowError("a key, a value or a range of them is beyond its type, or not a number")
-            if not widen_as_found(store, t, jobs[0]):
-                break
+        seal(source, store, t, 0, fitted)
         source.forget_before(t + 1)
     return store.segment(plain.start, plain.stop)

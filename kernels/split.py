@@ -9,7 +9,7 @@ from numba import types
 from . import simd
 from .fold import fold
 from .jit import inner, standalone
-from .layout import F32, GROUP, K_CODES, K_PARAMS, KIND, LIMBS, PARTS, PER_LANE, ROW, TOKEN, V_CODES, V_PARAMS
+from .layout import F32, K_CODES, K_PARAMS, KIND, LIMBS, PARTS, PER_LANE, ROW, TOKEN, V_CODES, V_PARAMS
 from .products import multiply_tile, score_floats, weigh_floats
 from .softmax import divide_by_sums, exponentials, find_maxima, finish_logits
 from .tables import (
@@ -42,6 +42,7 @@ from .tables import (
     TILE_KERNEL,
     TILE_SHIFT,
     TOPS,
+    UNPACK_KERNEL,
     V_SIDE,
     VALUES,
     WHOLE,
@@ -59,36 +60,9 @@ from .tables import (
     tile_address,
     tiles_together,
 )
-from .tiles import (
-    VECTOR,
-    codes_to_floats,
-    is_dense,
-    middle_code,
-    unpack_codes,
-    unpack_dense_k,
-    unpack_dense_v,
-    unpack_scales,
-)
+from .tiles import VECTOR, is_dense, middle_code, unpack_head, unpack_scales
 
-
-@inner
-def _unpack_values(is_k, side, codes, params, width, tile, low, high, room):  # type: ignore[no-untyped-def]
-    """One head and tile as float32 in get(room, VALUES); of dense formats the tokens low .. high only."""
-    simd.never_inline()
-    kind, values = get(side, KIND), get(room, VALUES)
-    if is_dense(kind):
-        if is_k:
-            unpack_dense_k(
-                codes, kind, get(side, ROW), get(side, TOKEN), width, tile, low, high, values, get(room, SCALES)
-            )
-        else:
-            unpack_dense_v(codes, kind, get(side, ROW), width, tile, low, high, values)
-        return
-    lanes, steps = (tile, width) if is_k else (width, tile)
-    per_lane, parts, scales = get(side, PER_LANE), get(side, PARTS), get(room, SCALES)
-    unpack_scales(params, parts * (lanes if per_lane else steps), np.float32(0), scales)
-    unpack_codes(codes, kind, lanes * steps // 32, get(room, CODES))
-    codes_to_floats(get(room, CODES), scales, lanes, steps, get(side, GROUP), parts, per_lane, values)
+_unpack = unpack_head.call
 
 
 @inner
@@ -103,7 +77,10 @@ def _as_floats(is_k, side, addresses, t, head, width, tile, low, high, rows, roo
     if is_dense(kind) and get(side, TOKEN) == 0 and (kind == F32 or rows <= DIRECT_ROWS):
         return kind, codes, get(side, ROW), np.int64(VECTOR if kind == F32 else VECTOR // 2)
     params = tile_address(addresses, t, K_PARAMS if is_k else V_PARAMS, side, head)
-    _unpack_values(is_k, side, codes, params, width, tile, low, high, room)
+    _unpack(
+        get(room, UNPACK_KERNEL), np.int64(is_k), side, codes, params, width, tile, np.int64(low), np.int64(high),
+        get(room, CODES), get(room, SCALES), get(room, VALUES),
+    )  # fmt: skip
     return np.int64(F32), get(room, VALUES), np.int64(VECTOR), (width if is_k else tile) * VECTOR
 
 

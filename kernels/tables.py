@@ -23,12 +23,12 @@ N_HEADS, N_KV_HEADS, ROW_WIDTH, MOST_PARTS = range(4)  # MOST_PARTS: the most of
 OPTIONS, SLOPES, DISTANCES, MASKS, MASK_HEAD, MASK_QUERY = range(4, 10)
 FRESH = 10  # whether out and state are begun, not continued
 SPLIT_KERNEL, TILE_FUNCTION, DENSE_FUNCTION, WORK_KERNEL, MERGE_KERNEL = range(11, 16)
-STORE_KERNEL, SEAL_KERNEL, LEDGER_KERNEL = range(16, 19)
-HEAD_DIM, K_BLOCK, V_BLOCK = range(19, 22)  # channels, and those of a block of rotated K and V (hadamard.py), or 0
-N_SINKS, LOST = range(22, 24)  # see append.py
-DENSE_KIND = 24  # of the dense parts, though they may be float32 where not all numbers fit
-LEDGER = 25  # address of float32 (N_SEGMENTS, H, T, 2): the state after each segment
-N_SEGMENTS, SEGMENTS = 26, 27  # for each of up to MAX_SEGMENTS segments, the addresses of its table and geometry
+STORE_KERNEL, SEAL_KERNEL, LEDGER_KERNEL, UNPACK_FUNCTION = range(16, 20)
+HEAD_DIM, K_BLOCK, V_BLOCK = range(20, 23)  # channels, and those of a block of rotated K and V (hadamard.py), or 0
+N_SINKS, LOST = range(23, 25)  # see append.py
+DENSE_KIND = 25  # of the dense parts, though they may be float32 where not all numbers fit
+LEDGER = 26  # address of float32 (N_SEGMENTS, H, T, 2): the state after each segment
+N_SEGMENTS, SEGMENTS = 27, 28  # for each of up to MAX_SEGMENTS segments, the addresses of its table and geometry
 MAX_SEGMENTS = 6
 JOBS, JOB_STARTS = SEGMENTS + 2 * MAX_SEGMENTS, SEGMENTS + 2 * MAX_SEGMENTS + 1  # tiles to quantize first (quantize.py)
 MAX_ROUNDS = 4  # of jobs: those of each only depend on rounds before
@@ -53,11 +53,12 @@ SCALE, SOFTCAP, EXACT = range(3)  # EXACT: not 0 for float32 throughout
 #     CODES    one side of a tile as pairs, uint16 or int16    VALUES   one side of a tile as float32
 #     SCALES   scales and centres of some tiles, or room to transpose
 #     WORDS, FACTORS, OFFSETS, SCRATCH                  for fold.fold and products.multiply_tile
-# and, of kernels that are called by their address, TILE_KERNEL (products.multiply_tile) and DENSE_KERNEL (multiply_dense).
+# and, of kernels that are called by their address, TILE_KERNEL (products.multiply_tile), DENSE_KERNEL (multiply_dense) and
+# UNPACK_KERNEL (tiles.unpack_head).
 QUERIES, OUT, LOGITS, SUMS, CODES, VALUES, SCALES, WORDS, FACTORS, OFFSETS, SCRATCH = range(11)
-TILE_KERNEL, DENSE_KERNEL = range(11, 13)
-ROOM_ROWS = 13  # how many rows there is room for
-ROOM_FIELDS = 14
+TILE_KERNEL, DENSE_KERNEL, UNPACK_KERNEL = range(11, 14)
+ROOM_ROWS = 14  # how many rows there is room for
+ROOM_FIELDS = 15
 
 # A worker's rows. int64 [fields][COLUMNS]: the positions that a row sees, absolute and in the current split; the distance
 # of position 0 from the query's; addresses of its mask (or 0), its output and its partial output

@@ -5,10 +5,11 @@ the microkernels read a tile as it is stored.
 """
 
 import numpy as np
+from numba import types
 
 from . import simd
-from .jit import inner
-from .layout import BF16, F16, F32, Q2, Q3, Q4, Q8
+from .jit import inner, standalone
+from .layout import BF16, F16, F32, GROUP, KIND, PARTS, PER_LANE, Q2, Q3, Q4, Q8, ROW, TOKEN
 from .simd import LANES
 
 VECTOR = 4 * LANES  # bytes of a vector of words
@@ -130,3 +131,37 @@ def unpack_dense_v(base, kind, step, width, tile, first, stop, target):  # type:
         for c in range(0, width, LANES):
             value = _load(kind, base + token * step + c * size)
             simd.store_f32(target + (c // LANES * tile + token) * VECTOR, value)
+
+
+@inner
+def store_dense(kind, x, target):  # type: ignore[no-untyped-def]
+    """16 float32 as 16 numbers of a dense kind; returns what they are then, as float32."""
+    if kind == F32:
+        simd.store_f32(target, x)
+        return x
+    if kind == BF16:
+        simd.store_bf16(target, x)
+        return simd.load_bf16(target)
+    simd.store_f16(target, x)
+    return simd.load_f16(target)
+
+
+@standalone(types.void(*[types.int64] * 11))
+def unpack_head(is_k, side, codes, params, width, tile, first, stop, pairs, scales, values):  # type: ignore[no-untyped-def]
+    """K (where ``is_k``) or V of one head of a tile of any format as float32; of dense formats tokens first .. stop only.
+
+    side: the Side's numbers (layout.py). pairs, scales: room for the codes as pairs, and for scales and minima.
+    """
+    kind, row = simd.integer_at(side + 8 * KIND), simd.integer_at(side + 8 * ROW)
+    if is_dense(kind):
+        if is_k:
+            token = simd.integer_at(side + 8 * TOKEN)
+            unpack_dense_k(codes, kind, row, token, width, tile, first, stop, values, scales)
+        else:
+            unpack_dense_v(codes, kind, row, width, tile, first, stop, values)
+        return
+    lanes, steps = (tile, width) if is_k else (width, tile)
+    per_lane, parts = simd.integer_at(side + 8 * PER_LANE), simd.integer_at(side + 8 * PARTS)
+    unpack_scales(params, parts * (lanes if per_lane else steps), np.float32(0), scales)
+    unpack_codes(codes, kind, lanes * steps // 32, pairs)
+    codes_to_floats(pairs, scales, lanes, steps, simd.integer_at(side + 8 * GROUP), parts, per_lane, values)

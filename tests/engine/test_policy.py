@@ -440,8 +440,6 @@ def test_the_boundary_is_the_end_of_the_last_tile_that_lies_wholly_behind_the_wi
     policy = CachePolicy(window=window, tile=tile)
     expected = [first_dense_position(window, tile, p) for p in positions]
     assert [policy.boundary(p) for p in positions] == expected
-    many = policy.boundaries(np.array(positions, np.int64))
-    assert many.dtype == np.int64 and many.tolist() == expected
 
 
 @given(st.sets(st.integers(1, 900), max_size=3), st.sampled_from([32, 64, 128]), st.integers(0, 1200))
@@ -449,10 +447,6 @@ def test_the_boundary_of_every_tier_is_that_of_a_window_of_its_age(ages: set[int
     policy = CachePolicy(window=0, tile=tile, older=tuple(Tier(age) for age in sorted(ages)))
     for i, tier in enumerate(policy.tiers):
         assert policy.boundary(position, i) == first_dense_position(tier.after, tile, position)
-        assert policy.boundaries(np.array([0, position]), i).tolist() == [
-            policy.boundary(0, i),
-            policy.boundary(position, i),
-        ]
 
 
 def test_the_boundary_never_goes_back_and_moves_by_whole_tiles() -> None:

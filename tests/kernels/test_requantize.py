@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from mixkv.kernels.quantize import IMPOSSIBLE_AT, TOO_WIDE_AT, quantize_share, quantize_tile
 from mixkv.kernels.segment import TileStore, seal_job
-from mixkv.kernels.tables import CALL_FIELDS, HEAD_DIM, JOB_STARTS, JOBS, N_KV_HEADS, ROW_WIDTH
+from mixkv.kernels.tables import CALL_FIELDS, HEAD_DIM, JOB_STARTS, JOBS, N_KV_HEADS, ROW_WIDTH, UNPACK_FUNCTION
+from mixkv.kernels.tiles import unpack_head
 
 from .oracle import CODED, DTYPES, Row, dense_store, formats, layout_of, normal, page_tile, seal, store_row
 from .plain import assert_within_half_a_step, needs_float32, plain
@@ -114,6 +115,7 @@ def test_shares_of_workers_add_up_round_by_round(workers: int, kinds: tuple[str,
             store.append()
     jobs = np.array([seal_job(*pair, t, 0, False) for pair in ((source, first), (first, second)) for t in range(3)])
     call = np.zeros(CALL_FIELDS, np.int64)
+    call[UNPACK_FUNCTION] = unpack_head.address()
     call[N_KV_HEADS], call[ROW_WIDTH], call[HEAD_DIM], call[JOBS] = 3, 32, 20, jobs.ctypes.data
     call[JOB_STARTS : JOB_STARTS + 3] = 0, 3, 6
     for nth_round in (0, 1):
