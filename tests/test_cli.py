@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mixkv import CachePolicy, Override, Tier, __version__, cli
+from mixkv.commands import shell
 
 REPOSITORY = Path(cli.__file__).parent
 RUNNER = CliRunner()
@@ -346,7 +347,7 @@ def test_a_closed_stdout_ends_quietly() -> None:
     assert process.stdout is not None and process.stderr is not None
     process.stdout.read(3)
     process.stdout.close()
-    assert process.wait(timeout=60) == cli.PIPE_CLOSED
+    assert process.wait(timeout=60) == shell.PIPE_CLOSED
     assert process.stderr.read() == b""
 
 
@@ -363,7 +364,7 @@ def test_ctrl_c_in_decode_keeps_the_text_and_exits_130(as_json: bool) -> None:
     process.send_signal(signal.SIGINT)
     started = time.perf_counter()
     rest, err = process.communicate(timeout=60)
-    assert process.returncode == cli.INTERRUPTED
+    assert process.returncode == shell.INTERRUPTED
     assert time.perf_counter() - started < 5
     assert b"Traceback" not in err and b"(interrupted)" in err
     if as_json:
@@ -380,7 +381,7 @@ def test_ctrl_c_while_the_prompt_is_read_exits_130(tmp_path: Path) -> None:
     _wait_for_generation(process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == cli.INTERRUPTED
+    assert process.returncode == shell.INTERRUPTED
     assert b"Traceback" not in err
 
 

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from typer.testing import CliRunner, Result
 
 from mixkv import Session, cli, load
+from mixkv.commands import shell
 from mixkv.engine import conversation
 from mixkv.models import toy
 from mixkv.models.bpe import BYTE_OF_CHARACTER
@@ -328,7 +329,7 @@ def test_ctrl_c_keeps_what_was_generated(tmp_path: Path, chatty: Path) -> None:
     shown = first_bytes(process, 20)
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)
-    assert process.returncode == cli.INTERRUPTED and b"saved to" in err, err
+    assert process.returncode == shell.INTERRUPTED and b"saved to" in err, err
     answer = messages(file)[1]["content"]
     assert (shown + rest).decode() == answer + "\n" and len(answer) >= 20
     second = run("more", "-m", str(chatty), "-n", "3", "--session", str(file))
@@ -353,7 +354,7 @@ def test_ctrl_c_while_a_prompt_is_read_spares_the_next_run_what_was_read(
     with monkeypatch.context() as patch:
         patch.setattr(Session, "_step", step)
         result = mixkv("generate", prompt, "-m", "toy", "-n", "3", "--session", str(file))
-    assert result.exit_code == cli.INTERRUPTED and "saved to" in result.stderr
+    assert result.exit_code == shell.INTERRUPTED and "saved to" in result.stderr
     assert conversation.read_saved(file).position == 7 + 1024
     again = run(prompt, "-m", "toy", "-n", "3", "--session", str(file))
     assert again["stats"]["kept_tokens"] == 7 + 1024 and again["stats"]["prompt_tokens"] == 2001 - 1024
@@ -416,7 +417,7 @@ def test_a_closed_stdout_saves_what_there_is(tmp_path: Path) -> None:
     assert process.stdout is not None and process.stderr is not None
     first_bytes(process, 3)
     process.stdout.close()
-    assert process.wait(timeout=60) == cli.PIPE_CLOSED
+    assert process.wait(timeout=60) == shell.PIPE_CLOSED
     process.stderr.close()
     assert conversation.read_saved(file).position >= 5 + 3
 

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mixkv import cli
+from mixkv.commands import shell
 from mixkv.experiments import bench, machine, startup
 
 RUNNER = CliRunner()
@@ -167,7 +168,7 @@ def test_an_interrupt_prints_the_rows_so_far(output: str, rows: int, monkeypatch
 
     monkeypatch.setattr(bench, "repeat", interrupted)
     result = mixkv("-m", "toy", "-p", "8,9", "-n", "0", "-r", "2", "--no-warmup", "-o", output)
-    assert result.exit_code == cli.INTERRUPTED and result.stderr == "mixkv: interrupted\n"
+    assert result.exit_code == shell.INTERRUPTED and result.stderr == "mixkv: interrupted\n"
     if rows == 0:
         assert result.stdout == ""
     elif output == "md":
@@ -183,7 +184,7 @@ def test_ctrl_c_keeps_what_was_measured() -> None:
     first = process.stdout.readline()
     process.send_signal(signal.SIGINT)
     rest, stderr = process.communicate(timeout=60)
-    assert process.returncode == cli.INTERRUPTED and stderr == b"mixkv: interrupted\n"
+    assert process.returncode == shell.INTERRUPTED and stderr == b"mixkv: interrupted\n"
     assert json.loads(first)["test"] == "pp1" and rest == b""
 
 
@@ -201,7 +202,7 @@ def test_bars_begin_anew_and_leave_printed_rows_alone(monkeypatch: pytest.Monkey
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr(sys, "stderr", terminal)
-    bars = cli.Bars(quiet=False, threaded=False)
+    bars = shell.Bars(quiet=False, threaded=False)
     update = bars.bar("measuring")
     with bars:
         update(0, 2, "first")

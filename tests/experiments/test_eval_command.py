@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 import mixkv.models.linear
 import mixkv.models.load
 from mixkv import CachePolicy, Session, cli
+from mixkv.commands import shell
 from mixkv.experiments.evaluate import evaluate
 from mixkv.models.load import Model
 
@@ -186,10 +187,10 @@ def test_each_weight_format_is_loaded_once(
 def test_progress_is_drawn_on_stderr_where_it_is_a_terminal(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: dict[str, list[tuple[int, int]]] = {}
 
-    def bar(self: cli.Bars, label: str) -> Any:
+    def bar(self: shell.Bars, label: str) -> Any:
         return lambda done, total, detail="": drawn.setdefault(label, []).append((done, total))
 
-    monkeypatch.setattr(cli.Bars, "bar", bar)
+    monkeypatch.setattr(shell.Bars, "bar", bar)
     answer(file)
     assert drawn["evaluating"][-1] == (len(TEXT), len(TEXT)) and len(drawn["evaluating"]) > 3
     assert "loading f32" in drawn

@@ -1,0 +1,198 @@
+"""What all commands share: errors as one line and an exit code, bars, threads, texts coming in, tables going out."""
+
+import contextlib
+import functools
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..models.errors import MixkvError, PromptError, UsageError
+
+if TYPE_CHECKING:
+    from ..experiments.tables import Row, Writer
+    from ..models.load import Model
+
+INTERRUPTED, PIPE_CLOSED = 130, 141
+
+
+def reported(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn what a command raises into one line on stderr and the documented exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            if sys.stdout is None:
+                raise UsageError("stdout is closed: there is nowhere to write to")
+            if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal's encoding lacks is no error
+                sys.stdout.reconfigure(errors="replace")
+            command(*args, **options)
+            sys.stdout.flush()
+        except MixkvError as error:
+            say(f"mixkv: {error}")
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            say("mixkv: interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            drop_unwritten()
+            raise typer.Exit(PIPE_CLOSED) from None
+        except (OSError, MemoryError) as error:
+            say(f"mixkv: {getattr(error, 'strerror', None) or error or type(error).__name__}")
+            drop_unwritten()
+            raise typer.Exit(MixkvError.exit_code) from None
+
+    return run
+
+
+def drop_unwritten() -> None:
+    """What is still buffered for a stdout that takes nothing would raise again at exit: let it go nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def say(line: str) -> None:
+    """One line on stderr, where there is a stderr that takes it."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
+
+
+class Bars:
+    """Progress bars on stderr, one below the other, gone when they are done; entered again, they begin anew.
+
+    Without ``threaded`` they are drawn only when a callback is called: no thread takes time from what is measured.
+    """
+
+    def __init__(self, quiet: bool, *, threaded: bool = True) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True)
+        self._off, self._threaded = quiet or not self._console.is_terminal, threaded
+        self._begin()
+
+    def _begin(self) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")
+        self._progress = Progress(
+            *columns, TimeRemainingColumn(), console=self._console, transient=True, auto_refresh=self._threaded,
+            disable=self._off,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> "Bars":
+        self._begin()
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def bar(self, label: str) -> Callable[..., None]:
+        """A callback (done, in all[, what comes next]); its bar appears with the first call."""
+
+        def update(done: int, total: int, detail: str = "") -> None:
+            text = f"{label}: {detail}" if detail else label
+            if label not in self._tasks:
+                self._tasks[label] = self._progress.add_task(text, total=total)
+            self._progress.update(
+                self._tasks[label], completed=done, total=total, description=text, refresh=not self._threaded
+            )
+
+        return update
+
+
+def set_threads(threads: int | None) -> int:
+    """Limit the kernels and NumPy's BLAS to so many threads; returns the number in force."""
+    import numba
+    import threadpoolctl
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = min(cores, numba.config.NUMBA_NUM_THREADS)
+    if threads is None:
+        threads = most
+    if not 1 <= threads <= most:
+        why = "the cores of this machine" if most == cores else "NUMBA_NUM_THREADS in the environment"
+        raise UsageError(f"--threads must be from 1 to {most}, {why}, found {threads}")
+    numba.set_num_threads(threads)
+    threadpoolctl.threadpool_limits(threads)
+    return threads
+
+
+def read_text(file: Path | None) -> str:
+    """The whole of a file, or of stdin for None; PromptError where it is no UTF-8, too long or cannot be read."""
+    from ..models.limits import MAX_PROMPT_BYTES
+
+    where = "stdin" if file is None else str(file)
+    try:
+        if file is None:
+            data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+        else:
+            with file.open("rb") as stream:
+                data = stream.read(MAX_PROMPT_BYTES + 1)
+    except OSError as error:
+        raise PromptError(f"{where}: cannot be read: {error.strerror}") from None
+    if len(data) > MAX_PROMPT_BYTES:
+        raise PromptError(f"{where}: more than the {MAX_PROMPT_BYTES} bytes that a prompt may have")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{where}: not UTF-8 at byte {error.start}") from None
+
+
+def load_each(model: str, formats: set[str], bars: Bars) -> dict[str, "Model"]:
+    """The model in each weight format."""
+    from ..models.load import load
+
+    return {
+        weights: load(
+            model, weights, progress=bars.bar(f"loading {weights}"), download_progress=bars.bar("downloading")
+        )
+        for weights in sorted(formats)
+    }
+
+
+def size(nbytes: float) -> str:
+    """Bytes as people read them."""
+    return f"{nbytes / 1e6:.2f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.2f} GB"
+
+
+def print_table(described: dict[str, Any], indent: str = "") -> None:
+    """Names and values in two columns; a dictionary below its name."""
+    width = max(28 - len(indent), *(len(name) for name in described))
+    for name, value in described.items():
+        if isinstance(value, dict) and len(value) > 2:
+            print(f"{indent}{name}")
+            print_table(value, indent + "  ")
+        elif isinstance(value, dict):
+            print(f"{indent}{name:{width}} " + ", ".join(f"{key}: {x}" for key, x in value.items()))
+        else:
+            print(f"{indent}{name:{width}} {value}")
+
+
+def rounded(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Numbers as people read them: six digits, and "none" for what is not a finite number."""
+    return {
+        name: rounded(x) if isinstance(x, dict) else "none" if x is None else f"{x:.6g}" if isinstance(x, float) else x
+        for name, x in numbers.items()
+    }
+
+
+def print_rows(rows: "Iterator[Row]", writer: "Writer", bars: Bars) -> None:
+    """Print rows as they are measured, as far as the format allows; whatever ends it, all that there are by then."""
+    try:
+        while True:
+            with bars:  # not while something is printed
+                row = next(rows, None)
+            if row is None:
+                break
+            print(writer.row(row), end="", flush=True)
+    finally:
+        print(writer.end(), end="", flush=True)
