@@ -1,77 +1,151 @@
 """``mixkv eval`` and ``plan``: what a cache costs in quality, and which one costs least."""
 
 import json
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..models.errors import PromptError, UsageError
+from ..models.errors import UsageError
 from .options import AsJson, CacheOptions, ModelOption, takes_cache_options
 from .shell import Bars, load_each, print_table, read_text, reported, rounded, say, set_threads
 
 if TYPE_CHECKING:
+    from ..experiments.evaluate import Evaluation
+    from ..experiments.pieces import Piece
     from ..models.load import Model
+
+
+Weights = Annotated[str, typer.Option(help="Weight format; others than f32 blur what the cache alone costs.")]
+ReferenceWeights = Annotated[
+    str | None, typer.Option(help="Weight format of the reference.", show_default="that of --weights")
+]
+First = Annotated[int, typer.Option(help="Compare predictions only from this position on.")]
+Regime = Annotated[
+    str,
+    typer.Option(help="chunked: read as a prompt; decode: token by token; both: chunked, and compared with decode."),
+]
+Shadow = Annotated[
+    bool,
+    typer.Option("--shadow", help="Also find the error of each layer's and head's attention; several times slower."),
+]
+Continue = Annotated[int, typer.Option("--continue", help="Generate so many tokens behind the text, with both caches.")]
+SHOWN = (
+    "tokens", "predicted_tokens", "ppl", "ppl_se", "ppl_reference", "ppl_reference_se", "ppl_ratio", "ppl_ratio_se",
+    "ln_ppl_ratio", "ln_ppl_ratio_se", "nll_correlation", "kld", "dp", "top1", "top1_se", "by_distance", "mass", "regimes",
+    "kv_bytes_per_token", "kv_bytes_per_token_reference", "bits_per_value", "prefill_tokens_per_second",
+    "decode_tokens_per_second", "model", "policy", "weights", "reference_weights", "document", "seed", "start", "regime",
+    "threads", "seconds",
+)  # fmt: skip
+OPTIONAL = ("mass", "regimes", "decode_tokens_per_second")
 
 
 @reported
 @takes_cache_options
 def evaluate(
-    file: Annotated[Path, typer.Argument(help='The text, in UTF-8; "-" reads stdin.')],
+    file: Annotated[
+        str | None,
+        typer.Argument(
+            help='The text, in UTF-8; "-" reads stdin.', show_default="2,048 tokens of Python's help topics"
+        ),
+    ] = None,
     model: ModelOption = "smollm2",
     tokens: Annotated[
         int | None,
         typer.Option("--tokens", "-n", help="Most tokens to evaluate, from the beginning; all unless given."),
     ] = None,
-    first: Annotated[int, typer.Option(help="Compare predictions only from this position on.")] = 0,
-    weights: Annotated[str, typer.Option(help="Weight format of the candidate.")] = "auto",
-    reference_weights: Annotated[str, typer.Option(help="Weight format of the reference.")] = "f32",
+    seed: Annotated[int, typer.Option(help="Which piece of so many tokens: 0 is the first, others lie anywhere.")] = 0,
+    first: First = 0,
+    regime: Regime = "chunked",
+    shadow: Shadow = False,
+    continuation: Continue = 0,
+    weights: Weights = "f32",
+    reference_weights: ReferenceWeights = None,
     threads: Annotated[int | None, typer.Option(help="Threads; all cores unless given.")] = None,
     *,
     cache: CacheOptions,
+    per_token: Annotated[
+        Path | None, typer.Option("--per-token", help="Also write a CSV file with a line for each predicted token.")
+    ] = None,
     as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print a line of names and a line of numbers.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
-    """Measure on a text what a cache policy and a weight format cost, beside a cache of float32."""
-    policy = cache.policy()
-    if tokens is not None and tokens < 2:
-        raise UsageError(f"--tokens must be 2 or more, found {tokens}")
-    if str(file) == "-" and sys.stdin is None:
-        raise UsageError("stdin is closed: there is no text to read")
-    text = read_text(None if str(file) == "-" else file)
+    """Measure on a text what a cache costs, beside a cache of float32 and the same weights."""
+    from ..experiments.pieces import DEFAULT_TOKENS, Setting, piece
+    from ..experiments.texts import DEFAULT, Document, document
+
+    if as_json and as_csv:
+        raise UsageError("--json and --csv cannot be had at once")
+    if seed < 0:
+        raise UsageError(f"--seed must be 0 or more, found {seed}")
+    if file is None and tokens is None:
+        tokens = DEFAULT_TOKENS
+    policy, other = cache.policy(), weights if reference_weights is None else reference_weights
+    setting = Setting(model, weights, other, tokens, first, regime, shadow, continuation)
+    if per_token is not None and not per_token.parent.is_dir():
+        raise UsageError(f"--per-token {per_token}: there is no folder {per_token.parent}")
+    text = Document("-", read_text(None)) if file == "-" else document(DEFAULT if file is None else file)
     used_threads = set_threads(threads)
     from ..engine.memory import check_fits
     from ..engine.policy import CachePolicy
-    from ..engine.session import Session
-    from ..experiments.evaluate import evaluate as run
+    from ..experiments.cells import Pair, measure
+    from ..experiments.tables import make_writer
     from ..kernels.warmup import warm_up
 
     with Bars(quiet) as bars:
-        loaded = load_each(model, {weights, reference_weights}, bars)
-        ids = _first_tokens(loaded[weights], text, tokens)
-        check_fits(loaded[weights].config, policy, len(ids), beside=[CachePolicy.full()])
-        reference = Session(loaded[reference_weights], CachePolicy.full())
-        candidate = Session(loaded[weights], policy)
+        loaded = load_each(model, {weights, other}, bars)
+        pair = Pair(loaded[weights], loaded[other])
+        config = pair.candidate.config
+        part = piece(
+            text.name,
+            pair.candidate.encode(text.text),
+            setting,
+            seed,
+            config.max_position_embeddings,
+            config.bos_token_id,
+        )
+        beside = [CachePolicy.full(), *([CachePolicy.parse("f16")] if shadow else [])]
+        check_fits(config, policy, len(part.ids) + continuation, beside=beside)
         warm_up(bars.bar("preparing kernels (compiled once)"))
         begun = time.perf_counter()
-        found = run(reference, candidate, ids, first=first, progress=bars.bar("evaluating"))
-    seconds = time.perf_counter() - begun
-    about = {"model": model, "policy": str(policy), "weights": weights, "reference_weights": reference_weights}
-    result = {**found.to_dict(), **about, "threads": used_threads, "seconds": seconds}
+        ((found, each),) = measure(pair, setting, part, [policy], bars.bar("evaluating"))
+    row = {**found, "threads": used_threads, "seconds": time.perf_counter() - begun}
+    if per_token is not None:
+        _write_per_token(per_token, pair.candidate, part, policy.window, each)
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(row, ensure_ascii=False))
+    elif as_csv:
+        from ..experiments.metrics import flat
+
+        print(make_writer("csv", [], str).row(flat(row)), end="")
     else:
-        print_table(rounded(result))
+        _print_evaluation(row)
 
 
-def _first_tokens(model: "Model", text: str, most: int | None) -> list[int]:
-    """The ids of a text, ``most`` of them at most; PromptError where they do not fit and nobody said how many to take."""
-    ids, context = model.encode(text), model.config.max_position_embeddings
-    if most is None and len(ids) > context:
-        raise PromptError(f"the text has {len(ids)} tokens, the context {context}: --tokens takes the first of them")
-    return ids[:most]
+def _print_evaluation(row: dict[str, Any]) -> None:
+    """The numbers of a row that people read, and below them the divergence by distance and the five worst tokens."""
+    shown = {name: row[name] for name in SHOWN if name not in OPTIONAL or row[name] is not None}
+    shown["by_distance"] = {
+        "not yet" if x["from"] is None else f"{x['from']} to {x['to']}": f"KL {x['kld']:.6g}, top-1 {x['top1']:.4g}, "
+        f"{x['tokens']} tokens"
+        for x in row["by_distance"]
+    }
+    print_table(rounded(shown))
+
+
+def _write_per_token(path: Path, model: "Model", part: "Piece", window: int, each: "Evaluation") -> None:
+    """The numbers of each predicted token as CSV."""
+    from ..experiments.rows import per_token
+    from ..experiments.tables import make_writer
+
+    writer = make_writer("csv", [], str)
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            file.writelines(writer.row(row) for row in per_token(model, part, window, each))
+    except OSError as error:
+        raise UsageError(f"--per-token {path}: cannot be written: {error.strerror}") from None
 
 
 @reported

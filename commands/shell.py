@@ -128,23 +128,17 @@ def set_threads(threads: int | None) -> int:
 
 def read_text(file: Path | None) -> str:
     """The whole of a file, or of stdin for None; PromptError where it is no UTF-8, too long or cannot be read."""
+    from ..experiments.texts import decoded, read
     from ..models.limits import MAX_PROMPT_BYTES
 
-    where = "stdin" if file is None else str(file)
+    if file is not None:
+        return read(file)
+    if sys.stdin is None:
+        raise UsageError("stdin is closed: there is no text to read")
     try:
-        if file is None:
-            data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
-        else:
-            with file.open("rb") as stream:
-                data = stream.read(MAX_PROMPT_BYTES + 1)
+        return decoded(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), "stdin")
     except OSError as error:
-        raise PromptError(f"{where}: cannot be read: {error.strerror}") from None
-    if len(data) > MAX_PROMPT_BYTES:
-        raise PromptError(f"{where}: more than the {MAX_PROMPT_BYTES} bytes that a prompt may have")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{where}: not UTF-8 at byte {error.start}") from None
+        raise PromptError(f"stdin: cannot be read: {error.strerror}") from None
 
 
 def load_each(model: str, formats: set[str], bars: Bars) -> dict[str, "Model"]:

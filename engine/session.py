@@ -101,7 +101,9 @@ class Session:
                 progress(first + len(part))
         if logits == "last":
             return rows[0][0]
-        return None if logits is None else np.concatenate(rows)
+        if logits is None:
+            return None
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes that the cache uses: {"sink", "old", "recent", "total"}. What it shares with a fork is counted in both."""

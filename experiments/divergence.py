@@ -22,8 +22,15 @@ class Comparison(NamedTuple):
     """The same under the candidate."""
     kld: Float64
     """KL(reference || candidate), 0 or more."""
-    same_top1: NDArray[np.bool_]
-    """Whether the likeliest token is the same; of tokens equally likely, the lowest id counts, as in greedy decoding."""
+    top1_reference: NDArray[np.int64]
+    """The reference's likeliest token; of tokens equally likely, that of the lowest id, as in greedy decoding."""
+    top1: NDArray[np.int64]
+    """The candidate's."""
+
+    @property
+    def same_top1(self) -> NDArray[np.bool_]:
+        """Whether the two are the same."""
+        return self.top1 == self.top1_reference
 
 
 def compare(reference: Float32, candidate: Float32, targets: NDArray[np.integer]) -> Comparison:
@@ -68,7 +75,8 @@ def _compare(reference: Float32, candidate: Float32, targets: NDArray[np.integer
         nll_reference=-log_p[rows, targets],
         nll=-log_q[rows, targets],
         kld=_divergence(log_p, log_q),
-        same_top1=reference.argmax(axis=1) == candidate.argmax(axis=1),
+        top1_reference=reference.argmax(axis=1).astype(np.int64),
+        top1=candidate.argmax(axis=1).astype(np.int64),
     )
 
 

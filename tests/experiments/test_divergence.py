@@ -77,8 +77,8 @@ def test_every_number_is_that_of_60_digits(case: tuple[Float32, Float32, NDArray
     reference, candidate, targets = case
     with np.errstate(all="raise", under="ignore"):
         found = compare(reference, candidate, targets)
-    assert [x.shape for x in found] == [(len(targets),)] * 4
-    assert [x.dtype for x in found] == [np.float64, np.float64, np.float64, np.bool_]
+    assert [x.shape for x in found] == [(len(targets),)] * 5
+    assert [x.dtype for x in found] == [np.float64, np.float64, np.float64, np.int64, np.int64]
     check(found, reference, candidate, targets)
 
 

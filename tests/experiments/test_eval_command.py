@@ -64,11 +64,22 @@ def file(tmp_path: Path) -> str:
 def test_json_is_one_object_with_everything_in_it(file: str, toy: Model) -> None:
     options = ["--window", "32", "--sinks", "2", "--k-bits", "3", "--v-bits", "2", "--tile", "32", "--dense", "bf16"]
     found = answer(file, *options)
-    about = {"model", "policy", "weights", "reference_weights", "threads", "seconds"}
-    assert set(found) == RESULTS | about
-    assert set(found["kld"]) == {"mean", "median", "p99", "p999", "max"}
+    about = {
+        "model",
+        "policy",
+        "weights",
+        "reference_weights",
+        "threads",
+        "seconds",
+        "document",
+        "seed",
+        "start",
+        "command",
+    }
+    assert set(found) >= RESULTS | about
+    assert set(found["kld"]) == {"mean", "se", "median", "p90", "p95", "p99", "p999", "max"}
     assert found["policy"] == "sinks=2 recent=32:bf16 tile=32 old=k3c/v2t rot=kv scales=fit"
-    assert (found["model"], found["weights"], found["reference_weights"]) == ("toy", "auto", "f32")
+    assert (found["model"], found["weights"], found["reference_weights"]) == ("toy", "f32", "f32")
     assert 0 < found["seconds"] < 60 and found["threads"] == 1
     policy = CachePolicy(32, 2, 3, 2, 32, "bf16")
     expected = evaluate(Session(toy, CachePolicy.full()), Session(toy, policy), list(TEXT.encode()))
@@ -86,8 +97,12 @@ def test_the_reference_is_a_full_cache(file: str) -> None:
 def test_people_get_a_table_and_no_progress_where_stderr_is_no_terminal(file: str) -> None:
     result = mixkv_eval(file)
     assert (result.exit_code, result.stderr) == (0, "")
-    rows = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if line != "kld")
-    assert rows["tokens"] == str(len(TEXT)) and rows["weights"] == "auto"
+    lines = result.stdout.splitlines()
+    start = lines.index("kld")
+    rows = dict(line.split(maxsplit=1) for line in lines[: start + 9] if line != "kld")
+    assert lines[start + 9] == "dp" and "by_distance" in lines
+    rows |= dict(line.split(maxsplit=1) for line in lines[start + 10 :] if not line.startswith(" ") and " " in line)
+    assert rows["tokens"] == str(len(TEXT)) and rows["weights"] == "f32"
     assert float(rows["ppl"]) > 1 and 0 <= float(rows["top1"]) <= 1 and float(rows["p999"]) >= float(rows["p99"])
     assert (RESULTS - {"kld"}) | {"mean", "median", "p99", "p999", "max", "policy", "seconds"} <= set(rows)
 
@@ -155,10 +170,11 @@ def test_a_closed_stdin_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("options", "loaded", "used"),
     [
-        ([], ["auto", "f32"], ("auto", "f32")),
+        ([], ["f32"], ("f32", "f32")),
         (["--weights", "q8", "--reference-weights", "q8"], ["q8"], ("q8", "q8")),
-        (["--weights", "q8"], ["f32", "q8"], ("q8", "f32")),
-        (["--reference-weights", "q8"], ["auto", "q8"], ("auto", "q8")),
+        (["--weights", "q8"], ["q8"], ("q8", "q8")),
+        (["--weights", "q8", "--reference-weights", "f32"], ["f32", "q8"], ("q8", "f32")),
+        (["--reference-weights", "q8"], ["f32", "q8"], ("f32", "q8")),
     ],
 )
 def test_each_weight_format_is_loaded_once(
@@ -179,7 +195,7 @@ def test_each_weight_format_is_loaded_once(
     found = answer(file, *options)
     assert sorted(asked) == loaded
     assert (found["weights"], found["reference_weights"]) == used
-    flat = {"auto": False, "f32": False, "q8": True}
+    flat = {"f32": False, "q8": True}
     assert (found["ppl"] == pytest.approx(258)) == flat[used[0]]
     assert (found["ppl_reference"] == pytest.approx(258)) == flat[used[1]]
 
@@ -192,5 +208,5 @@ def test_progress_is_drawn_on_stderr_where_it_is_a_terminal(file: str, monkeypat
 
     monkeypatch.setattr(shell.Bars, "bar", bar)
     answer(file)
-    assert drawn["evaluating"][-1] == (len(TEXT), len(TEXT)) and len(drawn["evaluating"]) > 3
+    assert drawn["evaluating"][-1] == (2 * len(TEXT), 2 * len(TEXT)) and len(drawn["evaluating"]) >= 3
     assert "loading f32" in drawn

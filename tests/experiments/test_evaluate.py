@@ -43,6 +43,8 @@ class Told(Session):
         first, self.position = self.position, self.position + len(ids)
         if logits is None:
             return None
+        if logits == "last":
+            return self._logits(np.array([self.position - 1]))[0]
         assert logits == "all"
         self.rows_asked_for.append(len(ids))
         return self._logits(np.arange(first, self.position))
@@ -59,27 +61,55 @@ def oracle(reference: Float32, candidate: Float32, ids: NDArray[np.int64]) -> di
     kld = (p * np.log(p / q)).sum(axis=1)
     at = np.arange(len(p)), ids[1:]
     nll_reference, nll = -np.log(p[at]), -np.log(q[at])
-    ratio = nll - nll_reference
+    ratio, change = nll - nll_reference, np.exp(-nll) - np.exp(-nll_reference)
+    same = p.argmax(axis=1) == q.argmax(axis=1)
+
+    def se(x: NDArray[np.float64]) -> float:
+        return np.sqrt(((x - x.mean()) ** 2).sum() / (len(x) - 1) / len(x))
+
+    def quantiles(x: NDArray[np.float64], **named: float) -> dict[str, float]:
+        return {name: np.quantile(x, q) for name, q in named.items()}
+
     return {
         "tokens": len(ids),
         "predicted_tokens": len(ids) - 1,
         "ppl": np.exp(nll.mean()),
+        "ppl_se": np.exp(nll.mean()) * se(nll),
         "ppl_reference": np.exp(nll_reference.mean()),
+        "ppl_reference_se": np.exp(nll_reference.mean()) * se(nll_reference),
+        "ppl_ratio": np.exp(nll.mean()) / np.exp(nll_reference.mean()),
+        "ppl_ratio_se": np.exp(ratio.mean()) * se(ratio),
         "ln_ppl_ratio": ratio.mean(),
-        "ln_ppl_ratio_se": np.sqrt(((ratio - ratio.mean()) ** 2).sum() / (len(p) - 1) / len(p)),
+        "ln_ppl_ratio_se": se(ratio),
+        "nll_correlation": np.corrcoef(nll, nll_reference)[0, 1],
         "kld": {
             "mean": kld.mean(),
-            "median": np.median(kld),
-            "p99": np.quantile(kld, 0.99),
-            "p999": np.quantile(kld, 0.999),
-            "max": kld.max(),
+            "se": se(kld),
+            **quantiles(kld, median=0.5, p90=0.9, p95=0.95, p99=0.99, p999=0.999, max=1),
         },
-        "top1": (p.argmax(axis=1) == q.argmax(axis=1)).mean(),
+        "dp": {
+            "mean": change.mean(),
+            "se": se(change),
+            "rms": np.sqrt((change**2).mean()),
+            "rms_se": se(change**2) / 2 / np.sqrt((change**2).mean()),
+            **quantiles(change, min=0, p001=0.001, p01=0.01, p05=0.05, p10=0.1, p25=0.25, median=0.5),
+            **quantiles(change, p75=0.75, p90=0.9, p95=0.95, p99=0.99, p999=0.999, max=1),
+        },
+        "top1": same.mean(),
+        "top1_se": np.sqrt(same.mean() * (1 - same.mean()) / (len(p) - 1)),
     }
 
 
 def without_bytes(found: Evaluation) -> dict[str, Any]:
-    return {name: x for name, x in found.to_dict().items() if not name.startswith("kv_bytes")}
+    others = (
+        "kv_bytes_per_token",
+        "kv_bytes_per_token_reference",
+        "tokens_per_second",
+        "by_distance",
+        "mass",
+        "mass_by_layer",
+    )
+    return {name: x for name, x in found.to_dict().items() if name not in others}
 
 
 def approximately(expected: dict[str, Any], **tolerance: float) -> dict[str, Any]:
@@ -116,7 +146,7 @@ def test_bytes_are_those_of_the_caches_that_hold_the_whole_text(toy: Model) -> N
 
 def test_two_sessions_of_one_policy_do_not_diverge(toy: Model) -> None:
     found = evaluate(Session(toy, MIXED), Session(toy, MIXED), ids_for(toy, 300))
-    assert found.to_dict()["kld"] == dict.fromkeys(("mean", "median", "p99", "p999", "max"), 0)
+    assert set(found.to_dict()["kld"].values()) == set(found.to_dict()["dp"].values()) - {None} == {0}
     assert (found.top1, found.ln_ppl_ratio, found.ln_ppl_ratio_se) == (1, 0, 0)
     assert found.ppl == found.ppl_reference
     assert found.kv_bytes_per_token == found.kv_bytes_per_token_reference
@@ -163,7 +193,7 @@ def test_of_two_tokens_one_is_predicted_and_there_is_no_standard_error(toy: Mode
     found = told(toy, *logits, [0, 1])
     assert (found.tokens, found.predicted_tokens, found.ln_ppl_ratio_se) == (2, 1, None)
     assert (found.ppl_reference, found.ppl) == pytest.approx((4 / 3, 2), rel=1e-6)
-    assert set(found.to_dict()["kld"].values()) == {found.kld.mean}
+    assert set(found.to_dict()["kld"].values()) == {found.kld.mean, None} and found.kld.se is None
 
 
 # --- beyond the finite --------------------------------------------------------------------------------------------
@@ -176,7 +206,8 @@ def test_what_the_candidate_holds_for_impossible_is_infinite_and_none_in_the_dic
     found = told(toy, reference, candidate, np.zeros(200, np.int64))
     assert found.kld.median == 0 and found.kld.p99 == 0
     assert found.kld.mean == found.kld.p999 == found.kld.max == math.inf
-    assert found.to_dict()["kld"] == {"mean": None, "median": 0, "p99": 0, "p999": None, "max": None}
+    expected = {"mean": None, "se": None, "median": 0, "p90": 0, "p95": 0, "p99": 0, "p999": None, "max": None}
+    assert found.to_dict()["kld"] == expected
     assert found.ppl == pytest.approx(4, rel=0.01) and found.ln_ppl_ratio_se is not None
     candidate[150, 0] = -np.inf
     found = told(toy, reference, candidate, np.zeros(200, np.int64))
@@ -236,7 +267,7 @@ def test_memory_does_not_grow_with_the_text_times_the_vocabulary(toy: Model) -> 
         finally:
             tracemalloc.stop()
         for session in sessions:
-            assert max(session.rows_asked_for) <= CHUNK == 64
+            assert max(session.rows_asked_for) <= CHUNK == 256
             assert sum(session.rows_asked_for) == tokens - 1
         return most
 
@@ -251,7 +282,7 @@ def test_memory_does_not_grow_with_the_text_times_the_vocabulary(toy: Model) -> 
 def test_progress_counts_the_tokens_read(toy: Model) -> None:
     done: list[tuple[int, int]] = []
     evaluate(Session(toy), Session(toy), ids_for(toy, 50), chunk=20, progress=lambda *x: done.append(x))
-    assert done == [(20, 50), (40, 50), (49, 50), (50, 50)]
+    assert done == [(40, 100), (80, 100), (98, 100), (100, 100)]
 
 
 def refused_before_anything_is_read(error: type[Exception], words: str, *args: Any, **options: Any) -> None:
