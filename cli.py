@@ -14,6 +14,7 @@ from .commands.bench import bench
 from .commands.generate import generate
 from .commands.models import info, models, pull
 from .commands.quality import evaluate, plan
+from .commands.sweep import sweep
 
 app = typer.Typer(
     name="mixkv",
@@ -22,9 +23,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for name, command in {
-    "generate": generate, "info": info, "models": models, "pull": pull, "bench": bench, "eval": evaluate, "plan": plan,
-}.items():  # fmt: skip
+COMMANDS = {
+    "generate": generate,
+    "info": info,
+    "models": models,
+    "pull": pull,
+    "bench": bench,
+    "eval": evaluate,
+    "sweep": sweep,
+    "plan": plan,
+}
+for name, command in COMMANDS.items():
     app.command(name)(command)
 
 

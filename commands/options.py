@@ -100,18 +100,36 @@ class CacheOptions(NamedTuple):
 
 def takes_cache_options(command: Callable[..., None]) -> Callable[..., None]:
     """Offer the options of a cache where a command has its parameter ``cache``, which gets them as one."""
-    offered = [
-        option.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for option in inspect.signature(CacheOptions).parameters.values()
-    ]
+    return _offering(
+        command, "cache", list(inspect.signature(CacheOptions).parameters.values()), lambda given: CacheOptions(**given)
+    )
+
+
+def takes_axes(command: Callable[..., None]) -> Callable[..., None]:
+    """Offer the options of a cache as lists where a command has its parameter ``axes``: a dictionary of those given."""
+    offered = []
+    for option in list(inspect.signature(CacheOptions).parameters.values())[1:]:
+        (single,) = option.annotation.__metadata__
+        several = typer.Option(help=f"{single.help} A list.", show_default=False)
+        offered.append(option.replace(annotation=Annotated[list[str] | None, several]))
+    return _offering(command, "axes", offered, lambda given: {name: x for name, x in given.items() if x is not None})
+
+
+def _offering(
+    command: Callable[..., None], name: str, options: list[inspect.Parameter], gather: Callable[[dict[str, Any]], Any]
+) -> Callable[..., None]:
+    """A command with options in the place of one parameter, which gets what ``gather`` makes of them."""
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
-        parameters += offered if parameter.name == "cache" else [parameter]
+        if parameter.name == name:
+            parameters += [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
+        else:
+            parameters.append(parameter)
 
     @functools.wraps(command)
-    def run(*args: Any, **options: Any) -> None:
-        cache = CacheOptions(**{name: options.pop(name) for name in CacheOptions._fields})
-        command(*args, cache=cache, **options)
+    def run(*args: Any, **given: Any) -> None:
+        own = gather({option.name: given.pop(option.name) for option in options})
+        command(*args, **{name: own}, **given)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return run

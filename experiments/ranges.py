@@ -1,4 +1,4 @@
-"""Lists of numbers and words as options give them, with llama-bench's ranges."""
+"""Lists of numbers and words as options give them, with llama-bench's ranges, and those of slices, their ends included."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -7,6 +7,7 @@ from ..models.check import shown
 from ..models.errors import UsageError
 
 MAX_VALUES = 1_000  # numbers of one option
+_COLONS = re.compile(r"([0-9]{1,9}):([0-9]{1,9})(?::([0-9]{1,9}))?")
 _RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9})(?:([+*])([0-9]{1,9}))?)?")
 
 
@@ -19,7 +20,7 @@ def split_words(option: str, texts: Sequence[str]) -> list[str]:
 
 
 def parse_numbers(option: str, texts: Sequence[str], low: int, high: int) -> list[int]:
-    """Whole numbers from ``low`` to ``high``: "512,1024", "1-4", "0-4096+1024" (step), "1-64*2" (factor).
+    """Whole numbers from ``low`` to ``high``: "512,1024", "1-4", "0-4096+1024" or "0:4096:1024" (step), "1-64*2" (factor).
 
     Args:
         option: its name, for messages.
@@ -56,7 +57,7 @@ def parse_pairs(option: str, texts: Sequence[str], low: int, high: int) -> list[
 
 def _values(option: str, word: str) -> Iterator[int]:
     """The numbers of one word, which is a number or a range."""
-    match = _RANGE.fullmatch(word)
+    match = _RANGE.fullmatch(_COLONS.sub(lambda m: f"{m[1]}-{m[2]}+{m[3] or 1}", word) if ":" in word else word)
     if match is None:
         raise UsageError(f"{option} must be numbers like 512,1024 or ranges like 0-4096+1024, found {shown(word)}")
     first, sign = int(match[1]), match[3] or "+"

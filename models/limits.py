@@ -35,3 +35,9 @@ MAX_POLICY_BYTES = 1 << 20  # of a TOML file
 MAX_POLICY_DOTS = 100  # in one of its lines; the time that tomllib takes grows with the square of a dotted key
 MAX_OVERRIDES = 32
 MAX_LAYER_ITEMS = 32  # of one override
+
+# Experiments
+MAX_CELLS = 100_000  # of a sweep
+MAX_RESULT_LINE_BYTES = (
+    64 << 20
+)  # of a results file: a row with all its lists has some 30 kB, and one in shadow mode more
