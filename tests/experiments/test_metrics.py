@@ -78,6 +78,22 @@ def test_the_correlation_is_pearsons(pairs: list[tuple[float, float]]) -> None:
     assert found == metrics.correlation(y, x)
 
 
+@pytest.mark.parametrize("value", [0.1, math.log(258), 1e-8, 1e8 / 3])
+def test_there_is_no_correlation_with_a_constant_whose_mean_is_rounded(value: float) -> None:
+    """Of three times 0.1 the mean is more than 0.1: what is left of it would be taken for a variation."""
+    for n in range(1, 100):
+        constant, other = np.full(n, value), np.random.default_rng(n).standard_normal(n)
+        for x, y in ((constant, other), (other, constant), (constant, constant)):
+            assert metrics.correlation(x, y) is None, n
+
+
+def test_no_correlation_is_beyond_one() -> None:
+    for values in np.random.default_rng(0).standard_normal((1000, 7)):
+        assert metrics.correlation(values, values) == pytest.approx(1)
+        assert metrics.correlation(values, values) <= 1  # type: ignore[operator]
+        assert metrics.correlation(values, -values) >= -1  # type: ignore[operator]
+
+
 @pytest.mark.parametrize("other", [INF, -INF, NAN])
 def test_there_is_no_correlation_of_what_is_infinite(other: float) -> None:
     x, y = np.array([1.0, 2, 3]), np.array([1.0, other, 2])
