@@ -395,6 +395,7 @@ def test_the_worst_tokens_stand_in_their_text(packed: Model) -> None:
     assert len(measured(packed, tokens=12)["worst"]) == 11
 
 
+@pytest.mark.filterwarnings("error")
 def test_numbers_that_are_infinite_are_null_in_json(packed: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The candidate holds one letter for impossible, from where it comes in the text."""
     real, at = Session.forward, 280
@@ -414,6 +415,7 @@ def test_numbers_that_are_infinite_are_null_in_json(packed: Model, monkeypatch: 
     assert row["by_distance"][-1]["kld"] is None and row["worst"][0]["kld"] is None and row["kld"]["median"] < 1
     assert row["ppl_reference"] > 1 and row["histogram"]["counts"][-1] == len(IDS) - at
     assert [x["p"] for x in row["worst"] if x["position"] == at] == [0]
+    assert row["regimes"]["largest_kld_difference"] == 0, "infinite in both is the same"
 
 
 # --- doing it again -----------------------------------------------------------------------------------------------
