@@ -21,6 +21,7 @@ from mixkv.experiments.pieces import Piece, Setting, piece
 from mixkv.models.errors import NumericalError, PromptError, UsageError
 from mixkv.models.fingerprint import fingerprint
 from mixkv.models.load import Model
+from mixkv.models.tokenizer import ByteTokenizer, TextStream
 
 TEXT = (Path(mixkv.__file__).parent / "LICENSE").read_text(encoding="ascii")[:300]
 IDS = list(TEXT.encode())
@@ -374,6 +375,31 @@ def test_a_continuation_of_one_token_has_no_speed_and_none_is_null(packed: Model
     assert one["continuation"]["token_ids"] == [token.id] and one["decode_tokens_per_second"] is None
     names = "continuation", "reference_continuation", "decode_tokens_per_second", "decode_depth"
     assert {none[name] for name in names} == {None}
+
+
+class Halves(ByteTokenizer):
+    """Every token is a half of a character: of even ids the first byte of two, of odd ones the second."""
+
+    def bytes_of(self, token: int) -> bytes:
+        return b"\xc3\xa9"[token % 2 : token % 2 + 1]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(map(self.bytes_of, ids)).decode("utf-8", "replace")
+
+    def stream(self) -> TextStream:
+        return TextStream([*map(self.bytes_of, range(258))])
+
+
+def test_characters_of_several_tokens_come_whole(packed: Model) -> None:
+    """Also one whose first token is predicted by the text itself, and one that is never finished."""
+    model, seen = replace(packed, tokenizer=Halves()), set()
+    for tokens in range(30, 60):
+        for n in (1, 2, 5):
+            found = measured(model, tokens=tokens, continuation=n)["continuation"]
+            assert found["text"] == "".join(found["tokens"]) == Halves().decode(found["token_ids"])
+            assert len(found["tokens"]) == len(found["token_ids"]) == n
+            seen.add(tuple(i % 2 for i in found["token_ids"]))
+    assert {(0, 1), (0,), (1,)} <= seen and any(ids[-1] == 0 for ids in seen if len(ids) == 5), "this proves little"
 
 
 # --- the worst, and numbers that are none -------------------------------------------------------------------------
