@@ -57,6 +57,7 @@ def row(model: Model, setting: Setting, part: Piece, policy: CachePolicy, found:
         "first": setting.first,
         "regime": setting.regime,
         **numbers,
+        "mass_by_layer": numbers["mass"] and {"names": list(numbers["mass"]), "shares": numbers["mass_by_layer"]},
         "prefill_tokens_per_second": speed,
         "kv_bytes_per_old_token": old,
         "kv_bytes_per_recent_token": recent,

@@ -275,6 +275,8 @@ def test_mass_is_what_a_ledger_says_of_a_session_read_in_one_go(packed: Model) -
         assert list(row["mass"].values()) == pytest.approx(shares.mean(axis=(0, 1, 2)).tolist(), rel=1e-9)
         assert sum(row["mass"].values()) == pytest.approx(1, rel=1e-9)
         assert min(row["mass"].values()) > 0.001, "this proves little"
+        assert list(row["mass_by_layer"]) == ["names", "shares"] and row["mass_by_layer"]["names"] == ledger.names
+        np.testing.assert_allclose(row["mass_by_layer"]["shares"], shares.mean(axis=(0, 2)), rtol=1e-9)
 
 
 def test_local_errors_are_those_of_a_session_in_shadow_mode(packed: Model) -> None:
