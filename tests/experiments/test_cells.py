@@ -469,19 +469,18 @@ def test_the_command_of_a_row_measures_it_again(packed: Model, tmp_path: Path) -
     assert part.start > 0 and row["kld"]["mean"] > 0
 
 
-@pytest.mark.parametrize("policy", [MIXED, TIERS, LAYERS, CachePolicy.full(), CachePolicy.parse("bf16")], ids=str)
 @pytest.mark.parametrize(
-    ("setting", "seed"),
+    ("setting", "seed", "policy"),
     [
-        (Setting("toy"), 0),
-        (Setting("toy", tokens=50, first=48, regime="decode"), 3),
-        (Setting("toy", "q8", "q8", tokens=299, shadow=True), 1),
-        (Setting("toy", "q8", "f32", continuation=9), 0),
-        (Setting("toy", "f32", "bf16", regime="both"), 0),
+        (Setting("toy"), 0, MIXED),
+        (Setting("toy", tokens=50, first=48, regime="decode"), 3, TIERS),
+        (Setting("toy", "q8", "q8", tokens=299, shadow=True), 1, LAYERS),
+        (Setting("toy", "q8", "f32", continuation=9), 0, CachePolicy.full()),
+        (Setting("toy", "f32", "bf16", regime="both"), 0, CachePolicy.parse("bf16")),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("document", ["topics", "a text.txt", "-", "topics.txt"])
+@pytest.mark.parametrize("document", ["topics", "a text.txt", "-", "topics.txt", "-n", "--seed"])
 def test_a_command_says_everything(
     document: str, setting: Setting, seed: int, policy: CachePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -496,8 +495,8 @@ def test_a_command_says_everything(
     elif document != "-":
         Path(document).write_text(TEXT)
     part = piece(document, ids, setting, seed, 16_384, 256)
-    arguments = shlex.split(rows.command(setting, part, policy))[1:]
-    result = CliRunner().invoke(cli.app, [*arguments, "--json"], input=TEXT, catch_exceptions=False)
+    arguments = shlex.split(rows.command(setting, part, policy))[2:]
+    result = CliRunner().invoke(cli.app, ["eval", "--json", *arguments], input=TEXT, catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
     found, found_part, found_policies = asked
     assert found == replace(setting, tokens=len(part.ids)) and found_policies == [policy]
