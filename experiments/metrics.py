@@ -85,11 +85,11 @@ def times(factor: float, error: float | None) -> float | None:
 
 def correlation(x: Float64, y: Float64) -> float | None:
     """Pearson's, of (n,) values each; None where one of them is constant or infinite."""
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+    if not all(np.isfinite(values).all() and values.min() < values.max() for values in (x, y)):
         return None
     x, y = x - x.mean(), y - y.mean()
     norm = math.sqrt(float(x @ x)) * math.sqrt(float(y @ y))
-    return float(x @ y) / norm if norm else None
+    return min(max(float(x @ y) / norm, -1.0), 1.0) if norm else None
 
 
 def divergence(kld: Float64) -> Divergence:

@@ -57,6 +57,7 @@ def row(model: Model, setting: Setting, part: Piece, policy: CachePolicy, found:
         "first": setting.first,
         "regime": setting.regime,
         **numbers,
+        "mass_by_layer": numbers["mass"] and {"names": list(numbers["mass"]), "shares": numbers["mass_by_layer"]},
         "prefill_tokens_per_second": speed,
         "kv_bytes_per_old_token": old,
         "kv_bytes_per_recent_token": recent,
@@ -96,8 +97,9 @@ def _worst(model: Model, part: Piece, first: int, found: Evaluation) -> list[dic
 
 def command(setting: Setting, part: Piece, policy: CachePolicy) -> str:
     """The line for a shell that measures a cell again."""
+    is_like_an_option = part.document.startswith("-") and part.document != "-"
     options = ["mixkv", "eval"]
-    options += [] if part.document == DEFAULT else [part.document]
+    options += [] if part.document == DEFAULT or is_like_an_option else [part.document]
     options += ["-m", setting.model, "-n", str(len(part.ids))]
     options += ["--weights", setting.weights] if setting.weights != "f32" else []
     if setting.reference_weights != setting.weights:
@@ -107,7 +109,8 @@ def command(setting: Setting, part: Piece, policy: CachePolicy) -> str:
     options += ["--seed", str(part.seed)] if part.seed else []
     options += ["--shadow"] if setting.shadow else []
     options += ["--continue", str(setting.continuation)] if setting.continuation else []
-    return shlex.join([*options, "--policy", str(policy)])
+    options += ["--policy", str(policy)]
+    return shlex.join([*options, "--", part.document] if is_like_an_option else options)
 
 
 def per_token(model: Model, part: Piece, window: int, found: Evaluation) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import math
 import tracemalloc
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,33 +20,14 @@ from mixkv.models.errors import NumericalError, PromptError, UsageError
 from mixkv.models.linear import Norm
 from mixkv.models.load import Model
 
+from .told import Told
+
 Float32 = NDArray[np.float32]
 MIXED = CachePolicy(window=20, sinks=2, k_bits=3, v_bits=3, tile=32)
 
 
 def ids_for(model: Model, n: int, seed: int = 0) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(0, model.config.vocab_size, n)
-
-
-class Told(Session):
-    """A session that predicts what it is told: logits (T, V), or a function that makes the rows at positions (n,)."""
-
-    def __init__(self, model: Model, logits: Float32 | Callable[[NDArray[np.int64]], Float32], vocab: int) -> None:
-        config = replace(model.config, vocab_size=vocab, bos_token_id=None, eos_token_ids=())
-        super().__init__(replace(model, config=config))
-        self._logits = logits if callable(logits) else logits.__getitem__
-        self.rows_asked_for: list[int] = []
-
-    def forward(self, token_ids: Any, logits: Any = "all", *, progress: Any = None) -> Any:
-        ids = self.check_fits(token_ids)
-        first, self.position = self.position, self.position + len(ids)
-        if logits is None:
-            return None
-        if logits == "last":
-            return self._logits(np.array([self.position - 1]))[0]
-        assert logits == "all"
-        self.rows_asked_for.append(len(ids))
-        return self._logits(np.arange(first, self.position))
 
 
 def told(model: Model, reference: Float32, candidate: Float32, ids: Any, **options: Any) -> Evaluation:
