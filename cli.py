@@ -14,6 +14,7 @@ from .commands.bench import bench
 from .commands.generate import generate
 from .commands.models import info, models, pull
 from .commands.quality import evaluate, plan
+from .commands.window_curve import window_curve
 
 app = typer.Typer(
     name="mixkv",
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 for name, command in {
     "generate": generate, "info": info, "models": models, "pull": pull, "bench": bench, "eval": evaluate, "plan": plan,
+    "window-curve": window_curve,
 }.items():  # fmt: skip
     app.command(name)(command)
 

@@ -7,7 +7,7 @@ from ..models.check import shown
 from ..models.errors import UsageError
 
 MAX_VALUES = 1_000  # numbers of one option
-_RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9})(?:([+*])([0-9]{1,9}))?)?")
+_RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9})(?:([+*])([0-9]{1,9}))?|:([0-9]{1,9}):([0-9]{1,9}))?")
 
 
 def split_words(option: str, texts: Sequence[str]) -> list[str]:
@@ -19,7 +19,7 @@ def split_words(option: str, texts: Sequence[str]) -> list[str]:
 
 
 def parse_numbers(option: str, texts: Sequence[str], low: int, high: int) -> list[int]:
-    """Whole numbers from ``low`` to ``high``: "512,1024", "1-4", "0-4096+1024" (step), "1-64*2" (factor).
+    """Whole numbers from ``low`` to ``high``: "512,1024", "1-4", "0-4096+1024" or "0:4096:1024" (step), "1-64*2" (factor).
 
     Args:
         option: its name, for messages.
@@ -60,8 +60,8 @@ def _values(option: str, word: str) -> Iterator[int]:
     if match is None:
         raise UsageError(f"{option} must be numbers like 512,1024 or ranges like 0-4096+1024, found {shown(word)}")
     first, sign = int(match[1]), match[3] or "+"
-    last = first if match[2] is None else int(match[2])
-    step = 1 if match[4] is None else int(match[4])
+    last = int(match[2] or match[5] or first)
+    step = int(match[4] or match[6] or 1)
     if last < first:
         raise UsageError(f"{option}: the range {word} ends before it begins")
     if first < last and (step == 0 if sign == "+" else step < 2 or first == 0):
