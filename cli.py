@@ -15,6 +15,7 @@ from .commands.generate import generate
 from .commands.models import info, models, pull
 from .commands.quality import evaluate, plan
 from .commands.sweep import sweep
+from .commands.window_curve import window_curve
 
 app = typer.Typer(
     name="mixkv",
@@ -31,6 +32,7 @@ COMMANDS = {
     "bench": bench,
     "eval": evaluate,
     "sweep": sweep,
+    "window-curve": window_curve,
     "plan": plan,
 }
 for name, command in COMMANDS.items():

@@ -21,6 +21,8 @@ from mixkv.models.errors import UsageError
         (["3-100*10,5"], [3, 30, 5]),
         (["7-7"], [7]),
         (["0-0*1"], [0]),
+        (["0:1024:512", "5:6:7"], [0, 512, 1024, 5]),
+        (["0:100:64"], [0, 64]),
         (["5-9+100"], [5]),
         ([" 1 , 2-3 "], [1, 2, 3]),
         (["9,9"], [9, 9]),
@@ -32,8 +34,8 @@ def test_numbers_and_ranges(texts: list[str], numbers: list[int]) -> None:
 
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(1, 60))
 def test_a_range_with_a_step_is_pythons(first: int, length: int, step: int) -> None:
-    found = parse_numbers("-d", [f"{first}-{first + length}+{step}"], 0, 10_000)
-    assert found == list(range(first, first + length + 1, step))
+    for text in (f"{first}-{first + length}+{step}", f"{first}:{first + length}:{step}"):
+        assert parse_numbers("-d", [text], 0, 10_000) == list(range(first, first + length + 1, step))
 
 
 @given(st.integers(1, 50), st.integers(0, 5000), st.integers(2, 9))
@@ -70,6 +72,12 @@ def test_it_does_not_matter_how_often_an_option_is_given(numbers: list[int], cut
         ("1-4*1", ["does not grow"]),
         ("1-4*0", ["does not grow"]),
         ("4-1", ["4-1", "ends before it begins"]),
+        ("4:1:1", ["4:1:1", "ends before it begins"]),
+        ("1:4:0", ["1:4:0", "does not grow"]),
+        ("1:4", ["found '1:4'"]),
+        ("1:4:", ["found '1:4:'"]),
+        ("1:4*2", ["found '1:4*2'"]),
+        ("1-4:2", ["found '1-4:2'"]),
         ("5000-10001+1000,10001", ["from 0 to 10000", "found 10001"]),
         ("0-10000", ["at most 1000 numbers"]),
         ("0-999999999", ["at most 1000 numbers"]),
