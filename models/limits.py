@@ -35,3 +35,12 @@ MAX_POLICY_BYTES = 1 << 20  # of a TOML file
 MAX_POLICY_DOTS = 100  # in one of its lines; the time that tomllib takes grows with the square of a dotted key
 MAX_OVERRIDES = 32
 MAX_LAYER_ITEMS = 32  # of one override
+
+# Golden files
+MAX_GOLDEN_BYTES = 64 << 20  # some 300,000 tokens and what was beside them
+MAX_GOLDEN_PROMPTS = 1_024
+MAX_GOLDEN_STEPS = 1 << 16  # tokens generated behind one prompt
+MAX_GOLDEN_ALTERNATIVES = 64  # of one step
+MAX_GOLDEN_TENSORS = 1 << 17
+MAX_GOLDEN_FACTS = 1_024  # values of a config, versions
+MAX_GOLDEN_FACT_CHARS = 4_096  # of one name or text
