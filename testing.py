@@ -97,8 +97,8 @@ def assert_same_decode(
     """Assert that two sides decode the same, greedily: ``a`` decodes, and ``b`` reads what it said, token by token.
 
     Args:
-        a, b: a model; a model and its policy; a function that makes sessions; or the path of a golden file, which has its
-            prompts in it.
+        a, b: a model; a model and its policy; a function that makes sessions; or the path of a golden file. Of such a file
+            come the prompts, and the policy of a model alone, whose policy is the default one otherwise.
         prompts: texts, or lists of ids; five of our own unless given.
         max_tokens: behind each prompt; 32 unless given.
         tolerance: nats by which log-probabilities of the tokens of ``a`` may differ; at 0 they are the same float64.
@@ -146,7 +146,7 @@ def assert_kl_below(
     __tracebackhide__ = True
     from .experiments.assertions import measured_kl
 
-    found, about = measured_kl(model, policy, text, reference, statistic, tokens)
+    found, about = measured_kl(model, policy, text, reference, statistic, tokens, limit)
     if not found < limit:
         raise AssertionError(f"KL {statistic} is {found:.6g} nats, not below {limit:g}\n{about}")
 

@@ -58,6 +58,7 @@ def record(
     set_threads(threads)
     from ..engine.session import Session
     from ..experiments import golden as runs
+    from ..experiments.golden_about import describe
     from ..experiments.golden_file import Golden, write
 
     with Bars(quiet) as bars:
@@ -66,7 +67,7 @@ def record(
             lambda: Session(loaded, policy), asked, max_tokens=max_tokens, chat=chat,
             progress=bars.bar("recording"),
         )  # fmt: skip
-    write(file, Golden(runs.describe(loaded, policy, weights=weights, chat=chat), found))
+    write(file, Golden(describe(loaded, policy, weights=weights, chat=chat), found))
     if not quiet:
         tokens = sum(len(prompt.token_ids) for prompt in found)
         say(f"{len(found)} prompts, {tokens} tokens | saved to {file}")
@@ -115,8 +116,8 @@ def check(
     name, kept_as = about.model if model is None else model, weights or about.weights or "auto"
     from ..engine.session import Session
     from ..experiments import golden as runs
+    from ..experiments.golden_about import describe, reasons
     from ..experiments.golden_text import render, summary
-    from ..experiments.golden_why import reasons
 
     with Bars(quiet) as bars:
         loaded = _ready(name, kept_as, bars)
@@ -124,7 +125,7 @@ def check(
             recorded.prompts, lambda: Session(loaded, policy), tolerances, chat=about.chat,
             progress=bars.bar("checking"),
         )  # fmt: skip
-    why = reasons(about, runs.describe(loaded, policy, weights=kept_as, chat=about.chat))
+    why = reasons(about, describe(loaded, policy, weights=kept_as, chat=about.chat))
     if as_json:
         used = {"model": name, "weights": kept_as, "policy": str(policy), "threads": used_threads}
         print(json.dumps({"file": str(file), **used, **found.to_dict(), "changes": why}, ensure_ascii=False))

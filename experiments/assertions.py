@@ -1,5 +1,6 @@
 """What tests of others assert (testing.py): that two sides decode the same, in whatever way they are given; KL."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,12 +10,12 @@ from ..models.check import shown
 from ..models.errors import UsageError
 from ..models.load import Model
 from .evaluate import evaluate
-from .golden import MakeSession, check, describe, record
+from .golden import MakeSession, check, record
+from .golden_about import describe, reasons
 from .golden_compare import Check, Tolerances, compare, recorded_steps
 from .golden_file import About, Golden, Recorded, read
 from .golden_prompts import topics_text
 from .golden_text import render, summary
-from .golden_why import reasons
 
 Policy = CachePolicy | str
 Side = Model | tuple[Model, Policy] | Callable[[], Session] | str | Path
@@ -37,12 +38,14 @@ def same_decode(
     max_tokens: int | None,
     tolerances: Tolerances,
 ) -> str | None:
-    """What differs, as text, where ``b`` reads what ``a`` decodes; None for nothing. A golden file goes first.
+    """What differs, as text, where ``b`` reads what ``a`` decodes; None for nothing. If one is a golden file, it is ``a``.
 
     See testing.py ``assert_same_decode`` for the arguments and errors.
     """
-    first, second = _side(a), _side(b)
-    if isinstance(second, Golden):
+    files = [read(Path(side)) if isinstance(side, str | Path) else None for side in (a, b)]
+    policy = next((file.about.policy for file in files if file is not None), CachePolicy())
+    first, second = (file or _sessions(side, policy) for file, side in zip(files, (a, b), strict=True))
+    if isinstance(second, Golden) and not isinstance(first, Golden):
         first, second = second, first
     if isinstance(first, Golden):
         if prompts is not None or max_tokens is not None:
@@ -60,16 +63,13 @@ def same_decode(
     return f"{summary(found)}\n{render(found, why)}"
 
 
-def _side(side: Side) -> MakeSession | Golden:
-    """A golden file's contents, or what makes sessions."""
-    if isinstance(side, str | Path):
-        return read(Path(side))
+def _sessions(side: Side, usual: CachePolicy) -> MakeSession:
+    """What makes the sessions of a side that is no golden file; with the usual policy where it is a model alone."""
     if isinstance(side, Model):
-        model = side
-        return lambda: Session(model)
+        side = side, usual
     if isinstance(side, tuple) and len(side) == 2 and isinstance(side[0], Model):
-        own, policy = side[0], as_policy(side[1])
-        return lambda: Session(own, policy)
+        model, policy = side[0], as_policy(side[1])
+        return lambda: Session(model, policy)
     if callable(side):
         return side
     raise UsageError(
@@ -100,11 +100,14 @@ def measured_kl(
     reference: Model | tuple[Model, Policy] | None,
     statistic: str,
     tokens: int,
+    limit: float,
 ) -> tuple[float, str]:
     """A statistic of KL(reference || model with the policy), and all that was measured, as text.
 
     See testing.py ``assert_kl_below`` for the arguments and errors.
     """
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
+        raise UsageError(f"limit must be a finite number of nats, above 0, found {shown(limit)}")
     if statistic not in STATISTICS:
         raise UsageError(f"statistic must be one of {', '.join(STATISTICS)}, found {shown(statistic)}")
     if type(tokens) is not int or tokens < 2:

@@ -2,64 +2,31 @@
 
 Both happen in the regime in which text is generated: the prompt is prefilled, then one token after the other. A check reads
 the tokens that were recorded, whatever it would have chosen itself, so that every step can be compared. NumPy's BLAS, which
-float32 weights go through, runs on one thread meanwhile: its sums differ in the last bits from one number of threads to
-another, and a code of the cache can then fall on the other side of a rounding boundary.
+float32 weights go through, runs on one thread meanwhile: with any other number its sums may come out otherwise in the last
+bits, and then a code of the cache can fall on the other side of a rounding boundary.
 """
 
-import dataclasses
-import hashlib
-import platform
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import threadpoolctl
 
-from .. import __version__
 from ..engine import memory
-from ..engine.policy import CachePolicy
 from ..engine.session import Session
-from ..kernels.routes import cpu
 from ..models.check import shown
-from ..models.digests import digests
 from ..models.errors import PromptError, UsageError
 from ..models.limits import MAX_GOLDEN_PROMPTS, MAX_GOLDEN_STEPS
 from ..models.load import Model
 from .divergence import log_softmax
 from .golden_compare import Check, Step, Tolerances, compare
-from .golden_file import About, Recorded
+from .golden_file import Recorded
 from .golden_prompts import default_prompts, ids_of
 
 TOP = 5  # alternatives of a step that are kept
-CODE = ("kernels", "models", "engine")  # folders whose files decide what is computed
 
 MakeSession = Callable[[], Session]
 Progress = Callable[[int, int], None]
-
-
-def describe(model: Model, policy: CachePolicy, *, weights: str | None = None, chat: bool = False) -> About:
-    """What a model is, tensor by tensor, and what else decides over its bits. ``weights``: the format asked for."""
-    root = Path(__file__).parents[1]
-    code = {name: hashlib.sha256() for name in CODE}
-    for name, digest in code.items():
-        for file in sorted((root / name).glob("*.py")):
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    packages = {name: version(name) for name in ("numpy", "numba", "llvmlite")}
-    return About(
-        model.name, weights, policy, chat, _plain(dataclasses.asdict(model.config)),
-        digests(model.config, model.transformer.weights),
-        {"mixkv": __version__, "python": platform.python_version(), **packages}, cpu(),
-        {name: digest.hexdigest()[:16] for name, digest in code.items()},
-    )  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    """A config's value as JSON gives it back."""
-    if isinstance(value, dict):
-        return {str(name): _plain(x) for name, x in value.items()}
-    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
 
 
 def record(

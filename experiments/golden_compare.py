@@ -118,7 +118,8 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as a dictionary that JSON can hold: infinite numbers are None."""
-        return _finite({"ok": not self.failed, "prompts": [asdict(x) for x in self.prompts], **asdict(self.tolerances)})
+        allowed = {"tolerance": self.tolerances.logprob, "tie": self.tolerances.tie, "exact": self.tolerances.exact}
+        return _finite({"ok": not self.failed, "prompts": [asdict(x) for x in self.prompts], **allowed})
 
 
 def compare(

@@ -141,8 +141,9 @@ def check_place(path: Path, *, force: bool) -> None:
 
     """
     try:
-        is_there, folder = path.exists(), path.parent
-        if is_there and not stat.S_ISREG(path.stat().st_mode):
+        place = Path(os.path.realpath(path))
+        is_there, folder = place.exists(), place.parent
+        if is_there and not stat.S_ISREG(place.stat().st_mode):
             raise OSError(0, "it is no file")
         if not folder.is_dir():
             raise OSError(0, f"there is no folder {folder}")

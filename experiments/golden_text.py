@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from ..models.check import shown
+from .golden_about import NOTHING
 from .golden_compare import Check, Choice, Divergence, PromptCheck
-from .golden_why import NOTHING
 
 
 def render(check: Check, why: Mapping[str, Sequence[str]]) -> str:

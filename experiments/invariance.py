@@ -1,5 +1,6 @@
 """Whether the answer depends on how a prompt was cut: read at once, in pieces and token by token, logit by logit."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -58,10 +59,12 @@ def cut_difference(
         The first way that differs, or None.
 
     Raises:
-        UsageError: cuts that are none; a tolerance of 0 for a model with weights in float32, which BLAS multiplies.
+        UsageError: cuts or a tolerance that are none; a tolerance of 0 for weights in float32, which BLAS multiplies.
         PromptError: ids that are none, or too many.
 
     """
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf:
+        raise UsageError(f"tolerance must be a finite number, 0 or more, found {shown(tolerance)}")
     session = Session(model, policy, chunk=max(len(ids), 1))
     checked = session.check_fits(np.asarray(ids))
     n = len(checked)

@@ -1,17 +1,49 @@
-"""Why a model may decode otherwise than it was recorded: what of it, and of what else bits depend on, is another now."""
+"""What a model is, tensor by tensor, and what else its bits depend on; and what of that is another now."""
 
+import hashlib
+import platform
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..engine.policy import CachePolicy
+from ..kernels.routes import cpu
+from ..models.digests import digests
+from ..models.load import Model
 from .golden_file import About
 
+CODE = ("kernels", "models", "engine")  # folders whose files decide what is computed
 NAMED = 5  # tensors that are named; the others are counted
 NOTHING = (
     "nothing that was recorded differs (config, tensors, policy, versions, CPU, code of kernels, models and engine): "
     "the session was made otherwise, a library computes otherwise, or numbers depend on something that they should not"
 )
+
+
+def describe(model: Model, policy: CachePolicy, *, weights: str | None = None, chat: bool = False) -> About:
+    """What a model is, tensor by tensor, and what else decides over its bits. ``weights``: the format asked for."""
+    root = Path(__file__).parents[1]
+    code = {name: hashlib.sha256() for name in CODE}
+    for name, digest in code.items():
+        for file in sorted((root / name).glob("*.py")):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    packages = {name: version(name) for name in ("numpy", "numba", "llvmlite")}
+    return About(
+        model.name, weights, policy, chat, _plain(asdict(model.config)),
+        digests(model.config, model.transformer.weights),
+        {"mixkv": __version__, "python": platform.python_version(), **packages}, cpu(),
+        {name: digest.hexdigest()[:16] for name, digest in code.items()},
+    )  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """A config's value as JSON gives it back."""
+    if isinstance(value, dict):
+        return {str(name): _plain(x) for name, x in value.items()}
+    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
 
 
 def reasons(then: About, now: About) -> dict[str, list[str]]:
