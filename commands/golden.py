@@ -113,7 +113,8 @@ def check(
     about = recorded.about
     policy = cache.policy(about.policy)
     used_threads = set_threads(threads)
-    name, kept_as = about.model if model is None else model, weights or about.weights or "auto"
+    name = about.model if model is None else model
+    kept_as = (about.weights or "auto") if weights is None else weights
     from ..engine.session import Session
     from ..experiments import golden as runs
     from ..experiments.golden_about import describe, reasons

@@ -224,6 +224,7 @@ def test_files_and_options_that_are_none_are_refused(recorded: dict[str, Path], 
     refused(mixkv("check", file, "--tie", "-1"), 2, "tie must be")
     refused(mixkv("check", file, "--exact", "--tie", "1"), 2, "--tie has no effect with --exact")
     refused(mixkv("check", file, "--weights", "q5"), 2, "weights must be one of")
+    refused(mixkv("check", file, "--weights", ""), 2, "weights must be one of")
     refused(mixkv("check", file, "--threads", "0"), 2, "--threads")
     refused(mixkv("check", file, "-m", TINY_LLAMA), 2, "cannot read what was recorded", "vocabulary, 0 to 96")
 
