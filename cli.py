@@ -1,8 +1,8 @@
 """The command line: the commands by name. They stand in commands/; heavy imports stand inside of them.
 
 Exit codes: 0 done; 1 another error; 2 wrong usage; 3 a model file refused; 4 a download failed; 5 a prompt refused;
-6 numbers that cannot be continued with; 7 a session file refused, or not written; 130 interrupted; 141 the reader of
-stdout went away.
+6 numbers that cannot be continued with; 7 a session or golden file refused, or not written; 8 a check failed;
+130 interrupted; 141 the reader of stdout went away.
 """
 
 from typing import Annotated
@@ -12,6 +12,7 @@ import typer
 from . import __version__
 from .commands.bench import bench
 from .commands.generate import generate
+from .commands.golden import golden
 from .commands.models import info, models, pull
 from .commands.quality import evaluate, plan
 from .commands.sweep import sweep
@@ -37,6 +38,7 @@ COMMANDS = {
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
+app.add_typer(golden, name="golden")
 
 
 def _version(wanted: bool) -> None:

@@ -41,3 +41,15 @@ class SessionFileError(MixkvError, ValueError):
     """A file of a saved session that is damaged, does not fit, or cannot be written."""
 
     exit_code = 7
+
+
+class GoldenFileError(MixkvError, ValueError):
+    """A golden file that is damaged, of another version, or cannot be read or written."""
+
+    exit_code = 7
+
+
+class CheckError(MixkvError):
+    """A check that was made and failed: a model decodes otherwise than it was recorded."""
+
+    exit_code = 8

@@ -41,3 +41,11 @@ MAX_CELLS = 100_000  # of a sweep
 MAX_RESULT_LINE_BYTES = (
     64 << 20
 )  # of a results file: a row with all its lists has some 30 kB, and one in shadow mode more
+# Golden files
+MAX_GOLDEN_BYTES = 64 << 20  # some 300,000 tokens and what was beside them
+MAX_GOLDEN_PROMPTS = 1_024
+MAX_GOLDEN_STEPS = 1 << 16  # tokens generated behind one prompt
+MAX_GOLDEN_ALTERNATIVES = 64  # of one step
+MAX_GOLDEN_TENSORS = 1 << 17
+MAX_GOLDEN_FACTS = 1_024  # values of a config, versions
+MAX_GOLDEN_FACT_CHARS = 4_096  # of one name or text

@@ -1,4 +1,4 @@
-"""``toy``: a seeded tiny transformer with a byte tokenizer. It needs no file, and every command runs on it offline."""
+"""``toy``: a tiny random transformer with a byte tokenizer. It needs no file, and every command runs on it offline."""
 
 import zlib
 
@@ -27,19 +27,22 @@ CONFIG = ModelConfig(
 
 
 class ToySource:
-    """Weights drawn from a generator seeded by each tensor's name: the same on every machine and in every order."""
+    """Weights drawn from a generator seeded by each tensor's name: the same on every machine and in every order.
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.shapes = shapes
+    With a ``seed`` of its own a source draws others than toy's, and norms from 0.5 to 1.5 instead of ones.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int | None = None) -> None:
+        self.shapes, self._seed = shapes, seed
         self.stored_types = dict.fromkeys(shapes, "F32")
         self.nbytes = sum(4 * int(np.prod(shape)) for shape in shapes.values())
 
     def read(self, name: str) -> Float32:
         """One tensor. Rows of the output head that are not printable ASCII are zero, so that what it says can be read."""
-        shape = self.shapes[name]
+        shape, own = self.shapes[name], zlib.crc32(name.encode())
+        generator = np.random.default_rng(own if self._seed is None else [own, self._seed])
         if name.endswith("norm.weight"):
-            return np.ones(shape, np.float32)
-        generator = np.random.default_rng(zlib.crc32(name.encode()))
+            return np.ones(shape, np.float32) if self._seed is None else generator.uniform(0.5, 1.5, shape).astype("f4")
         weight = generator.standard_normal(shape, np.float32) * np.float32(1.5 * shape[-1] ** -0.5)
         if name == "lm_head.weight":
             weight[:32] = weight[127:] = 0

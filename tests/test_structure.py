@@ -21,6 +21,7 @@ LAYERS = {
     "experiments": 3,
     "serving": 3,
     "commands": 4,
+    "testing": 4,
     "cli": 5,
     "__main__": 6,
 }
@@ -71,7 +72,7 @@ def test_the_walk_finds_the_package_and_its_imports() -> None:
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.as_posix() != "__init__.py"], ids=str)
 def test_imports_point_downwards(file: Path) -> None:
-    """cli -> commands -> experiments, serving -> engine -> models -> kernels. The lazy root may name them all."""
+    """cli -> commands, testing -> experiments, serving -> engine -> models -> kernels. The lazy root may name them all."""
     own = layer_of(".".join(["mixkv", *file.with_suffix("").parts]))
     if own is None:
         pytest.skip("not part of a layer")
@@ -111,9 +112,12 @@ def imported_by(statement: str, env: dict[str, str]) -> set[str]:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import mixkv", "import mixkv; dir(mixkv); mixkv.__version__", "from mixkv import MixkvError", "import mixkv.cli"],
-)
-def test_importing_the_package_its_errors_or_the_command_line_stays_light(
+    [
+        "import mixkv", "import mixkv; dir(mixkv); mixkv.__version__", "from mixkv import MixkvError", "import mixkv.cli",
+        "import mixkv.testing",
+    ],
+)  # fmt: skip
+def test_importing_the_package_its_errors_the_command_line_or_the_plugin_stays_light(
     statement: str, clean_env: dict[str, str]
 ) -> None:
     heavy = {"numba", "llvmlite", "numpy", "tokenizers", "safetensors", "jinja2", "gguf"}
@@ -149,15 +153,26 @@ def test_every_folder_of_the_package_is_shipped() -> None:
     assert without == set(), "a folder of Python files without an __init__.py is not shipped"
 
 
+def declared(lines: list[str]) -> set[str]:
+    """The names of some dependencies."""
+    return {line.split(">")[0].split("<")[0].split("=")[0].strip() for line in lines}
+
+
 def test_every_import_of_others_is_declared() -> None:
-    """What the package imports is the standard library or a dependency of pyproject.toml (llvmlite is Numba's)."""
-    declared = {line.split(">")[0].split("<")[0].split("=")[0].strip() for line in project()["project"]["dependencies"]}
+    """What the package imports is the standard library or a dependency of pyproject.toml (llvmlite is Numba's).
+
+    The plugin alone may also import pytest, which whoever runs it has; it is in the extra ``test``.
+    """
+    about = project()["project"]
+    everywhere = declared(about["dependencies"])
+    assert "pytest" in declared(about["optional-dependencies"]["test"]) - everywhere
     for file in FILES:
+        allowed = everywhere | ({"pytest"} if file == Path("testing.py") else set())
         for module, line in imports(file):
             top = module.split(".")[0]
             if top in sys.stdlib_module_names or top == "mixkv":
                 continue
-            assert top in declared or (top == "llvmlite" and "numba" in declared), f"{file}:{line} imports {module}"
+            assert top in allowed or (top == "llvmlite" and "numba" in allowed), f"{file}:{line} imports {module}"
 
 
 def public_definitions(tree: ast.Module, inside: str = "") -> Iterator[tuple[str, ast.AST]]:
