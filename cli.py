@@ -13,6 +13,7 @@ from . import __version__
 from .commands.bench import bench
 from .commands.generate import generate
 from .commands.models import info, models, pull
+from .commands.needle import needle
 from .commands.quality import evaluate, plan
 from .commands.sweep import sweep
 
@@ -32,6 +33,7 @@ COMMANDS = {
     "eval": evaluate,
     "sweep": sweep,
     "plan": plan,
+    "needle": needle,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
