@@ -14,6 +14,7 @@ from .commands.bench import bench
 from .commands.generate import generate
 from .commands.golden import golden
 from .commands.models import info, models, pull
+from .commands.needle import needle
 from .commands.quality import evaluate, plan
 from .commands.sweep import sweep
 from .commands.window_curve import window_curve
@@ -35,6 +36,7 @@ COMMANDS = {
     "sweep": sweep,
     "window-curve": window_curve,
     "plan": plan,
+    "needle": needle,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 
 from ..models.check import shown
 from ..models.errors import UsageError
@@ -9,6 +10,7 @@ from ..models.errors import UsageError
 MAX_VALUES = 1_000  # numbers of one option
 _COLONS = re.compile(r"([0-9]{1,9}):([0-9]{1,9})(?::([0-9]{1,9}))?")
 _RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9})(?:([+*])([0-9]{1,9}))?)?")
+_FRACTION = re.compile(r"[0-9](?:\.[0-9]{1,9})?|\.[0-9]{1,9}")
 
 
 def split_words(option: str, texts: Sequence[str]) -> list[str]:
@@ -53,6 +55,37 @@ def parse_pairs(option: str, texts: Sequence[str], low: int, high: int) -> list[
         first, second = (parse_numbers(option, [part], low, high)[0] for part in parts)
         pairs.append((first, second))
     return pairs
+
+
+def parse_fractions(option: str, texts: Sequence[str]) -> list[float]:
+    """Numbers from 0 to 1, written "0,0.5,1", or "0:1:0.25", from the first to the second in steps of the third.
+
+    Steps are added in decimal: 0:1:0.1 has 0.3 in it, and ends with 1.
+
+    Args:
+        option: its name, for messages.
+        texts: one or several lists, put one behind the other.
+
+    Raises:
+        UsageError: what is no number or range, numbers beyond 0 to 1, more than 1,000 of them, and ranges that are empty
+            or do not grow.
+
+    """
+    found: list[float] = []
+    for word in split_words(option, texts):
+        parts = word.split(":")
+        if len(parts) not in (1, 3) or not all(map(_FRACTION.fullmatch, parts)):
+            raise UsageError(f"{option} must be numbers like 0,0.5,1 or ranges like 0:1:0.25, found {shown(word)}")
+        first, last, step = (Decimal(parts[i]) for i in ((0, 1, 2) if len(parts) == 3 else (0, 0, 0)))
+        if first > 1 or last > 1:
+            raise UsageError(f"{option} must be from 0 to 1, found {word}")
+        if last < first or (step == 0 and len(parts) == 3):
+            raise UsageError(f"{option}: the range {word} {'ends before it begins' if step else 'does not grow'}")
+        count = int((last - first) / step) + 1 if step else 1
+        if len(found) + count > MAX_VALUES:
+            raise UsageError(f"{option} takes at most {MAX_VALUES} numbers, found more")
+        found += [float(first + i * step) for i in range(count)]
+    return found
 
 
 def _values(option: str, word: str) -> Iterator[int]:

@@ -73,8 +73,8 @@ class Model:
             raise UsageError(f"model {self.name!r} has no tokenizer: it takes token ids only")
         return self.tokenizer.encode(text)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Ids of a conversation in the model's chat template, ready for the answer.
+    def chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation in the model's chat template, up to where its answer begins.
 
         Raises UsageError without a template, PromptError where the template is refused or refuses the conversation.
         """
@@ -83,7 +83,11 @@ class Model:
         if tokenizer is None or source is None:
             raise UsageError(f"model {self.name!r} has no chat template")
         template = ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
-        return self.encode(template.render(messages))
+        return template.render(messages)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of ``chat_text``."""
+        return self.encode(self.chat_text(messages))
 
 
 @dataclass(frozen=True, slots=True)

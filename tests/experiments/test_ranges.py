@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixkv.experiments.ranges import MAX_VALUES, parse_numbers, parse_pairs, split_words
+from mixkv.experiments.ranges import MAX_VALUES, parse_fractions, parse_numbers, parse_pairs, split_words
 from mixkv.models.errors import UsageError
 
 
@@ -109,3 +109,33 @@ def test_words_are_split_at_commas() -> None:
     assert split_words("--kv", ["a,b", " c:d=1 "]) == ["a", "b", "c:d=1"]
     with pytest.raises(UsageError, match="--kv must be words"):
         split_words("--kv", ["a,"])
+
+
+@pytest.mark.parametrize(
+    ("texts", "numbers"),
+    [
+        (["0,0.25,0.5,0.75,1"], [0, 0.25, 0.5, 0.75, 1]),
+        (["0:1:0.25"], [0, 0.25, 0.5, 0.75, 1]),
+        (["0:1:0.1"], [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]),
+        (["0.1:0.9:.3", "1.0"], [0.1, 0.4, 0.7, 1]),
+        ([".5:.5:0.2"], [0.5]),
+        (["0:1:1", " 0.123456789 "], [0, 1, 0.123456789]),
+    ],
+)
+def test_fractions(texts: list[str], numbers: list[float]) -> None:
+    assert parse_fractions("--depths", texts) == numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "none empty"), ("half", "'half'"), ("-0.5", "'-0.5'"), ("1e-1", "'1e-1'"), ("nan", "'nan'"), ("0:1", "'0:1'"),
+        ("0:1:0.5:1", "'0:1:0.5:1'"), ("0.", "'0.'"), ("\uff11", "found"), ("10", "'10'"), ("0.1234567890", "found"),
+        ("1.5", "from 0 to 1, found 1.5"), ("0:2:0.5", "from 0 to 1, found 0:2:0.5"), ("1:0:0.5", "ends before it begins"),
+        ("0:1:0", "does not grow"), ("0:1:0.0001", "at most 1000 numbers"), ("1:1:0", "does not grow"),
+    ],
+)  # fmt: skip
+def test_what_is_no_fraction_is_refused(text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=r"^--depths") as caught:
+        parse_fractions("--depths", [text])
+    assert words in str(caught.value) and "\n" not in str(caught.value)
