@@ -76,8 +76,11 @@ def piece(document: str, ids: Sequence[int], setting: Setting, seed: int, contex
 
     Raises:
         PromptError: fewer tokens than are wanted, or more than the context holds.
+        UsageError: a seed for a whole text, or a first position behind it.
 
     """
+    if seed and setting.tokens is None:
+        raise UsageError(f"--seed {seed} has no effect on a whole text: --tokens says how long a piece is")
     n, room = setting.tokens, context - setting.continuation
     if n is None and len(ids) > room:
         raise PromptError(

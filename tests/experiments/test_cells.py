@@ -134,6 +134,12 @@ def test_the_context_holds_what_is_read_and_what_is_generated() -> None:
         assert len(piece("a", range(n), setting, 0, 100, None).ids) == n
 
 
+def test_a_seed_for_a_whole_text_is_refused() -> None:
+    with pytest.raises(UsageError, match="^--seed 3 has no effect on a whole text: --tokens says how long a piece is$"):
+        part_of(Setting(), 3)
+    assert part_of(Setting(tokens=300), 3).start == 0, "the only place for it"
+
+
 def test_a_first_position_must_leave_a_token_to_predict() -> None:
     assert len(part_of(Setting(tokens=50, first=48)).ids) == 50
     with pytest.raises(UsageError, match="^first must be from 0 to 48, so that a token is predicted, found 49$"):
