@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .attention import KERNELS, attend_segments
+from .forks import check_usable
 from .segment import Int64, Segment, segment_of_arrays
 from .simd import LANES
 from .state import Float32, check_out, check_state, empty_state, merge_partials, pad_last_axis
@@ -92,8 +93,10 @@ def flash_attention(
 
     Raises:
         ValueError: anything that does not fit, said in full; nothing has been written then.
+        RuntimeError: a process that was forked from one that had used the kernels (forks.py).
 
     """
+    check_usable()
     if not isinstance(q, np.ndarray) or q.ndim != 3 or q.dtype != np.float32 or q.shape[2] == 0:
         found = f"{q.dtype} {q.shape}" if isinstance(q, np.ndarray) else type(q).__name__
         raise ValueError(f"q must be a float32 array (T, H, D), D at least 1, found {found}")

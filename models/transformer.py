@@ -11,8 +11,10 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels import forks
 from .chain import Apply, Buffers, Chain, Rotate
 from .config import ModelConfig
+from .errors import MixkvError
 from .linear import Linear
 
 Float32 = NDArray[np.float32]
@@ -120,7 +122,10 @@ class Transformer:
         Returns logits float32 (T, V) for "all", (len(spans), V) of each span's last row for "last", None for None.
         ``on_layer`` is called with the number of each layer and its output (T, E), ``on_attention`` before each attention,
         with arrays that are written to afterwards. ``begin``: where an earlier pass of the same rows stood, to go on there.
+        MixkvError in a process that was forked from one that had used the kernels.
         """
+        if not forks.usable():
+            raise MixkvError(forks.MESSAGE)
         weights, n_rows = self.weights, len(step.token_ids)
         buffers = Buffers(n_rows, self._widths, *self._rotary(step.positions), self._room_nbytes(n_rows))
         x = buffers.arrays[X]
