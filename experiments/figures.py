@@ -11,7 +11,7 @@ from .summary import Summary
 from .tables import Row
 
 Spec = dict[str, Any]
-SWEEP = "mixkv sweep"  # the command that measures most of what figures need
+SWEEP = "mixkv sweep -o results.jsonl"  # the command that measures most of what figures need
 STATIC_WIDTH = 640  # pixels of a figure in a file; in the page it is as wide as there is room
 
 
@@ -97,7 +97,8 @@ def default_policy(summaries: Sequence[Summary]) -> Summary:
 
 def left_out(shown: Sequence[Summary], every: Sequence[Summary]) -> str:
     """How many policies a figure does not show; "" where it shows all."""
-    return f"{len(every) - len(shown)} of {len(every)} policies are left out." if len(shown) < len(every) else ""
+    out = len(every) - len(shown)
+    return f"{out} of {len(every)} policies {'is' if out == 1 else 'are'} left out." if out else ""
 
 
 def axis(field_: str, title: str, kind: str = "quantitative", **more: Any) -> Spec:
@@ -115,10 +116,12 @@ def tip(field_: str, title: str, form: str | None = None) -> Spec:
     }
 
 
-LOG_AXIS: Spec = {
-    "labelExpr": "datum.value < 0.001 ? format(datum.value, '~e') : format(datum.value, '~g')",
-    "tickCount": 6,
-}
+# Only powers of ten have a label, on a short axis also what begins with 2 or 5: for others there is no room.
+_LABELLED = (
+    "indexof('1' + (domain('y')[1] > 101 * domain('y')[0] ? '' : '25'), slice(format(datum.value, '.0e'), 0, 1)) >= 0"
+)
+_DIGITS = "datum.value < 0.001 ? format(datum.value, '~e') : format(datum.value, '~g')"
+LOG_AXIS: Spec = {"labelExpr": f"{_LABELLED} ? ({_DIGITS}) : ''", "tickCount": 6}
 SI_AXIS: Spec = {"labelExpr": "datum.value ? format(datum.value, '~s') : '0'", "tickCount": 6}
 WHOLE_AXIS: Spec = {"format": ",d", "tickCount": 6, "labelOverlap": True}
 LEGEND: Spec = {"orient": "bottom", "title": None, "labelLimit": {"expr": "min(width, 330)"}}

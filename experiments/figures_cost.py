@@ -39,7 +39,7 @@ def speed(benches: Sequence[Row], summaries: Sequence[Summary]) -> Figure | Miss
         return Missing(
             title,
             "no rows of `mixkv bench` that generate, and no speed in the others",
-            "mixkv bench -d 0,4096 --kv f16,k4v4 -o jsonl",
+            "mixkv bench -p 0 -d 0,4096 --kv f16,k4v4 -o jsonl > bench.jsonl",
         )
     depths = sorted({row["decode_depth"] for s in summaries for row in s.rows if row.get("decode_depth") is not None})
     text = (

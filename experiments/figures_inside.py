@@ -31,7 +31,7 @@ def heads(summaries: Sequence[Summary]) -> Figure | Missing:
     data = {str(s.index): rows for s in summaries if (rows := _errors(s))}
     able = [summary for summary in summaries if str(summary.index) in data]
     if not able:
-        return Missing(title, "no row with local errors", "mixkv sweep with --shadow")
+        return Missing(title, "no row with local errors", f"{SWEEP} --shadow")
     found = {row["part"] for rows in data.values() for row in rows}
     parts = [name for name in _PARTS if name in found]
     part = Select("part", "What is rounded", tuple((_PARTS[name], name) for name in parts))

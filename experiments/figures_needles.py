@@ -11,7 +11,7 @@ def needles(rows: Sequence[Row]) -> Figure | Missing:
     """How often what was hidden in a text is found again, by length and depth."""
     title = "Needles in a haystack"
     if not rows:
-        return Missing(title, "no rows of kind needle", "mixkv needle")
+        return Missing(title, "no rows of kind needle", "mixkv needle -o jsonl > needles.jsonl")
     labels = needle_labels(rows)
     names, tasks = list(dict.fromkeys(labels)), [str(task) for task in values(rows, "task")]
     data = {str(i): _cells(name, rows, labels) for i, name in enumerate(names)}
@@ -33,7 +33,7 @@ def needles(rows: Sequence[Row]) -> Figure | Missing:
     ]
     colour = axis("share", "share", scale={"domain": [0, 1]}, legend=None)
     spec: Spec = {
-        "height": 40 * len(values(rows, "depth")), "params": params(selects), "data": {"name": "rows"},
+        "height": max(40 * len(values(rows, "depth")), 80), "params": params(selects), "data": {"name": "rows"},
         "transform": [{"filter": "datum.task === task"}], "encoding": cell,
         "layer": [
             {"mark": "rect", "encoding": {"color": colour, "tooltip": tips}},

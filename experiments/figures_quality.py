@@ -28,7 +28,7 @@ def bits(summaries: Sequence[Summary]) -> Figure | Missing:
         return Missing(title, "no row of a policy with one tier and no overrides", SWEEP)
     fixed, count = combos.most_common(1)[0]
     if count < 2:
-        return Missing(title, "no two policies that differ in the bits alone", f"{SWEEP} with k4v4 and k4v2")
+        return Missing(title, "no two policies that differ in the bits alone", f"{SWEEP} --k-bits 2,3,4 --v-bits 2,3,4")
     own = [s for s in plain if tuple(s.first(name) for name in _SAME) == fixed]
     logs = [math.log(max(s.kl["mean"] or 0, 1e-12)) for s in own]
     middle = (min(logs) + max(logs)) / 2
@@ -45,7 +45,7 @@ def bits(summaries: Sequence[Summary]) -> Figure | Missing:
         f"The most common of {len(combos)} such combinations." if len(combos) > 1 else "",
         left_out(own, summaries),
     )
-    height = 48 * len({row["v"] for row in rows})
+    height = max(48 * len({row["v"] for row in rows}), 120)
     return Figure("bits", title, text, {"height": height, **_bits_spec()}, {"": rows})
 
 

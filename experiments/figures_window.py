@@ -11,7 +11,7 @@ def window(rows: Sequence[Row]) -> Figure | Missing:
     """The local error by the size of the window, a line a document and policy."""
     title = "How large a window"
     if not rows:
-        return Missing(title, "no rows of kind window-curve", "mixkv window-curve")
+        return Missing(title, "no rows of kind window-curve", "mixkv window-curve -o jsonl > window.jsonl")
     names = _names(rows)
     data = [
         {"name": name, "window": size, "error": number(error), "bytes": number(nbytes, 6)}
@@ -20,7 +20,7 @@ def window(rows: Sequence[Row]) -> Figure | Missing:
         if error is not None
     ]
     if not data:
-        return Missing(title, "no error in the rows of kind window-curve", "mixkv window-curve")
+        return Missing(title, "no error in the rows of kind window-curve", "mixkv window-curve -o jsonl > window.jsonl")
     text = (
         "The error of attention in all layers, relative to its output, if so many recent tokens stay at high "
         "precision. Where the curve is flat, a larger window buys nothing.",

@@ -22,7 +22,7 @@ from . import (
     machine,
     render,
 )
-from .figures import Figure, Missing, default_policy, theme
+from .figures import SWEEP, Figure, Missing, default_policy, theme
 from .report_data import page_data, pieces, policy_columns, policy_rows, texts
 from .results import Results
 from .summary import Summary, summarize, values
@@ -72,9 +72,7 @@ def make(results: Results, *, title: str | None = None, memory: int = 8 * 10**9)
     ]
     missing = [figure for figure in found if isinstance(figure, Missing)]
     if not texts(summaries)["pieces"]:
-        missing.append(
-            Missing("What the policies write", "no row with a continuation", "mixkv sweep with --continuation")
-        )
+        missing.append(Missing("What the policies write", "no row with a continuation", f"{SWEEP} --continue 64"))
     models = ", ".join(str(model) for model in values(results.every, "model"))
     return Report(
         title or f"KV cache policies of {models}", results, summaries,

@@ -174,8 +174,8 @@ def imports_when_loaded(file: Path) -> Iterator[tuple[str, int]]:
 def test_every_import_of_others_is_declared() -> None:
     """What the package imports is the standard library or a dependency of pyproject.toml (llvmlite is Numba's).
 
-    The plugin alone may also import pytest, which whoever runs it has; it is in the extra ``test``. What other extras bring is
-    imported inside of functions, which can say what to install.
+    The plugin alone may also import pytest, which whoever runs it has; it is in the extra ``test``. What other extras bring
+    is imported inside of functions, which can say what to install.
     """
     about = project()["project"]
     everywhere = declared(about["dependencies"])

@@ -174,7 +174,7 @@ function showTexts() {
     const { tokens } = said[i];
     const parts = [tokens.slice(0, same).join("")];
     if (same < tokens.length) {
-      parts.push(make("mark", tokens[same]), make("span", tokens.slice(same + 1).join(""), "own"));
+      parts.push(make("mark", tokens[same].replace(/\n/g, "↵\n")), make("span", tokens.slice(same + 1).join(""), "own"));
     }
     byId(`texts-${side}-text`).replaceChildren(...(tokens.length ? parts : [make("em", "not generated here")]));
   });

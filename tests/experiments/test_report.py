@@ -9,12 +9,14 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
@@ -223,9 +225,13 @@ def test_a_report_says_what_is_missing_and_how_to_measure_it() -> None:
     made = report_of([minimal])
     assert made.figures == [] and len(made.missing) == len(FIGURES) - 1 + 1  # without window-layers, with the texts
     html = pages.page(made)
+    commands = typer.main.get_command(cli.app)
     for missing in made.missing:
         assert missing.title in html and missing.what in html
-        assert missing.command.startswith("mixkv ") and missing.command in html
+        name, *words = missing.command.removeprefix("mixkv ").split()
+        assert escape(missing.command, quote=False) in html
+        known = {option for parameter in commands.commands[name].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= known, missing.command
 
 
 @pytest.mark.parametrize("kind", ["window-curve", "needle", "bench"])
