@@ -60,11 +60,11 @@ class Browser:
         self.driver.get(page.resolve().as_uri())
         self.ready(1)
 
-    def ready(self, times: int, seconds: float = 30) -> None:
+    def ready(self, times: int, seconds: float = 90) -> None:
         """Wait until the page has drawn all its figures so many times."""
         self.until(f"return Number(document.body.dataset.ready || 0) >= {times}", seconds)
 
-    def until(self, script: str, seconds: float = 10) -> Any:
+    def until(self, script: str, seconds: float = 30) -> Any:
         """Wait until a script returns something true, which is returned."""
         end = time.monotonic() + seconds
         while not (found := self.js(script)):
@@ -72,7 +72,7 @@ class Browser:
             time.sleep(0.03)
         return found
 
-    def until_true(self, holds: Callable[[], bool], seconds: float = 10) -> None:
+    def until_true(self, holds: Callable[[], bool], seconds: float = 30) -> None:
         """Wait until something outside of the page holds."""
         end = time.monotonic() + seconds
         while not holds():
