@@ -16,6 +16,7 @@ from .commands.golden import golden
 from .commands.models import info, models, pull
 from .commands.needle import needle
 from .commands.quality import evaluate, plan
+from .commands.report import report
 from .commands.sweep import sweep
 from .commands.window_curve import window_curve
 
@@ -37,6 +38,7 @@ COMMANDS = {
     "window-curve": window_curve,
     "plan": plan,
     "needle": needle,
+    "report": report,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)

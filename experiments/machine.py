@@ -11,7 +11,7 @@ from .. import __version__
 from ..models.errors import MixkvError
 
 _STATUS, _CPUINFO = Path("/proc/self/status"), Path("/proc/cpuinfo")
-_VERSIONS = {"mixkv": "mixkv", "Python": "python", "NumPy": "numpy", "Numba": "numba"}
+VERSIONS = {"mixkv": "mixkv", "Python": "python", "NumPy": "numpy", "Numba": "numba"}
 _BANDWIDTH = "import sys; from mixkv.kernels.bandwidth import read_bandwidth; print(read_bandwidth(int(sys.argv[1])))"
 
 
@@ -29,7 +29,7 @@ def describe() -> dict[str, str]:
 
 def described(machine: dict[str, str]) -> str:
     """What ``describe`` found, as one line."""
-    versions = ", ".join(f"{name} {machine[key]}" for name, key in _VERSIONS.items())
+    versions = ", ".join(f"{name} {machine[key]}" for name, key in VERSIONS.items())
     return f"{machine['cpu_info']}; {machine['os']}; {versions}"
 
 

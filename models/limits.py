@@ -41,6 +41,8 @@ MAX_CELLS = 100_000  # of a sweep
 MAX_RESULT_LINE_BYTES = (
     64 << 20
 )  # of a results file: a row with all its lists has some 30 kB, and one in shadow mode more
+MAX_RESULT_ROWS = 20_000  # of all files of a report together
+MAX_RESULT_BINS = 10_000  # of a histogram in a row
 # Golden files
 MAX_GOLDEN_BYTES = 64 << 20  # some 300,000 tokens and what was beside them
 MAX_GOLDEN_PROMPTS = 1_024

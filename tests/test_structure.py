@@ -158,21 +158,59 @@ def declared(lines: list[str]) -> set[str]:
     return {line.split(">")[0].split("<")[0].split("=")[0].strip() for line in lines}
 
 
+def imports_when_loaded(file: Path) -> Iterator[tuple[str, int]]:
+    """(module, line) of what a file imports outside of functions."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    inside = {
+        node.lineno
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    return ((module, line) for module, line in imports(file) if line not in inside)
+
+
 def test_every_import_of_others_is_declared() -> None:
     """What the package imports is the standard library or a dependency of pyproject.toml (llvmlite is Numba's).
 
-    The plugin alone may also import pytest, which whoever runs it has; it is in the extra ``test``.
+    The plugin alone may also import pytest, which whoever runs it has; it is in the extra ``test``. What other extras bring
+    is imported inside of functions, which can say what to install.
     """
     about = project()["project"]
     everywhere = declared(about["dependencies"])
     assert "pytest" in declared(about["optional-dependencies"]["test"]) - everywhere
+    extras = about["optional-dependencies"]
+    optional = set[str]().union(*(declared(lines) for extra, lines in extras.items() if extra != "test"))
+    installed = importlib.metadata.packages_distributions()
     for file in FILES:
+        at_once = {line for _, line in imports_when_loaded(file)}
         allowed = everywhere | ({"pytest"} if file == Path("testing.py") else set())
         for module, line in imports(file):
             top = module.split(".")[0]
             if top in sys.stdlib_module_names or top == "mixkv":
                 continue
+            if optional & set(installed.get(top, [])):
+                assert line not in at_once, f"{file}:{line} imports {module}, of an extra, outside of a function"
+                continue
             assert top in allowed or (top == "llvmlite" and "numba" in allowed), f"{file}:{line} imports {module}"
+
+
+def test_the_tests_install_what_the_extras_of_users_bring() -> None:
+    extras = project()["project"]["optional-dependencies"]
+    for extra, lines in extras.items():
+        assert set(lines) <= set(extras["test"]), f"the extra test lacks what {extra} has"
+
+
+def test_files_that_are_no_code_are_shipped() -> None:
+    """Templates stand in package-data; there is no other folder of such files."""
+    shipped = project()["tool"]["setuptools"]["package-data"]
+    assert shipped["mixkv.experiments"] == ["templates/*"]
+    assert {file.name for file in (ROOT / "experiments" / "templates").iterdir()} == {
+        "report.html.j2",
+        "report.css",
+        "report.js",
+    }
 
 
 def public_definitions(tree: ast.Module, inside: str = "") -> Iterator[tuple[str, ast.AST]]:
