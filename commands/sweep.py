@@ -77,7 +77,7 @@ def sweep(
     setting |= {name: x for name, x in given.items() if x is not None}
     setting.setdefault("reference_weights", setting.get("weights", "f32"))
     lists |= {name: grids.parse_axis(name, texts) for name, texts in axes.items()}
-    chosen = pieces.get("seeds", [0]) if seeds is None else parse_numbers("--seeds", seeds, 0, (1 << 31) - 1)
+    chosen = pieces.get("seeds", [0]) if seeds is None else parse_numbers("--seeds", seeds, 0, grids.MAX_SEED)
     grid = grids.make(setting, policy or policies, lists, text or pieces.get("documents", []), chosen)
     if grid.merged:
         say(f"mixkv: {grid.merged} of the combinations are the same policy as another, and are measured once")

@@ -11,7 +11,7 @@ from ..kernels.layout import BF16, F16, F32, KIND_OF_BITS, PAGE, TileLayout
 from ..kernels.routes import route
 from ..models.check import shown
 from ..models.errors import UsageError
-from ..models.limits import MAX_LAYERS, MAX_OVERRIDES, MAX_POLICY_BYTES
+from ..models.limits import MAX_LAYERS, MAX_OVERRIDES
 from .policy_fields import (
     BITS,
     DENSE_BITS,
@@ -29,7 +29,7 @@ from .policy_fields import (
     settled_tiers,
 )
 from .policy_text import SUFFIXES, check_length, fields_of_line, fields_of_short, is_one_line, named, one_line
-from .policy_toml import fields_of_toml, toml
+from .policy_toml import fields_of_toml, of_file, toml
 
 __all__ = [
     "BITS", "DENSE", "MAX_ROLLBACK", "MAX_SINKS", "MAX_TIERS", "MAX_WINDOW", "PRESETS", "CachePolicy", "Override", "Tier",
@@ -195,21 +195,7 @@ class CachePolicy:
     @classmethod
     def load(cls, path: str | Path) -> "CachePolicy":
         """The policy of a TOML file of at most 1 MiB; UsageError, which names the file, where there is none in it."""
-        path = Path(path)
-        try:
-            if not path.is_file():  # also keeps pipes and devices, which never end, from being opened
-                raise UsageError("no such file")
-            with path.open("rb") as file:
-                data = file.read(MAX_POLICY_BYTES + 1)
-            if len(data) > MAX_POLICY_BYTES:
-                raise UsageError(f"a policy must be at most {MAX_POLICY_BYTES} bytes, found more")
-            return cls.from_toml(data.decode("utf-8"))
-        except UsageError as error:
-            raise UsageError(f"{path}: {error}") from None
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{path}: not UTF-8 at byte {error.start}") from None
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+        return of_file(Path(path), "policy", cls.from_toml)
 
     # --- what it says --------------------------------------------------------------------------------------------
 

@@ -1,10 +1,14 @@
-"""A cache policy as TOML: its fields as keys, its tiers and overrides as arrays of tables. Fields and values, both ways."""
+"""A cache policy as TOML: its fields as keys, its tiers and overrides as arrays of tables. Fields and values, both ways.
+
+And how any TOML is read that people write: from a file of bounded size, in bounded time.
+"""
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from ..models.check import shown
 from ..models.errors import UsageError
@@ -12,6 +16,7 @@ from ..models.limits import MAX_POLICY_BYTES, MAX_POLICY_DOTS
 from .policy_fields import SCALARS, SIDES, Override, Tier
 
 _TIER = ("after", *SIDES)
+_T = TypeVar("_T")
 
 
 def toml(fields: Mapping[str, Any]) -> str:
@@ -37,20 +42,38 @@ def _pairs(fields: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def fields_of_toml(text: str) -> dict[str, Any]:
-    """The fields of a policy in TOML.
+def of_file(path: Path, what: str, read: Callable[[str], _T]) -> _T:
+    """What is read from the text of a TOML file of at most 1 MiB; UsageError, which names the file, where it is refused."""
+    try:
+        if not path.is_file():  # also keeps pipes and devices, which never end, from being opened
+            raise UsageError("no such file")
+        with path.open("rb") as file:
+            data = file.read(MAX_POLICY_BYTES + 1)
+        if len(data) > MAX_POLICY_BYTES:
+            raise UsageError(f"a {what} must be at most {MAX_POLICY_BYTES} bytes, found more")
+        return read(data.decode("utf-8"))
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def parse_toml(text: str, what: str) -> dict[str, Any]:
+    """The table of a TOML text, in bounded time.
 
     Raises:
-        UsageError: what is no TOML, or takes tomllib too long; unknown keys; tables and arrays in the place of others.
+        UsageError: what is no TOML, or takes tomllib too long.
 
     """
     if len(text) > MAX_POLICY_BYTES:
-        raise UsageError(f"a policy must be at most {MAX_POLICY_BYTES} characters, found {len(text)}")
+        raise UsageError(f"a {what} must be at most {MAX_POLICY_BYTES} characters, found {len(text)}")
     for i, line in enumerate(text.split("\n")):
         if line.count(".") > MAX_POLICY_DOTS and not line.lstrip().startswith("#"):
             raise UsageError(f"line {i + 1} must have at most {MAX_POLICY_DOTS} dots, found {line.count('.')}")
     try:
-        table = tomllib.loads(text)
+        return tomllib.loads(text)
     except RecursionError:
         raise UsageError("not valid TOML: nested too deeply") from None
     except tomllib.TOMLDecodeError as error:
@@ -59,6 +82,16 @@ def fields_of_toml(text: str) -> dict[str, Any]:
         key = re.search(r"([A-Za-z0-9_-]+)[\"']?[ \t]*=[ \t\n\[]*[+-]?[0-9_]{4300}", text)
         where = key[1][:100] if key else "a value"
         raise UsageError(f"{where} must be a number of few digits, found one of thousands") from None
+
+
+def fields_of_toml(text: str) -> dict[str, Any]:
+    """The fields of a policy in TOML.
+
+    Raises:
+        UsageError: what is no TOML, or takes tomllib too long; unknown keys; tables and arrays in the place of others.
+
+    """
+    table = parse_toml(text, "policy")
     fields = _known(table, "", (*SCALARS, "older", "overrides"))
     if "older" in fields:
         fields["older"] = _older(fields["older"], "older")

@@ -1,7 +1,6 @@
 """What a sweep goes through: policies, documents and seeds, from options or from a TOML file."""
 
 import itertools
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 from ..engine.policy import CachePolicy
 from ..engine.policy_fields import SCALARS
 from ..engine.policy_text import rotation
+from ..engine.policy_toml import of_file, parse_toml
 from ..models.check import shown
 from ..models.errors import UsageError
-from ..models.limits import MAX_CELLS, MAX_POLICY_BYTES
+from ..models.limits import MAX_CELLS
 from .pieces import DEFAULT_TOKENS, Setting
 from .ranges import parse_numbers, split_words
 from .texts import DEFAULT
@@ -20,6 +20,7 @@ from .texts import DEFAULT
 ROTATE = "rotate"  # both rotations as one word, as the command line has them
 AXES = (*(name for name in SCALARS if name not in ("rotate_k", "rotate_v")), ROTATE)
 """Fields of a policy that a grid can go through."""
+MAX_SEED = (1 << 31) - 1
 NUMBERS = tuple(f.name for f in fields(CachePolicy) if f.type in (int, "int") and f.name in AXES)
 LARGEST = 1 << 24  # of a number: the policy's own rules say more
 
@@ -44,7 +45,7 @@ class Grid:
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        for name, values in (("documents", self.documents), ("seeds", self.seeds)):
+        for name, values in (("policies", self.policies), ("documents", self.documents), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
                 raise UsageError(f"{name} must be one or more, none twice, found {shown(list(values))}")
         if self.n_cells > MAX_CELLS:
@@ -85,10 +86,12 @@ def multiply(bases: Sequence[CachePolicy], axes: Mapping[str, Sequence[Any]]) ->
     return tuple(found), n - len(found)
 
 
-def parse_axis(name: str, given: str | Sequence[str]) -> list[Any]:
-    """Values of a field, as options give them: words separated by commas; for numbers also ranges like 0:512:128."""
-    texts = [given] if isinstance(given, str) else list(given)
-    option = f"--{name.replace('_', '-')}"
+def parse_axis(name: str, texts: Sequence[str], label: str | None = None) -> list[Any]:
+    """Values of a field, as options give them: words separated by commas; for numbers also ranges like 0:512:128.
+
+    ``label`` is what messages call it, the option unless given.
+    """
+    option = f"--{name.replace('_', '-')}" if label is None else label
     return list(parse_numbers(option, texts, 0, LARGEST) if name in NUMBERS else split_words(option, texts))
 
 
@@ -108,17 +111,7 @@ def load(path: Path) -> tuple[dict[str, Any], list[str], dict[str, list[Any]], d
         UsageError: which names the file: no TOML, unknown keys, wrong types.
 
     """
-    try:
-        data = path.read_bytes()
-        if len(data) > MAX_POLICY_BYTES:
-            raise UsageError(f"a grid must be at most {MAX_POLICY_BYTES} bytes, found more")
-        return _of_table(tomllib.loads(data.decode("utf-8")))
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
-    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
-        raise UsageError(f"{path}: not TOML: {error or type(error).__name__}") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    return of_file(path, "grid", lambda text: _of_table(parse_toml(text, "grid")))
 
 
 def _of_table(table: dict[str, Any]) -> tuple[dict[str, Any], list[str], dict[str, list[Any]], dict[str, Any]]:
@@ -159,7 +152,7 @@ def _list(name: str, value: Any, kind: type) -> list[Any]:
 def _axis(name: str, value: Any) -> list[Any]:
     """A list of values, a text as options have it, or one value."""
     if isinstance(value, str):
-        return parse_axis(name, value)
+        return parse_axis(name, [value], f"grid: {name}")
     values = value if isinstance(value, list) else [value]
     kind = int if name in NUMBERS else str
     if not values or any(type(x) is not kind for x in values):
@@ -179,6 +172,6 @@ def make(
     documents = documents or (DEFAULT,)
     setting = {"tokens": DEFAULT_TOKENS, **setting}
     found, merged = multiply(parse_policies(policies or ["balanced"]), axes)
-    if any(seed < 0 for seed in seeds):
-        raise UsageError(f"seeds must be 0 or more, found {shown(list(seeds))}")
+    if any(not 0 <= seed <= MAX_SEED for seed in seeds):
+        raise UsageError(f"seeds must be from 0 to {MAX_SEED}, found {shown(list(seeds))}")
     return Grid(Setting(**setting), found, merged, tuple(documents), tuple(seeds or (0,)))

@@ -90,7 +90,8 @@ def parse_fractions(option: str, texts: Sequence[str]) -> list[float]:
 
 def _values(option: str, word: str) -> Iterator[int]:
     """The numbers of one word, which is a number or a range."""
-    match = _RANGE.fullmatch(_COLONS.sub(lambda m: f"{m[1]}-{m[2]}+{m[3] or 1}", word) if ":" in word else word)
+    colons = _COLONS.fullmatch(word)
+    match = _RANGE.fullmatch(word if colons is None else f"{colons[1]}-{colons[2]}+{colons[3] or 1}")
     if match is None:
         raise UsageError(f"{option} must be numbers like 512,1024 or ranges like 0-4096+1024, found {shown(word)}")
     first, sign = int(match[1]), match[3] or "+"
