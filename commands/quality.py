@@ -89,8 +89,7 @@ def evaluate(
     text = Document("-", read_text(None)) if file == "-" else document(DEFAULT if file is None else file)
     used_threads = set_threads(threads)
     from ..engine.memory import check_fits
-    from ..engine.policy import CachePolicy
-    from ..experiments.cells import Pair, measure
+    from ..experiments.cells import Pair, beside, measure
     from ..experiments.tables import make_writer
     from ..kernels.warmup import warm_up
 
@@ -106,8 +105,7 @@ def evaluate(
             config.max_position_embeddings,
             config.bos_token_id,
         )
-        beside = [CachePolicy.full(), *([CachePolicy.parse("f16")] if shadow else [])]
-        check_fits(config, policy, len(part.ids) + continuation, beside=beside)
+        check_fits(config, policy, len(part.ids) + continuation, beside=beside(setting, policy))
         warm_up(bars.bar("preparing kernels (compiled once)"))
         begun = time.perf_counter()
         ((found, each),) = measure(pair, setting, part, [policy], bars.bar("evaluating"))

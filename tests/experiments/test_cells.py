@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import mixkv
 from mixkv import CachePolicy, Override, Session, Tier, cli
+from mixkv.engine.memory import plan
 from mixkv.experiments import cells, rows
 from mixkv.experiments.cells import Pair, key, measure
 from mixkv.experiments.evaluate import REGIMES, evaluate_each
@@ -305,6 +306,27 @@ def test_bytes_and_bits_of_an_old_token_are_those_of_all_layers(packed: Model) -
     assert measured(packed, CachePolicy.parse("f16"), tokens=40)["bits_per_value"] == 16
     older = measured(packed, TIERS, tokens=40)["bits_per_value"]
     assert older == (2 + 1 + 2 + 2) / 2, "that of the oldest tier"
+
+
+@pytest.mark.parametrize("policy", [MIXED, TIERS, CachePolicy(window=64, dense="f32"), CachePolicy.full()], ids=str)
+@pytest.mark.parametrize(("regime", "shadow"), [("decode", False), ("both", False), ("chunked", True), ("both", True)])
+def test_the_caches_that_are_planned_are_those_that_are_made(
+    packed: Model, regime: str, shadow: bool, policy: CachePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bytes; of a session in shadow mode it is known but for the window, which is counted twice."""
+    sessions, real = list[Session](), Session.__init__
+
+    def watched(self: Session, *args: Any, **options: Any) -> None:
+        real(self, *args, **options)
+        sessions.append(self)
+
+    monkeypatch.setattr(Session, "__init__", watched)
+    setting = Setting("toy", regime=regime, shadow=shadow)
+    measure(Pair(packed, packed), setting, part_of(setting), [policy])
+    made = sum(session.nbytes()["total"] for session in sessions)
+    plans = [plan(packed.config, each, len(IDS)) for each in (policy, *cells.beside(setting, policy))]
+    planned = sum(each.total for each in plans)
+    assert made <= planned <= made + shadow * (plans[0].recent + plans[0].sink)
 
 
 # --- regimes ------------------------------------------------------------------------------------------------------

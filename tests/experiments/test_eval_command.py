@@ -11,6 +11,7 @@ import numba
 import pytest
 from typer.testing import CliRunner, Result
 
+import mixkv.engine.memory
 import mixkv.models.linear
 import mixkv.models.load
 from mixkv import CachePolicy, Session, cli
@@ -198,6 +199,33 @@ def test_each_weight_format_is_loaded_once(
     flat = {"f32": False, "q8": True}
     assert (found["ppl"] == pytest.approx(258)) == flat[used[0]]
     assert (found["ppl_reference"] == pytest.approx(258)) == flat[used[1]]
+
+
+@pytest.mark.parametrize(
+    ("options", "beside"),
+    [
+        ([], ["full"]),
+        (["--regime", "both"], ["full", "full", "k4v4"]),
+        (["--shadow", "--dense", "f32"], ["full", "k4v4:dense=f32", "full"]),
+        (["--regime", "both", "--shadow"], ["full", "full", "k4v4", "k4v4", "f16"]),
+    ],
+    ids=str,
+)
+def test_memory_is_planned_for_all_caches_that_stand_beside_the_first(
+    file: str, options: list[str], beside: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(mixkv.engine.memory, "check_fits", lambda *args, **more: asked.append((args, more)))
+    answer(file, "-n", "20", "--continue", "3", *options)
+    (((_, policy, tokens), more),) = asked
+    assert tokens == 23 and policy.window == 128
+    assert sorted(map(str, more["beside"])) == sorted(str(CachePolicy.parse(each)) for each in beside)
+
+
+def test_a_cache_that_does_not_fit_is_refused(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixkv.engine.memory, "available_nbytes", lambda: 500_000)
+    assert answer(file)["tokens"] == len(TEXT)
+    refused(mixkv_eval(file, "--regime", "both"), 2, "a cache of 296 tokens and 3 beside it needs", "500000 bytes")
 
 
 def test_progress_is_drawn_on_stderr_where_it_is_a_terminal(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
