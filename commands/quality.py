@@ -86,6 +86,8 @@ def evaluate(
     setting = Setting(model, weights, other, tokens, first, regime, shadow, continuation)
     if per_token is not None and not per_token.parent.is_dir():
         raise UsageError(f"--per-token {per_token}: there is no folder {per_token.parent}")
+    if per_token is not None and per_token.is_dir():
+        raise UsageError(f"--per-token {per_token}: is a folder")
     text = Document("-", read_text(None)) if file == "-" else document(DEFAULT if file is None else file)
     used_threads = set_threads(threads)
     from ..engine.memory import check_fits
@@ -110,8 +112,6 @@ def evaluate(
         begun = time.perf_counter()
         ((found, each),) = measure(pair, setting, part, [policy], bars.bar("evaluating"))
     row = {**found, "threads": used_threads, "seconds": time.perf_counter() - begun}
-    if per_token is not None:
-        _write_per_token(per_token, pair.candidate, part, policy.window, each)
     if as_json:
         print(json.dumps(row, ensure_ascii=False))
     elif as_csv:
@@ -120,6 +120,8 @@ def evaluate(
         print(make_writer("csv", [], str).row(flat(row)), end="")
     else:
         _print_evaluation(row)
+    if per_token is not None:
+        _write_per_token(per_token, pair.candidate, part, policy.window, each)
 
 
 def _print_evaluation(row: dict[str, Any]) -> None:
