@@ -125,7 +125,7 @@ def evaluate(
 
 
 def _print_evaluation(row: dict[str, Any]) -> None:
-    """The numbers of a row that people read, and below them the divergence by distance and the five worst tokens."""
+    """The numbers of a row that people read, the divergence by distance among them."""
     shown = {name: row[name] for name in SHOWN if name not in OPTIONAL or row[name] is not None}
     shown["by_distance"] = {
         "not yet" if x["from"] is None else f"{x['from']} to {x['to']}": f"KL {x['kld']:.6g}, top-1 {x['top1']:.4g}, "
