@@ -2,12 +2,11 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -24,21 +23,14 @@ from mixkv.models.fingerprint import fingerprint
 from mixkv.models.load import Model
 from mixkv.models.tokenizer import ByteTokenizer, TextStream
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXT = (Path(mixkv.__file__).parent / "LICENSE").read_text(encoding="ascii")[:300]
 IDS = list(TEXT.encode())
 MIXED = CachePolicy(window=20, sinks=2, k_bits=3, v_bits=3, tile=32)
 TIERS = CachePolicy(window=32, sinks=1, tile=32, older=(Tier(64, k_bits=2, v_bits=2),))
 LAYERS = CachePolicy(window=0, tile=32, overrides=(Override("1", k_bits=8, v_bits=8),))
 TIMES = {"prefill_tokens_per_second", "decode_tokens_per_second"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A tiny model is not worth a second one, and commands are for the process."""
-    before = numba.get_num_threads()
-    numba.set_num_threads(1)
-    yield
-    numba.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
