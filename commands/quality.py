@@ -86,11 +86,12 @@ def evaluate(
     setting = Setting(model, weights, other, tokens, first, regime, shadow, continuation)
     if per_token is not None and not per_token.parent.is_dir():
         raise UsageError(f"--per-token {per_token}: there is no folder {per_token.parent}")
+    if per_token is not None and per_token.is_dir():
+        raise UsageError(f"--per-token {per_token}: is a folder")
     text = Document("-", read_text(None)) if file == "-" else document(DEFAULT if file is None else file)
     used_threads = set_threads(threads)
     from ..engine.memory import check_fits
-    from ..engine.policy import CachePolicy
-    from ..experiments.cells import Pair, measure
+    from ..experiments.cells import Pair, beside, measure
     from ..experiments.tables import make_writer
     from ..kernels.warmup import warm_up
 
@@ -106,14 +107,11 @@ def evaluate(
             config.max_position_embeddings,
             config.bos_token_id,
         )
-        beside = [CachePolicy.full(), *([CachePolicy.parse("f16")] if shadow else [])]
-        check_fits(config, policy, len(part.ids) + continuation, beside=beside)
+        check_fits(config, policy, len(part.ids) + continuation, beside=beside(setting, policy))
         warm_up(bars.bar("preparing kernels (compiled once)"))
         begun = time.perf_counter()
         ((found, each),) = measure(pair, setting, part, [policy], bars.bar("evaluating"))
     row = {**found, "threads": used_threads, "seconds": time.perf_counter() - begun}
-    if per_token is not None:
-        _write_per_token(per_token, pair.candidate, part, policy.window, each)
     if as_json:
         print(json.dumps(row, ensure_ascii=False))
     elif as_csv:
@@ -122,10 +120,12 @@ def evaluate(
         print(make_writer("csv", [], str).row(flat(row)), end="")
     else:
         _print_evaluation(row)
+    if per_token is not None:
+        _write_per_token(per_token, pair.candidate, part, policy.window, each)
 
 
 def _print_evaluation(row: dict[str, Any]) -> None:
-    """The numbers of a row that people read, and below them the divergence by distance and the five worst tokens."""
+    """The numbers of a row that people read, the divergence by distance among them."""
     shown = {name: row[name] for name in SHOWN if name not in OPTIONAL or row[name] is not None}
     shown["by_distance"] = {
         "not yet" if x["from"] is None else f"{x['from']} to {x['to']}": f"KL {x['kld']:.6g}, top-1 {x['top1']:.4g}, "

@@ -45,6 +45,16 @@ def key(setting: Setting, fingerprints: tuple[str, str], part: Piece, policy: Ca
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def beside(setting: Setting, policy: CachePolicy) -> list[CachePolicy]:
+    """The caches that there are beside a policy's own while it is measured alone: those of the reference, and of checks.
+
+    One in shadow mode has codes, and everything densely; so its window is counted twice here.
+    """
+    again = [CachePolicy.full(), policy] if setting.regime == "both" else []
+    shadow = [policy, CachePolicy.parse(policy.dense)] if setting.shadow else []
+    return [CachePolicy.full(), *again, *shadow]
+
+
 def measure(
     pair: Pair,
     setting: Setting,

@@ -2,18 +2,18 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import mixkv
 from mixkv import CachePolicy, Override, Session, Tier, cli
+from mixkv.engine.memory import plan
 from mixkv.experiments import cells, rows
 from mixkv.experiments.cells import Pair, key, measure
 from mixkv.experiments.evaluate import REGIMES, evaluate_each
@@ -23,21 +23,14 @@ from mixkv.models.fingerprint import fingerprint
 from mixkv.models.load import Model
 from mixkv.models.tokenizer import ByteTokenizer, TextStream
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXT = (Path(mixkv.__file__).parent / "LICENSE").read_text(encoding="ascii")[:300]
 IDS = list(TEXT.encode())
 MIXED = CachePolicy(window=20, sinks=2, k_bits=3, v_bits=3, tile=32)
 TIERS = CachePolicy(window=32, sinks=1, tile=32, older=(Tier(64, k_bits=2, v_bits=2),))
 LAYERS = CachePolicy(window=0, tile=32, overrides=(Override("1", k_bits=8, v_bits=8),))
 TIMES = {"prefill_tokens_per_second", "decode_tokens_per_second"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A tiny model is not worth a second one, and commands are for the process."""
-    before = numba.get_num_threads()
-    numba.set_num_threads(1)
-    yield
-    numba.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -305,6 +298,27 @@ def test_bytes_and_bits_of_an_old_token_are_those_of_all_layers(packed: Model) -
     assert measured(packed, CachePolicy.parse("f16"), tokens=40)["bits_per_value"] == 16
     older = measured(packed, TIERS, tokens=40)["bits_per_value"]
     assert older == (2 + 1 + 2 + 2) / 2, "that of the oldest tier"
+
+
+@pytest.mark.parametrize("policy", [MIXED, TIERS, CachePolicy(window=64, dense="f32"), CachePolicy.full()], ids=str)
+@pytest.mark.parametrize(("regime", "shadow"), [("decode", False), ("both", False), ("chunked", True), ("both", True)])
+def test_the_caches_that_are_planned_are_those_that_are_made(
+    packed: Model, regime: str, shadow: bool, policy: CachePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bytes; of a session in shadow mode it is known but for the window, which is counted twice."""
+    sessions, real = list[Session](), Session.__init__
+
+    def watched(self: Session, *args: Any, **options: Any) -> None:
+        real(self, *args, **options)
+        sessions.append(self)
+
+    monkeypatch.setattr(Session, "__init__", watched)
+    setting = Setting("toy", regime=regime, shadow=shadow)
+    measure(Pair(packed, packed), setting, part_of(setting), [policy])
+    made = sum(session.nbytes()["total"] for session in sessions)
+    plans = [plan(packed.config, each, len(IDS)) for each in (policy, *cells.beside(setting, policy))]
+    planned = sum(each.total for each in plans)
+    assert made <= planned <= made + shadow * (plans[0].recent + plans[0].sink)
 
 
 # --- regimes ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """``mixkv eval`` as a person meets it, on the toy model, whose tokens are bytes."""
 
+import csv
+import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -8,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+import mixkv.engine.memory
+import mixkv.experiments.cells
 import mixkv.models.linear
 import mixkv.models.load
 from mixkv import CachePolicy, Session, cli
@@ -153,6 +159,33 @@ def test_an_option_out_of_range_is_refused(file: str, options: list[str], words:
     refused(mixkv_eval(file, *options), 2, *words)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--json", "--csv"], ["--json and --csv cannot be had at once"]),
+        (["--seed", "-1", "-n", "20"], ["--seed must be 0 or more, found -1"]),
+        (["--seed", "1"], ["--seed 1 has no effect on a whole text", "--tokens"]),
+        (["--first", "-1"], ["--first must be 0 or more, found -1"]),
+        (["--first", "295"], ["first must be from 0 to 294", "found 295"]),
+        (["--regime", "all"], ["--regime must be one of chunked, decode, both, found all"]),
+        (["--continue", "-1"], ["--continue must be from 0 to", "found -1"]),
+        (["--per-token", "no/such/folder.csv"], ["--per-token no/such/folder.csv: there is no folder no/such"]),
+        (["--per-token", "."], ["--per-token .: is a folder"]),
+    ],
+    ids=str,
+)
+def test_options_of_a_measurement_out_of_range_are_refused(
+    file: str, options: list[str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(mixkv_eval(file, *options), 2, *words)
+
+
+def test_a_piece_longer_than_the_text_is_refused_unless_it_is_the_first(file: str) -> None:
+    refused(mixkv_eval(file, "-n", "300", "--seed", "2"), 5, "the text has 296 tokens, fewer than the 300 asked for")
+    refused(mixkv_eval(file, "--continue", "16089"), 5, "the context 16384, 16089 of them to be generated")
+
+
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     refused(mixkv_eval(str(tmp_path / "none")), 5, "none", "cannot be read")
     (tmp_path / "latin1").write_bytes(b"caf\xe9 au lait")
@@ -198,6 +231,142 @@ def test_each_weight_format_is_loaded_once(
     flat = {"f32": False, "q8": True}
     assert (found["ppl"] == pytest.approx(258)) == flat[used[0]]
     assert (found["ppl_reference"] == pytest.approx(258)) == flat[used[1]]
+
+
+@pytest.mark.parametrize(
+    ("options", "beside"),
+    [
+        ([], ["full"]),
+        (["--regime", "both"], ["full", "full", "k4v4"]),
+        (["--shadow", "--dense", "f32"], ["full", "k4v4:dense=f32", "full"]),
+        (["--regime", "both", "--shadow"], ["full", "full", "k4v4", "k4v4", "f16"]),
+    ],
+    ids=str,
+)
+def test_memory_is_planned_for_all_caches_that_stand_beside_the_first(
+    file: str, options: list[str], beside: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(mixkv.engine.memory, "check_fits", lambda *args, **more: asked.append((args, more)))
+    answer(file, "-n", "20", "--continue", "3", *options)
+    (((_, policy, tokens), more),) = asked
+    assert tokens == 23 and policy.window == 128
+    assert sorted(map(str, more["beside"])) == sorted(str(CachePolicy.parse(each)) for each in beside)
+
+
+def test_a_cache_that_does_not_fit_is_refused(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixkv.engine.memory, "available_nbytes", lambda: 500_000)
+    assert answer(file)["tokens"] == len(TEXT)
+    refused(mixkv_eval(file, "--regime", "both"), 2, "a cache of 296 tokens and 3 beside it needs", "500000 bytes")
+
+
+# --- what is measured besides -------------------------------------------------------------------------------------
+
+
+def test_the_default_text_is_the_beginning_of_pythons_help_topics() -> None:
+    """2,048 tokens of it, the topics in the order of their names."""
+    from pydoc_data.topics import topics
+
+    found = answer()
+    text = "\n".join(topics[name] for name in sorted(topics)).encode()[:2048]
+    assert (found["document"], found["seed"], found["start"], found["tokens"]) == ("topics", 0, 0, 2048)
+    assert found["document_digest"] == hashlib.sha256(np.array([*text], np.int64).tobytes()).hexdigest()[:16]
+    assert found["prompt_tail"] == text.decode("utf-8", "replace")[-200:]
+    assert found["command"] == f"mixkv eval -m toy -n 2048 --policy '{CachePolicy()}'"
+    some = answer("-n", "100")
+    assert (some["document"], some["tokens"], some["prompt_tail"]) == ("topics", 100, text[:100].decode())
+    refused(mixkv_eval("topics"), 5, "topics: the text has", "the context 16384", "--tokens")
+
+
+def test_a_seed_is_another_piece(file: str) -> None:
+    found = [answer(file, "-n", "100", "--seed", str(seed)) for seed in (0, 1, 1, 2)]
+    assert found[0]["start"] == 0 and found[1]["start"] == found[2]["start"] != found[3]["start"]
+    for x in found:
+        assert TEXT[x["start"] : x["start"] + 100].endswith(x["prompt_tail"]) and x["tokens"] == 100
+        piece = answer("-", text=TEXT[x["start"] : x["start"] + 100])
+        assert {name: x[name] for name in RESULTS} == {name: piece[name] for name in RESULTS}
+
+
+def test_first_leaves_predictions_out(file: str, toy: Model) -> None:
+    found = answer(file, "--first", "200", "--window", "20")
+    sessions = Session(toy, CachePolicy.full()), Session(toy, CachePolicy(window=20))
+    expected = evaluate(*sessions, [*TEXT.encode()], first=200, mass=True).to_dict()
+    assert (found["first"], found["tokens"], found["predicted_tokens"]) == (200, 296, 95)
+    assert found["kld"] == pytest.approx(expected["kld"], rel=1e-3) and found["mass"] == pytest.approx(expected["mass"])
+    assert [(x["from"], x["to"], x["tokens"]) for x in found["by_distance"]] == [(129, 256, 76), (257, 512, 19)]
+
+
+def test_everything_at_once_is_in_json_and_in_the_table(file: str) -> None:
+    options = file, "-n", "120", "--weights", "q8", "--window", "20", "--regime", "both", "--shadow", "--continue", "5"
+    found = answer(*options)
+    same = {"reference_same_bits": True, "candidate_same_bits": True, "largest_kld_difference": 0}
+    assert (found["regime"], found["regimes"]) == ("both", same)
+    assert [len(found["local_errors"][part]) for part in ("k", "v", "both")] == [3, 3, 3]
+    assert len(found["continuation"]["token_ids"]) == len(found["reference_continuation"]["tokens"]) == 5
+    table = mixkv_eval(*options).stdout
+    for words in ("candidate_same_bits        True", "1 to 64", "mass", "decode_tokens_per_second", "bits_per_value"):
+        assert words in table
+
+
+def test_csv_is_a_line_of_names_and_one_of_numbers(file: str) -> None:
+    options = file, "--seed", "3", "-n", "100", "--continue", "2", "--window", "20"
+    result = mixkv_eval(*options, "--csv")
+    assert (result.exit_code, result.stderr) == (0, "")
+    names, numbers, *more = csv.reader(io.StringIO(result.stdout))
+    assert more == [] and len(names) == len(set(names))
+    row, expected = dict(zip(names, numbers, strict=True)), answer(*options)
+    assert float(row["kld_p99"]) == expected["kld"]["p99"] and float(row["dp_rms"]) == expected["dp"]["rms"]
+    assert float(row["mass_recent"]) == expected["mass"]["recent"] and row["seed"] == "3"
+    assert (
+        row["continuation_text"] == expected["continuation"]["text"] and row["prompt_tail"] == expected["prompt_tail"]
+    )
+    assert row["command"] == expected["command"] and row["local_errors"] == "", "what is not there is empty"
+    assert not {"by_distance", "worst", "histogram_counts", "mass_by_layer_shares"} & set(names)
+
+
+def test_per_token_is_a_line_for_each_prediction(file: str, toy: Model, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.csv"
+    found = answer(file, "--first", "9", "--window", "20", "--tile", "32", "--per-token", str(path))
+    assert found == answer(file, "--first", "9", "--window", "20", "--tile", "32") | {
+        name: found[name] for name in ("seconds", "prefill_tokens_per_second")
+    }
+    sessions = Session(toy, CachePolicy.full()), Session(toy, CachePolicy(window=20, tile=32))
+    each = evaluate(*sessions, [*TEXT.encode()], first=9).each
+    with path.open(encoding="utf-8", newline="") as stream:
+        rows = [*csv.DictReader(stream)]
+    assert len(rows) == found["predicted_tokens"] == 286
+    for i, row in enumerate(rows):
+        assert list(row) == [
+            "position", "behind", "token_id", "token", "nll_reference", "nll", "kld", "top_reference_id", "top_id",
+        ]  # fmt: skip
+        assert (row["position"], row["behind"], row["token"]) == (str(10 + i), str(10 + i - 20), TEXT[10 + i])
+        assert row["token_id"] == str(ord(TEXT[10 + i]))
+        numbers = [float(row[name]) for name in ("nll_reference", "nll", "kld")]
+        assert numbers == pytest.approx([each.nll_reference[i], each.nll[i], each.kld[i]], rel=1e-3, abs=1e-6)
+    assert np.mean([float(row["kld"]) for row in rows]) == pytest.approx(found["kld"]["mean"])
+    assert np.mean([row["top_id"] == row["top_reference_id"] for row in rows]) == pytest.approx(found["top1"])
+    for distance in found["by_distance"]:
+        low, high = distance["from"], distance["to"]
+        own = [float(x["kld"]) for x in rows if (low is None or low <= int(x["behind"])) and int(x["behind"]) <= high]
+        if low is not None:
+            assert len(own) == distance["tokens"] and np.mean(own) == pytest.approx(distance["kld"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux, which takes nothing")
+def test_what_was_measured_is_printed_whatever_becomes_of_the_file(file: str) -> None:
+    result = mixkv_eval(file, "--per-token", "/dev/full", "--json")
+    assert result.exit_code == 2 and json.loads(result.stdout)["tokens"] == 296
+    assert result.stderr == "mixkv: --per-token /dev/full: cannot be written: No space left on device\n"
+
+
+def test_one_model_serves_both_sides(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs: list[Any] = []
+    real = mixkv.experiments.cells.measure
+    monkeypatch.setattr(mixkv.experiments.cells, "measure", lambda *args: pairs.append(args[0]) or real(*args))
+    answer(file, "-n", "20")
+    answer(file, "-n", "20", "--weights", "q8", "--reference-weights", "q8")
+    answer(file, "-n", "20", "--weights", "q8", "--reference-weights", "f32")
+    assert [pair.candidate is pair.reference for pair in pairs] == [True, True, False]
 
 
 def test_progress_is_drawn_on_stderr_where_it_is_a_terminal(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
