@@ -9,23 +9,25 @@ from .tables import Row
 
 
 def pareto(summaries: Sequence[Summary]) -> Figure | Missing:
-    """KL against the bytes of an old token, with the front."""
+    """KL against the bytes of the whole cache a token, with the front."""
     title = "Divergence against bytes"
     rows, drawn = [], set[int]()
     for name in QUANTILES:
-        points = [s for s in summaries if s.bytes_old is not None and (s.kl[name] or 0) > 0]
+        points = [s for s in summaries if s.bytes_token is not None and (s.kl[name] or 0) > 0]
         best = front(points, lambda s, name=name: s.kl[name])  # type: ignore[misc]
         indices, named = {summary.index for summary in best}, _apart(points, best, name)
         drawn |= {summary.index for summary in points}
         rows += [_point(summary, name, summary.index in indices, summary.index in named) for summary in points]
     if not rows:
-        return Missing(title, "no row with the bytes of an old token and a KL above 0", SWEEP)
+        return Missing(title, "no row with the bytes of a cache and a KL above 0", SWEEP)
     found = dict.fromkeys(str(row["measure"]) for row in rows)
     select = Select("measure", "KL of a prediction", tuple((QUANTILES[name], name) for name in found))
     without = len(summaries) - len(drawn)
     text = (
         "The lower and the further left, the better. Filled points, which the line joins, are the front: no other "
         "policy is better in both. Hover over a point, or tap it, for what it is and the command that measures it again.",
+        "Bytes are those of the whole cache over the tokens in it, window and sinks included: behind a longer text a "
+        "window costs less.",
         _averaged(summaries),
         "Bars are one standard error of the mean." if any(s.kl["se"] for s in summaries) else "",
         f"{without} policies are not drawn: their bytes are unknown, or their KL is 0 or unknown." if without else "",
@@ -38,7 +40,7 @@ def _point(summary: Summary, name: str, best: bool, is_named: bool) -> Row:
     assert kl is not None
     bars = {"low": number(max(kl - (error or 0), kl / 10)), "high": number(kl + (error or 0))}
     return {
-        "index": summary.index, "policy": summary.label, "measure": name, "bytes": number(summary.bytes_old, 6),
+        "index": summary.index, "policy": summary.label, "measure": name, "bytes": number(summary.bytes_token, 6),
         "bits": number(summary.mean("bits_per_value")), "kl": number(kl), **bars, "front": best,
         "command": _commands(summary), **({"name": _short(summary.label)} if is_named else {}),
     }  # fmt: skip
@@ -57,10 +59,10 @@ def _short(label: str) -> str:
 def _apart(points: Sequence[Summary], best: Sequence[Summary], name: str) -> set[int]:
     """Indices of the points of a front whose names have room: none is written over the one before."""
     logs = [math.log(summary.kl[name] or 1) for summary in points]
-    wide = [summary.bytes_old or 0 for summary in points]
+    wide = [summary.bytes_token or 0 for summary in points]
     named: list[tuple[float, float, int]] = []
     for summary in best:
-        y, x = math.log(summary.kl[name] or 1), summary.bytes_old or 0
+        y, x = math.log(summary.kl[name] or 1), summary.bytes_token or 0
         far = [
             (abs(x - x0) / (max(wide) - min(wide) or 1), abs(y - y0) / (max(logs) - min(logs) or 1))
             for x0, y0, _ in named
@@ -74,7 +76,7 @@ def _pareto_spec(select: Select, rows: Sequence[Row]) -> Spec:
     least, most = (end(row["bytes"] for row in rows) for end in (min, max))
     left = max(least - 0.2 * (most - least), 0)  # room for names
     x = axis(
-        "bytes", "bytes of an old token, all layers", axis=SI_AXIS,
+        "bytes", "bytes of the cache a token", axis=SI_AXIS,
         scale={"zero": False, "domainMin": {"expr": f"width < 480 ? {least} : {left}"}, "padding": 12},
     )  # fmt: skip
     y = axis("kl", "KL divergence (nats)", scale={"type": "log"}, axis=LOG_AXIS)

@@ -34,6 +34,11 @@ class Summary:
     commands: tuple[str, ...]
 
     @property
+    def bytes_token(self) -> float | None:
+        """Bytes of the whole cache over the tokens in it, window and sinks included; None if unknown."""
+        return self.mean("kv_bytes_per_token")
+
+    @property
     def policy(self) -> str:
         """The canonical line."""
         return str(self.rows[0]["policy"])
@@ -95,8 +100,9 @@ def values(rows: Iterable[Row], name: str) -> list[object]:
 
 
 def front(summaries: Iterable[Summary], cost: Callable[[Summary], float | None]) -> list[Summary]:
-    """Those that no other beats in bytes and cost at once, fewest bytes first; of equal ones the first."""
-    known = [(s.bytes_old, value, s) for s in summaries if s.bytes_old is not None and (value := cost(s)) is not None]
+    """Those that no other beats in bytes a token and cost at once, fewest bytes first; of equal ones the first."""
+    priced = [(s.bytes_token, cost(s), s) for s in summaries]
+    known = [(nbytes, value, s) for nbytes, value, s in priced if nbytes is not None and value is not None]
     best: list[Summary] = []
     least = float("inf")
     for _, value, summary in sorted(known, key=lambda item: (item[0], item[1], item[2].index)):

@@ -1,6 +1,7 @@
 """Cells: which piece, how one is told from another, what is measured in it; on the toy model, whose tokens are bytes."""
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -464,6 +465,24 @@ def test_numbers_that_are_infinite_are_null_in_json(packed: Model, monkeypatch: 
     assert row["ppl_reference"] > 1 and row["histogram"]["counts"][-1] == len(IDS) - at
     assert [x["p"] for x in row["worst"] if x["position"] == at] == [0]
     assert row["regimes"]["largest_kld_difference"] == 0, "infinite in both is the same"
+
+
+def names_of(row: dict[str, Any]) -> set[str]:
+    """Keys, and those of what lies in them as "kld.mean", but for segments' names and the second continuation."""
+    found = set(row)
+    for name in set(row) - {"mass", "reference_continuation"}:
+        inside = row[name][0] if isinstance(row[name], list) else row[name]
+        found |= {f"{name}.{key}" for key in inside} if isinstance(inside, dict) else set()
+    return found
+
+
+def test_every_number_is_explained(packed: Model) -> None:
+    """In docs/metrics.md, which names none that there is not."""
+    text = (Path(mixkv.__file__).parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+    explained = set(re.findall("`([a-z0-9_.]+)`", text))
+    names = names_of(measured(packed, tokens=40, regime="both", shadow=True, continuation=2))
+    assert names - explained == set()
+    assert {name for name in explained if name.partition(".")[0] in names and "." in name} <= names
 
 
 # --- doing it again -----------------------------------------------------------------------------------------------

@@ -120,11 +120,11 @@ def test_the_front_joins_the_best_and_every_policy_is_a_point(report: pages.Repo
     for row in rows:
         if row.get("kind") == "eval":
             by_policy.setdefault(row["policy"], []).append(row)
-    truth = {own[0]["policy"]: (own[0]["kv_bytes_per_old_token"], (own[0]["kld"]["mean"] + own[1]["kld"]["mean"]) / 2)
+    truth = {own[0]["policy"]: (own[0]["kv_bytes_per_token"], (own[0]["kld"]["mean"] + own[1]["kld"]["mean"]) / 2)
              for own in by_policy.values()}  # fmt: skip
     for point in data:
         nbytes, kl = truth[report.summaries[point["index"]].policy]
-        assert (point["bytes"], point["kl"]) == (pytest.approx(nbytes), pytest.approx(kl, rel=1e-3))
+        assert (point["bytes"], point["kl"]) == (pytest.approx(nbytes, rel=1e-5), pytest.approx(kl, rel=1e-3))
         assert point["low"] < point["kl"] < point["high"]
         best = not any(b <= nbytes and k < kl or b < nbytes and k <= kl for b, k in truth.values())
         assert point["front"] == best, point

@@ -233,7 +233,7 @@ def test_a_line_is_called_by_its_preset_or_by_what_is_unusual_in_it() -> None:
 
 
 def of(index: int, nbytes: float | None, kl: float | None) -> Summary:
-    return Summary(index, str(index), ({"policy": "p"},), {"mean": kl}, nbytes, ())
+    return Summary(index, str(index), ({"policy": "p", "kv_bytes_per_token": nbytes},), {"mean": kl}, nbytes, ())
 
 
 POINTS = st.lists(st.tuples(st.none() | st.integers(0, 6), st.none() | st.integers(0, 6)), max_size=12)
@@ -242,16 +242,16 @@ POINTS = st.lists(st.tuples(st.none() | st.integers(0, 6), st.none() | st.intege
 @given(POINTS)
 def test_the_front_is_what_no_other_beats(points: list[tuple[float | None, float | None]]) -> None:
     summaries = [of(i, *point) for i, point in enumerate(points)]
-    known = [s for s in summaries if s.bytes_old is not None and s.kl["mean"] is not None]
+    known = [s for s in summaries if s.bytes_token is not None and s.kl["mean"] is not None]
 
     def beaten(a: Summary) -> bool:
         return any(
-            b.bytes_old <= a.bytes_old and b.kl["mean"] <= a.kl["mean"]
-            and ((b.bytes_old, b.kl["mean"]) != (a.bytes_old, a.kl["mean"]) or b.index < a.index)
+            b.bytes_token <= a.bytes_token and b.kl["mean"] <= a.kl["mean"]
+            and ((b.bytes_token, b.kl["mean"]) != (a.bytes_token, a.kl["mean"]) or b.index < a.index)
             for b in known
         )  # fmt: skip
 
-    expected = sorted((s for s in known if not beaten(s)), key=lambda s: s.bytes_old)
+    expected = sorted((s for s in known if not beaten(s)), key=lambda s: s.bytes_token)
     assert front(summaries, lambda s: s.kl["mean"]) == expected
 
 
