@@ -1,5 +1,6 @@
 """A results file: JSON Lines that grow row by row, and are never torn: a row is there whole, or not at all."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -37,6 +38,10 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         try:
+            if self.path.exists() and not self.path.is_file():
+                raise UsageError(f"{self.path}: not a file")  # a pipe would keep us waiting
+            if not self.path.parent.is_dir():  # the lock would make it
+                raise UsageError(f"{self.path}: there is no folder {self.path.parent}")
             self._lock.acquire()
         except filelock.Timeout:
             raise UsageError(f"{self.path}: another process is writing to it") from None
@@ -63,28 +68,44 @@ class Journal:
         whole = 0
         with open(os.dup(self._file), "rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_RESULT_LINE_BYTES + 1), b""), 1):
+                where = f"{self.path}:{number}"
+                if len(line.removesuffix(NEWLINE)) > MAX_RESULT_LINE_BYTES:
+                    raise UsageError(f"{where}: a line of more than {MAX_RESULT_LINE_BYTES} bytes")
                 if line.endswith(NEWLINE):
-                    self.keys |= _key(line, f"{self.path}:{number}")
+                    self.keys |= _key(line, where)
                     whole += len(line)
-                elif len(line) > MAX_RESULT_LINE_BYTES:
-                    raise UsageError(f"{self.path}:{number}: a line of more than {MAX_RESULT_LINE_BYTES} bytes")
-                elif line.startswith(BEGINNING[: len(line)]) and not _is_whole(line):
+                elif not line.startswith(BEGINNING[: len(line)]):  # what is not ours is not to be changed
+                    raise _not_ours(line, where)
+                elif _parsed(line) is None:
                     self.torn = len(line)
                     os.ftruncate(self._file, whole)
                 else:
-                    self.keys |= _key(line, f"{self.path}:{number}")
+                    self.keys |= _key(line, where)
                     os.write(self._file, NEWLINE)
 
     def rows(self, keys: set[str]) -> list[dict[str, Any]]:
-        """The rows that have these keys, in the order of the file."""
+        """The rows that have these keys, in the order of the file; of two with one key the first."""
+        found: dict[str, dict[str, Any]] = {}
         with self.path.open("rb") as file:
-            rows = (json.loads(line) for line in file)
-            return [row for row in rows if row.get("key") in keys]
+            for line in file:
+                row = json.loads(line)
+                if isinstance(key := row.get("key"), str) and key in keys:
+                    found.setdefault(key, row)
+        return list(found.values())
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write a row, whose first key is "kind"; UsageError where there is no room, and the file is then as it was."""
+        """Write a row, whose first key is "kind".
+
+        Raises:
+            UsageError: there is no room, or the row is too long to be read again; the file is then as it was.
+
+        """
         assert next(iter(row)) == "kind"
         line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + NEWLINE
+        if len(line) > MAX_RESULT_LINE_BYTES + 1:
+            raise UsageError(
+                f"{self.path}: a row of {len(line) - 1} bytes, more than the {MAX_RESULT_LINE_BYTES} of a line"
+            )
         before = os.fstat(self._file).st_size
         try:
             done = 0
@@ -92,26 +113,28 @@ class Journal:
                 done += os.write(self._file, line[done:])
             os.fsync(self._file)
         except OSError as error:
-            os.ftruncate(self._file, before)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, before)
             raise UsageError(f"{self.path}: cannot be written: {error.strerror}") from None
         if isinstance(key := row.get("key"), str):
             self.keys.add(key)
 
 
-def _is_whole(line: bytes) -> bool:
+def _parsed(line: bytes) -> Any:
+    """What a line says as JSON; None for what is none."""
     try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _key(line: bytes, where: str) -> set[str]:
     """The key of a row, if it has one; UsageError for what is no row."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
+    row = _parsed(line)
     if not isinstance(row, dict):
-        raise UsageError(f"{where}: not a JSON object: {shown(line[:60])}; is this a results file?")
+        raise _not_ours(line, where)
     return {row["key"]} if isinstance(row.get("key"), str) else set()
+
+
+def _not_ours(line: bytes, where: str) -> UsageError:
+    return UsageError(f"{where}: not a row: {shown(line[:60])}; is this a results file?")
