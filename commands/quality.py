@@ -127,12 +127,17 @@ def evaluate(
 def _print_evaluation(row: dict[str, Any]) -> None:
     """The numbers of a row that people read, the divergence by distance among them."""
     shown = {name: row[name] for name in SHOWN if name not in OPTIONAL or row[name] is not None}
-    shown["by_distance"] = {
-        "not yet" if x["from"] is None else f"{x['from']} to {x['to']}": f"KL {x['kld']:.6g}, top-1 {x['top1']:.4g}, "
-        f"{x['tokens']} tokens"
-        for x in row["by_distance"]
-    }
+    shown["by_distance"] = {_between(x): _line(x) for x in row["by_distance"]}
     print_table(rounded(shown))
+
+
+def _between(part: dict[str, Any]) -> str:
+    return "not yet" if part["from"] is None else f"{part['from']} to {part['to']}"
+
+
+def _line(part: dict[str, Any]) -> str:
+    kld = "inf" if part["kld"] is None else format(part["kld"], ".6g")
+    return f"KL {kld}, top-1 {part['top1']:.4g}, {part['tokens']} tokens"
 
 
 def _write_per_token(path: Path, model: "Model", part: "Piece", window: int, each: "Evaluation") -> None:

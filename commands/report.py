@@ -1,6 +1,7 @@
 """``mixkv report``: results as a page."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,8 @@ def report(
             raise UsageError(f"{option} {place}: there is no folder {place.parent}")
     if output.is_dir():
         raise UsageError(f"--output {output}: is a folder")
+    if output.exists() and any(file.exists() and file.samefile(output) for file in results):
+        raise UsageError(f"--output {output}: is one of the results, which would be lost")
     render.library()
     found = read(_opened(results))
     for note in found.notes:
@@ -54,9 +57,12 @@ def report(
     if not no_figures:
         render.write_files(made.figures, folder)
     html = pages.page(made, figures_folder=None if no_figures else _address(folder, output.parent))
+    beside = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     try:
-        output.write_text(html, encoding="utf-8", errors="replace", newline="")
+        beside.write_text(html, encoding="utf-8", errors="replace", newline="")
+        beside.replace(output)
     except OSError as error:
+        beside.unlink(missing_ok=True)
         raise UsageError(f"--output {output}: cannot be written: {error.strerror}") from None
     print(output)
 
@@ -77,8 +83,7 @@ def _opened(results: list[Path]) -> Iterator[tuple[str, BinaryIO]]:
 
 
 def _address(folder: Path, start: Path) -> str:
-    """The folder's address in a page that lies in ``start``: relative, where that goes without leaving it."""
-    absolute, start = folder.resolve(), start.resolve()
+    """The folder's address in a page that lies in ``start``: relative, so that it says nothing of the machine."""
     from urllib.parse import quote
 
-    return quote(absolute.relative_to(start).as_posix()) if absolute.is_relative_to(start) else absolute.as_uri()
+    return quote(Path(os.path.relpath(folder.resolve(), start.resolve())).as_posix())

@@ -55,6 +55,7 @@ def window_curve(
     from ..experiments.ranges import parse_numbers
     from ..experiments.tables import make_writer
     from ..experiments.texts import default_text
+    from ..models.fingerprint import fingerprint
 
     found: list[Row] = []
     writer = make_writer(output, table.COLUMNS, lambda _: table.heading(found[0]))
@@ -78,8 +79,8 @@ def window_curve(
     document = "topics" if file is None else "stdin" if file == "-" else Path(file).name
     found.append(
         table.row_of(
-            curve, model=model, weights=weights, policy=policy, document=document, token_ids=ids, threads=used_threads,
-            command=line,
+            curve, model=model, model_digest=fingerprint(loaded.config, loaded.transformer.weights), weights=weights,
+            policy=policy, document=document, token_ids=ids, threads=used_threads, command=line,
         )
     )  # fmt: skip
     print_rows(iter(found if output in ("json", "jsonl") else table.lines_of(found[0])), writer, bars)

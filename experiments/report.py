@@ -25,7 +25,7 @@ from . import (
 from .figures import SWEEP, Figure, Missing, default_policy, theme
 from .report_data import page_data, pieces, policy_columns, policy_rows, texts
 from .results import Results
-from .summary import Summary, summarize, values
+from .summary import PIECE, Summary, summarize, values
 from .tables import Row
 
 EMBEDDED_DIGITS = 6
@@ -139,9 +139,7 @@ def _all(rows: Sequence[Row], name: str, most: int = 6) -> str:
 def _notes(report: Report) -> list[str]:
     """What a reader must know to compare policies."""
     notes = []
-    read = [
-        frozenset((row["document"], row.get("start"), row.get("tokens")) for row in s.rows) for s in report.summaries
-    ]
+    read = [frozenset(tuple(row.get(name) for name in PIECE) for row in s.rows) for s in report.summaries]
     if len(set(read)) > 1:
         notes.append(
             "Not all policies were measured on the same pieces of text: their means are not strictly comparable. The "

@@ -62,7 +62,8 @@ def texts(summaries: Sequence[Summary]) -> dict[str, Any]:
         for row in summary.rows:
             if not (row.get("continuation") or {}).get("tokens"):
                 continue
-            key = row["document"], row.get("document_digest"), row.get("start"), row.get("tokens")
+            names = ("document", "document_digest", "start", "tokens", "model", "reference_weights")
+            key = *(row.get(name) for name in names), len(row["continuation"]["tokens"])
             if key not in pieces:
                 pieces[key] = len(pieces)
                 described.append({"name": _piece(row), "prompt": row.get("prompt_tail") or ""})

@@ -52,6 +52,10 @@ class Summary:
         return self.rows[0].get(name)
 
 
+PIECE = ("document", "document_digest", "seed", "start", "tokens", "first")
+"""What makes two rows of one policy be about the same predictions."""
+
+
 def weight(row: Row) -> int:
     """What a row counts in a mean: the predictions that it is about."""
     return row.get("predicted_tokens") or 1
@@ -80,7 +84,12 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     told_apart = [name for name in ("model", "weights", "reference_weights", "regime") if len(values(rows, name)) > 1]
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["policy"], *(row.get(name) for name in told_apart)), []).append(row)
+        own = groups.setdefault((row["policy"], *(row.get(name) for name in told_apart)), [])
+        same = [i for i, other in enumerate(own) if all(other.get(name) == row.get(name) for name in PIECE)]
+        if same:  # measured twice, perhaps once with more: the same predictions count once
+            own[same[0]] = {**row, **{name: x for name, x in own[same[0]].items() if x is not None}}
+        else:
+            own.append(row)
     ordered = sorted(groups.values(), key=lambda own: (_bytes(own) or 0.0, _kl(own)["mean"] or 0.0, own[0]["policy"]))
     labels = _labels(ordered, told_apart)
     return [

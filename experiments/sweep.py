@@ -8,7 +8,7 @@ from ..engine.memory import check_fits
 from ..engine.policy import CachePolicy
 from ..models.errors import MixkvError, UsageError
 from ..models.load import Opened
-from .cells import key
+from .cells import beside, key
 from .grid import Grid
 from .journal import Journal
 from .pieces import Piece, piece
@@ -64,8 +64,11 @@ def check_memory(grid: Grid, opened: Opened, parts: Sequence[Piece], workers: in
     """UsageError where the caches that exist at once, of all workers, are more than the memory there is."""
     most = max(len(part.ids) for part in parts) + grid.setting.continuation
     by_size = sorted(grid.policies, key=lambda policy: -sum(policy.nbytes_per_token(1, opened.config.head_dim)[0]))
-    beside = [CachePolicy.full(), *by_size[1:together]] + [CachePolicy.parse("f16")] * grid.setting.shadow
-    check_fits(opened.config, by_size[0], most, beside=beside + (workers - 1) * [by_size[0], *beside])
+    again = by_size[1:together] * (
+        2 if grid.setting.regime == "both" else 1
+    )  # cells.py ``measure`` holds both regimes'
+    others = [*beside(grid.setting, by_size[0]), *again]
+    check_fits(opened.config, by_size[0], most, beside=others + (workers - 1) * [by_size[0], *others])
 
 
 def cells_of(grid: Grid, parts: Sequence[Piece], fingerprints: tuple[str, str]) -> list[Cell]:

@@ -15,13 +15,14 @@ from .tables import Column, Row
 from .window_curve import WindowCurve
 
 KIND, SCHEMA = "window-curve", 1
-_IDENTITY = ("kind", "schema", "mixkv", "model", "weights", "policy", "document_digest", "tokens", "windows")
+_IDENTITY = ("kind", "schema", "mixkv", "weights", "policy", "document_digest", "tokens", "windows")
 
 
 def row_of(
     curve: WindowCurve,
     *,
     model: str,
+    model_digest: str,
     weights: str,
     policy: CachePolicy,
     document: str,
@@ -34,6 +35,7 @@ def row_of(
     Args:
         curve: what was found.
         model, weights, policy: what it was found with; the policy with any window.
+        model_digest: of the model as it is in memory (models/fingerprint.py); part of the key.
         document: name of the text.
         token_ids: of the text.
         threads: that were in use.
@@ -49,7 +51,7 @@ def row_of(
         "kv_bytes_per_token": list(curve.kv_bytes_per_token), "seconds": curve.seconds,
         "pass_seconds": curve.pass_seconds, "threads": threads, "command": command,
     }  # fmt: skip
-    identity = json.dumps({name: about[name] for name in _IDENTITY}, sort_keys=True)
+    identity = json.dumps({**{name: about[name] for name in _IDENTITY}, "digest": model_digest}, sort_keys=True)
     return {"kind": KIND, "key": hashlib.sha256(identity.encode()).hexdigest()[:16], **about}
 
 

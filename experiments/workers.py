@@ -138,7 +138,10 @@ class Workers:
         try:
             pipe.send(self._tasks[pipe])
         except BrokenPipeError:
-            self._receive(pipe)
+            while isinstance(message := self._receive(pipe), Ready):  # what it said before it ended, then its end
+                pass
+            if isinstance(message, Failed):
+                raise message.error from None
         return 1
 
     def _receive(self, pipe: Connection) -> Any:

@@ -213,9 +213,17 @@ def test_other_weights_and_regimes_are_other_policies() -> None:
     rows = [
         small(weights="f32", regime="decode"),
         small(weights="q8", regime="decode"),
-        small(weights="q8", regime="decode"),
+        small(weights="q8", regime="decode", document="another"),
     ]
     assert [(s.label, len(s.rows)) for s in summarize(rows)] == [("k4v4, f32", 1), ("k4v4, q8", 2)]
+
+
+def test_a_piece_that_was_measured_twice_counts_once_and_what_one_row_lacks_the_other_has() -> None:
+    once, again = small(key="a" * 16, local_errors=None), small(key="b" * 16, local_errors={"both": [[0.5]]})
+    (summary,) = summarize([once, again])
+    (alone,) = summarize([once])
+    assert len(summary.rows) == 1 and summary.kl == alone.kl
+    assert summary.rows[0]["local_errors"] == {"both": [[0.5]]} and summary.rows[0]["key"] == "a" * 16
 
 
 def test_no_two_policies_have_one_label() -> None:
