@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,7 +22,7 @@ from ..models.config import ModelConfig
 from ..models.errors import NumericalError, UsageError
 from ..models.load import Model
 from ..models.transformer import Step
-from .window_layer import ROOM, Float32, Float64, LayerWindows
+from .window_layer import Float32, Float64, LayerWindows, room_nbytes
 
 POINTS = 64  # windows unless somebody says which, at most
 
@@ -153,7 +154,7 @@ def check_memory(config: ModelConfig, policy: CachePolicy, tokens: int, availabl
     queries = 2 * config.num_attention_heads  # turned and padded, and the output of storing
     widest = 2 * config.intermediate_size  # once in its buffer, once as it comes out of a product
     width = 2 * config.hidden_size + (heads + queries) * config.head_dim + 2 * widest
-    needed = caches + 4 * tokens * width + ROOM
+    needed = caches + 4 * tokens * width + room_nbytes(numba.get_num_threads())
     room = memory.available_nbytes() if available is None else available
     if room is not None and needed > room:
         raise UsageError(

@@ -9,7 +9,7 @@ with the state that there is, ``dense`` likewise from b + 1 down to b. So one wa
 give both for every b: two attentions in all, and a merge for each b, instead of an attention for each window.
 """
 
-import functools
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -27,13 +27,15 @@ from ..kernels.tables import N_PARTS, RANGES, STEP
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
-BLOCK = 1024  # queries that are taken through all tiles together
-PIECE = 256  # of these, whose outputs are merged together: the second-level cache holds them
-ROOM = 1 << 27  # bytes of a block's outputs, one for each b; blocks are smaller where these would not do
+BLOCK = 512  # queries that are taken through all tiles together, by one thread; fewer where threads would be idle,
+LEAST = 64  # but not below this
+ROOM, LEAST_ROOM = 1 << 27, 1 << 24  # bytes of blocks' outputs, one for each b: of all threads, and of each at least
 
 
 class LayerWindows:
-    """Finds the errors of one layer after the other; what it needs room for is kept from one to the next.
+    """Finds the errors of one layer after the other; the memory for it is kept from one to the next.
+
+    Threads have blocks of queries of their own, and wait for each other at a layer's end only.
 
     Args:
         policy: one tier, no overrides; its window does not matter.
@@ -45,7 +47,9 @@ class LayerWindows:
     def __init__(self, policy: CachePolicy, windows: Int64, n_kv_heads: int, head_dim: int) -> None:
         self._policy, self._windows = policy, windows
         self._shape = n_kv_heads, head_dim
-        self._room = np.empty(0, np.float32)
+        self._threads = numba.get_num_threads()
+        self._room = room_nbytes(self._threads) // self._threads  # of a thread
+        self._rooms = [np.zeros(self._room // 4, np.float32) for _ in range(self._threads)]
 
     def __call__(self, qkv: Float32, scale: float) -> tuple[Float64, Float64]:
         """Sums of squares over the queries of a text: of errors (W, H), and of the outputs over dense keys (H,).
@@ -61,75 +65,45 @@ class LayerWindows:
         n_heads = qkv.shape[1] - 2 * self._shape[0]
         qkv = pad_last_axis(qkv)
         cache = _stored(self._policy, qkv, *self._shape)  # queries are rotated by it, too
-        errors, outputs = np.zeros((len(self._windows), n_heads)), np.zeros(n_heads)
-        first = 0
-        while first < len(qkv):
-            stop = first + self._block(first, len(qkv), qkv[0, :n_heads].nbytes)
-            q = np.ascontiguousarray(qkv[first:stop, :n_heads])
-            of_block = self._walk(cache, q, np.arange(first + 1, stop + 1), scale)
-            errors, outputs, first = errors + of_block[0], outputs + of_block[1], stop
-        return errors, outputs
+
+        def of_block(span: tuple[int, int]) -> tuple[Float64, Float64]:
+            q = np.ascontiguousarray(qkv[span[0] : span[1], :n_heads])
+            seen = np.arange(span[0] + 1, span[1] + 1)
+            room = self._rooms.pop()
+            try:
+                with np.errstate(invalid="ignore", over="ignore"):
+                    return _Block(cache, q, seen, self._tiles(seen), scale).squares(room)
+            finally:
+                self._rooms.append(room)
+
+        spans = self._spans(len(qkv), qkv[0, :n_heads].nbytes)[::-1]  # the longest work first
+        with ThreadPoolExecutor(self._threads, initializer=numba.set_num_threads, initargs=(1,)) as pool:
+            errors, outputs = zip(*pool.map(of_block, spans), strict=True)
+        return np.sum(errors, axis=0), np.sum(outputs, axis=0)
 
     def _tiles(self, seen: Int64) -> Int64:
         """B(p) / tile for each window, (W, T), of queries that see so many positions."""
         return np.maximum((seen - self._windows[:, None]) // self._policy.tile, 0)
 
-    def _block(self, first: int, n_queries: int, nbytes: int) -> int:
-        """How many queries from ``first`` on are taken together, whose outputs have so many bytes each; 1 at least."""
-        count = min(BLOCK, n_queries - first)
-        while count > 1:
-            kept = len(_steps(self._tiles(np.arange(first + 1, first + count + 1))))
-            if kept * count * nbytes <= ROOM:
-                break
-            count = max(1, ROOM // (kept * nbytes))
-        return count
-
-    def _walk(self, cache: LayerCache, q: Float32, seen: Int64, scale: float) -> tuple[Float64, Float64]:
-        """As ``__call__``, for a block of queries; seen: (T,) positions that each sees, itself included."""
-        n_queries, n_heads, head_dim = *q.shape[:2], self._shape[1]
-        tiles = self._tiles(seen)
-        steps = _steps(tiles)
-        outs, states = self._rooms(len(steps), q)
-        walk = _Walk(cache, q, seen, scale)
-        walk.down(steps, outs, states)
-        out, state = np.zeros_like(q), empty_state(n_heads, n_queries)
-        walk.sinks(out, state)
-        merge_partials(out[None], state[None], outs[0], states[0])
-        exact = outs[0, ..., :head_dim]  # behind it codes have copies of the last channel
-        most, squares = tiles.max(axis=0), np.zeros((len(steps), n_queries, n_heads))
-        with ThreadPoolExecutor(numba.get_num_threads()) as pool:
-            for i in range(1, len(steps)):
-                walk.up(int(steps[i - 1]), int(steps[i]), most, out, state)
-                first = int(np.argmax(most >= steps[i]))  # no query before has so many tiles in codes
-                parts = [slice(at, min(at + PIECE, n_queries)) for at in range(first, n_queries, PIECE)]
-                off = functools.partial(_squares_off, exact, (outs[i], states[i]), (out, state))
-                for part, found in zip(parts, pool.map(off, parts), strict=True):
-                    squares[i, part] = found
-        by_window = squares[np.searchsorted(steps, tiles), np.arange(n_queries)]  # (W, T, H)
-        return by_window.sum(axis=1), np.einsum("thd,thd->h", exact, exact, dtype=np.float64)
-
-    def _rooms(self, steps: int, q: Float32) -> tuple[Float32, Float32]:
-        """Outputs (steps, T, H, width) and states (steps, H, T, 2); the memory of the former is used again and again."""
-        if self._room.size < steps * q.size:
-            self._room = np.zeros(steps * q.size, np.float32)
-        return self._room[: steps * q.size].reshape(steps, *q.shape), np.empty(
-            (steps, q.shape[1], len(q), 2), np.float32
-        )
+    def _spans(self, n_queries: int, nbytes: int) -> list[tuple[int, int]]:
+        """Blocks of queries, first and last + 1, for whose outputs, of so many bytes each, there is room."""
+        spans, first = list[tuple[int, int]](), 0
+        most = min(BLOCK, max(LEAST, n_queries // (4 * self._threads)))
+        while first < n_queries:
+            count = min(most, n_queries - first)
+            while count > 1:
+                kept = len(_steps(self._tiles(np.arange(first + 1, first + count + 1))))
+                if kept * count * nbytes <= self._room:
+                    break
+                count = max(1, self._room // (kept * nbytes))
+            spans.append((first, first + count))
+            first += count
+        return spans
 
 
-def _squares_off(
-    exact: Float32, dense: tuple[Float32, Float32], coded: tuple[Float32, Float32], part: slice
-) -> Float32:
-    """Squared errors (T, H) of some queries' outputs over what is dense and what is coded. ``dense`` is overwritten.
-
-    exact: (T, H, head_dim); dense, coded: outputs (T, H, width) and states (H, T, 2), of which ``part`` is looked at.
-    """
-    out, (state, other_state) = dense[0][part], (np.ascontiguousarray(x[1][:, part]) for x in (dense, coded))
-    merge_partials(coded[0][part][None], other_state[None], out, state)
-    off = out[..., : exact.shape[2]]
-    off -= exact[part]
-    found: Float32 = np.einsum("thd,thd->th", off, off)
-    return found
+def room_nbytes(threads: int) -> int:
+    """Bytes of the outputs that are kept at one time."""
+    return threads * max(ROOM // threads, LEAST_ROOM)
 
 
 def _steps(tiles: Int64) -> Int64:
@@ -137,37 +111,73 @@ def _steps(tiles: Int64) -> Int64:
     return np.unique(np.append(tiles, 0))
 
 
-class _Walk:
-    """The attention of a block of queries over pieces of a layer's segments."""
+class _Block:
+    """A block of queries of a layer.
 
-    def __init__(self, cache: LayerCache, q: Float32, seen: Int64, scale: float) -> None:
-        self._cache, self._q, self._seen, self._scale = cache, q, seen, scale
+    Args:
+        cache: the layer's dense tiles, and codes.
+        q: float32 (T, H, width), as the cache's keys are rotated.
+        seen: (T,) positions that each query sees, itself included.
+        tiles: (W, T) how many of the tiles are codes, for each window.
+        scale: softmax scale.
+
+    """
+
+    def __init__(self, cache: LayerCache, q: Float32, seen: Int64, tiles: Int64, scale: float) -> None:
+        self._cache, self._q, self._seen, self._tiles, self._scale = cache, q, seen, tiles, scale
+        self._most, self._steps = tiles.max(axis=0), _steps(tiles)
         self._tile, last = cache.policy.tile, int(seen[-1])
         self._dense, self._coded = cache.recent.segment(0, last), cache.old.segment(0, cache.old.stop * self._tile)
 
-    def down(self, steps: Int64, outs: Float32, states: Float32) -> None:
-        """For each step b the attention over all dense keys from tile b on: outs (steps, T, H, width), with states."""
+    def squares(self, room: Float32) -> tuple[Float64, Float64]:
+        """Sums of squares as of ``LayerWindows``, (W, H) and (H,). ``room``: memory of numbers that are finite."""
+        (n_queries, n_heads, _), head_dim = self._q.shape, self._cache.head_dim
+        outs, states = self._down(room)
+        out, state = np.zeros_like(self._q), empty_state(n_heads, n_queries)
+        self._see_sinks(out, state)
+        merge_partials(out[None], state[None], outs[0], states[0])
+        exact = outs[0, ..., :head_dim]  # behind it codes have copies of the last channel
+        found = np.zeros((len(self._steps), n_queries, n_heads))
+        for i in range(1, len(self._steps)):
+            first = int(np.argmax(self._most >= self._steps[i]))  # no query before has so many tiles in codes
+            stops = np.where(self._most >= self._steps[i], self._steps[i] * self._tile, 0)
+            self._see(self._coded, int(self._steps[i - 1]), stops, out, state)
+            own, other = (np.ascontiguousarray(x[:, first:]) for x in (states[i], state))
+            merge_partials(out[None, first:], other[None], outs[i, first:], own)
+            off = outs[i, first:, :, :head_dim]
+            off -= exact[first:]
+            found[i, first:] = np.einsum("thd,thd->th", off, off)
+        by_window = found[np.searchsorted(self._steps, self._tiles), np.arange(n_queries)]  # (W, T, H)
+        return by_window.sum(axis=1), np.einsum("thd,thd->h", exact, exact, dtype=np.float64)
+
+    def _down(self, room: Float32) -> tuple[Float32, Float32]:
+        """For each step b the attention over all dense keys from tile b on.
+
+        Returns outs (steps, T, H, width), which lie in ``room`` if they fit, and states (steps, H, T, 2).
+        """
+        shape = len(self._steps), *self._q.shape
+        size = math.prod(shape)
+        outs = (room[:size] if size <= room.size else np.zeros(size, np.float32)).reshape(shape)
+        states = np.empty((len(self._steps), shape[2], shape[1], 2), np.float32)
         above: Int64 = self._seen
-        for i in range(len(steps) - 1, -1, -1):
-            if i == len(steps) - 1:
-                states[i] = empty_state(*states.shape[1:3])
+        for i in range(len(self._steps) - 1, -1, -1):
+            if i == len(self._steps) - 1:
+                states[i] = empty_state(shape[2], shape[1])
             else:
                 first = int(np.searchsorted(self._seen, above[0], "right"))  # no query before has seen anything yet
                 outs[i, first:], states[i] = outs[i + 1, first:], states[i + 1]
-            self._attend(self._dense, int(steps[i]), np.minimum(above, self._seen), outs[i], states[i])
-            above = np.full(len(self._seen), steps[i] * self._tile)
+            self._see(self._dense, int(self._steps[i]), np.minimum(above, self._seen), outs[i], states[i])
+            above = np.full(len(self._seen), self._steps[i] * self._tile)
+        return outs, states
 
-    def sinks(self, out: Float32, state: Float32) -> None:
+    def _see_sinks(self, out: Float32, state: Float32) -> None:
         """Continue over the sinks."""
         stops = np.minimum(self._seen, self._cache.sinks)
         segment = segment_of_arrays(self._cache.sink_k, self._cache.sink_v)
         attend(self._q, segment, np.zeros_like(stops), stops, out, state, scale=self._scale)
 
-    def up(self, first: int, stop: int, most: Int64, out: Float32, state: Float32) -> None:
-        """Continue over the tiles first .. stop in codes, where a query has as many: ``most`` (T,)."""
-        self._attend(self._coded, first, np.where(most >= stop, stop * self._tile, 0), out, state)
-
-    def _attend(self, segment: Segment, first_tile: int, stops: Int64, out: Float32, state: Float32) -> None:
+    def _see(self, segment: Segment, first_tile: int, stops: Int64, out: Float32, state: Float32) -> None:
+        """Continue over the positions from a tile on, without sinks, up to ``stops`` (T,)."""
         starts = np.full(len(stops), max(first_tile * self._tile, self._cache.sinks))
         attend(self._q, segment, starts, np.maximum(stops, starts), out, state, scale=self._scale)
 

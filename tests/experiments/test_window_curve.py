@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -106,7 +107,7 @@ def shadow(policy: CachePolicy, qkv: Float32) -> Float64:
     return layer.errors.relative("both")
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(
     n=st.integers(1, 300),
     window=st.integers(0, 320),
@@ -119,10 +120,11 @@ def shadow(policy: CachePolicy, qkv: Float32) -> Float64:
     rotate=st.booleans(),
     block=st.sampled_from([7, 64, 512]),
     room=st.sampled_from([1 << 12, 1 << 17, 1 << 27]),
+    threads=st.integers(1, numba.config.NUMBA_NUM_THREADS),
 )
 def test_a_window_is_what_shadow_mode_finds_for_it(
     n: int, window: int, others: list[int], tile: int, sinks: int, bits: tuple[int, int], head_dim: int, dense: str,
-    rotate: bool, block: int, room: int,
+    rotate: bool, block: int, room: int, threads: int,
 ) -> None:  # fmt: skip
     """Whatever else is asked for, and whatever blocks the queries are cut into."""
     policy = CachePolicy(
@@ -131,7 +133,10 @@ def test_a_window_is_what_shadow_mode_finds_for_it(
     qkv = rows(n, head_dim, n)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(window_layer, "BLOCK", block)
+        patch.setattr(window_layer, "LEAST", min(block, 64))
         patch.setattr(window_layer, "ROOM", room)
+        patch.setattr(window_layer, "LEAST_ROOM", 0)
+        patch.setattr(numba, "get_num_threads", lambda: threads)
         squares, outputs = curve_of(policy, sorted({window, *others}), qkv)
     found = relative(squares[sorted({window, *others}).index(window)], outputs)
     np.testing.assert_allclose(found, shadow(policy, qkv), rtol=1e-3, atol=2e-6)
