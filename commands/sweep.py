@@ -97,6 +97,7 @@ def _measure(
     from ..experiments.journal import Journal
     from ..experiments.tables import make_writer
     from ..experiments.workers import Workers
+    from ..kernels.warmup import warm_up
     from ..models.load import open_model
     from ..models.pack import check_weights_option
 
@@ -119,6 +120,8 @@ def _measure(
     with Journal(output) as journal:
         if journal.torn:
             say(f"mixkv: {output}: a last row that broke off, {journal.torn} bytes, is cut off and measured again")
+        with bars:  # here, and not in each worker
+            warm_up(bars.bar("preparing kernels (compiled once)"))
         with Workers(n_workers, own, grid.setting) as workers, bars:
             about = {"threads": own, "workers": n_workers}
             keys = {cell.key for cell in sweeps.cells_of(grid, parts, workers.fingerprints())}
@@ -133,5 +136,5 @@ def _measure(
     print(writer.end(), end="")
     if failures:
         for failure in failures:
-            say(f"mixkv: not measured: {', '.join(failure.cells)}: {failure.error}")
+            say(f"mixkv: not measured: {failure.cell}: {failure.error}")
         raise failures[0].error

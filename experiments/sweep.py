@@ -8,13 +8,14 @@ from ..engine.memory import check_fits
 from ..engine.policy import CachePolicy
 from ..models.errors import MixkvError, UsageError
 from ..models.load import Opened
-from .cells import beside, key
+from .cells import key
 from .grid import Grid
 from .journal import Journal
 from .pieces import Piece, piece
 from .tables import Column
 from .texts import document
-from .workers import Done, Failed, Progress, Task, Workers
+from .worker import Progress, Task
+from .workers import Workers
 
 TOGETHER = 4  # policies that are measured beside one pass of the reference, unless said otherwise
 
@@ -27,12 +28,16 @@ class Cell:
     piece: Piece
     policy: CachePolicy
 
+    def __str__(self) -> str:
+        seed = f" ({self.piece.seed})" if self.piece.seed else ""
+        return f"{self.policy} on {self.piece.document}{seed}"
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Cells that could not be measured."""
+    """A cell that could not be measured."""
 
-    cells: tuple[str, ...]
+    cell: Cell
     error: MixkvError
 
 
@@ -64,11 +69,12 @@ def check_memory(grid: Grid, opened: Opened, parts: Sequence[Piece], workers: in
     """UsageError where the caches that exist at once, of all workers, are more than the memory there is."""
     most = max(len(part.ids) for part in parts) + grid.setting.continuation
     by_size = sorted(grid.policies, key=lambda policy: -sum(policy.nbytes_per_token(1, opened.config.head_dim)[0]))
-    again = by_size[1:together] * (
-        2 if grid.setting.regime == "both" else 1
-    )  # cells.py ``measure`` holds both regimes'
-    others = [*beside(grid.setting, by_size[0]), *again]
-    check_fits(opened.config, by_size[0], most, beside=others + (workers - 1) * [by_size[0], *others])
+    beside = [CachePolicy.full(), *by_size[1:together]]
+    if grid.setting.regime == "both":  # each session is there a second time
+        beside += [by_size[0], *beside]
+    if grid.setting.shadow:  # one at a time, that keeps everything densely too
+        beside += [by_size[0], CachePolicy.parse("f16")]
+    check_fits(opened.config, by_size[0], most, beside=beside + (workers - 1) * [by_size[0], *beside])
 
 
 def cells_of(grid: Grid, parts: Sequence[Piece], fingerprints: tuple[str, str]) -> list[Cell]:
@@ -114,40 +120,37 @@ def run(
 
     """
     cells = cells_of(grid, parts, workers.fingerprints())
-    keys = {(id(cell.piece), cell.policy): cell.key for cell in cells}
+    named = {(*_name(cell.piece), cell.policy): cell for cell in cells}  # what comes back through a pipe is a copy
     left = [cell for cell in cells if cell.key not in journal.keys]
-    done, running = len(cells) - len(left), dict[int, float]()
-    tasks = tasks_of(left, together)
-    own = {_name(task): task for task in tasks}  # what comes back through a pipe is a copy
+    done, running = len(cells) - len(left), dict[tuple[str, int, CachePolicy], float]()
 
     def report(detail: str) -> None:
         if progress is not None:
             progress(done + sum(running.values()), len(cells), detail)
 
     report("")
-    for message in workers.run(tasks):
-        assert message.task is not None
-        task = own[_name(message.task)]
+    for message in workers.run(tasks_of(left, together)):
+        part, policies = message.task.piece, message.task.policies
+        first = (*_name(part), policies[0])
         if isinstance(message, Progress):
-            running[id(task)] = len(task.policies) * message.done / message.total
-            report(f"{task.policies[0].spec}{', ...' if len(task.policies) > 1 else ''} on {task.piece.document}")
+            running[first] = len(policies) * message.done / message.total
+            report(f"{policies[0].spec}{', ...' if len(policies) > 1 else ''} on {part.document}")
             continue
-        running.pop(id(task), None)
-        done += len(task.policies)
-        which = [keys[id(task.piece), policy] for policy in task.policies]
-        if isinstance(message, Failed):
-            yield Failure(tuple(str(policy) for policy in task.policies), message.error)
-            continue
-        assert isinstance(message, Done)
-        for name, row in zip(which, message.rows, strict=True):
-            whole = {"kind": row["kind"], "key": name, **row, **about}
+        running.pop(first, None)
+        done += len(policies)
+        for policy, row in zip(policies, message.rows, strict=True):
+            cell = named[*_name(part), policy]
+            if isinstance(row, MixkvError):
+                yield Failure(cell, row)
+                continue
+            whole = {"kind": row["kind"], "key": cell.key, **row, **about}
             journal.append(whole)
             yield whole
         report("")
 
 
-def _name(task: Task) -> tuple[str, int, tuple[str, ...]]:
-    return task.piece.document, task.piece.seed, tuple(str(policy) for policy in task.policies)
+def _name(part: Piece) -> tuple[str, int]:
+    return part.document, part.seed
 
 
 COLUMNS = [

@@ -1,62 +1,20 @@
 """Processes that measure cells side by side, each with its share of the cores.
 
-They are spawned, never forked: OpenMP's threads do not survive a fork. A worker talks to its parent through a pipe of its
-own, so it ends when the parent is gone, however that ended.
+They are spawned, never forked: OpenMP's threads do not survive a fork. Each has a pipe of its own to its parent.
 """
 
+import contextlib
 import multiprocessing
-import os
 import signal
-import time
-import traceback
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from ..engine.policy import CachePolicy
 from ..models.errors import MixkvError
-from .pieces import Piece, Setting
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """Cells that one worker measures beside one pass of the reference: some policies on one piece."""
-
-    piece: Piece
-    policies: tuple[CachePolicy, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """A worker has its models: their fingerprints."""
-
-    fingerprints: tuple[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """So much of its task a worker has done."""
-
-    task: Task
-    done: int
-    total: int
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """The rows of a task, in the order of its policies."""
-
-    task: Task
-    rows: list[dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A task that could not be measured, and why; no task where the worker could not even load its models."""
-
-    task: Task | None
-    error: MixkvError
+from .pieces import Setting
+from .worker import Done, Failed, Progress, Ready, Task, work
 
 
 class Workers:
@@ -78,14 +36,20 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         context = multiprocessing.get_context("spawn")
-        for _ in range(self._n):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, self._setting, self._threads), daemon=True)
-            process.start()
-            theirs.close()  # so that the pipe ends with the worker
-            self._processes.append(process)
-            self._pipes.append(ours)
-            self._tasks[ours] = None
+        try:
+            resource_tracker.ensure_running()  # it takes the mask of signals away that is set below
+            for _ in range(self._n):
+                ours, theirs = context.Pipe()
+                self._pipes.append(ours)
+                process = context.Process(target=work, args=(theirs, self._setting, self._threads), daemon=True)
+                self._tasks[ours] = None
+                with _no_interrupts():
+                    process.start()
+                    self._processes.append(process)
+                theirs.close()  # so that the pipe ends with the worker
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -99,13 +63,11 @@ class Workers:
     def fingerprints(self) -> tuple[str, str]:
         """Those of the models, when the first worker has them. Its error is raised."""
         if self._fingerprints is None:
-            message = self._receive(self._pipes[0])
-            if isinstance(message, Failed):
-                raise message.error
-            self._fingerprints = message.fingerprints
+            self._receive(self._pipes[0])
+        assert self._fingerprints is not None
         return self._fingerprints
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Progress | Done | Failed]:
+    def run(self, tasks: Sequence[Task]) -> Iterator[Progress | Done]:
         """Hand out the tasks, in their order; what the workers say, as it comes.
 
         Raises:
@@ -122,10 +84,8 @@ class Workers:
                 message = self._receive(pipe)
                 if isinstance(message, Ready):
                     continue
-                if isinstance(message, Failed) and message.task is None:
-                    raise message.error
                 yield message
-                if not isinstance(message, Progress):
+                if isinstance(message, Done):
                     busy -= 1
                     self._tasks[pipe] = None
                     busy += self._give(pipe, left)
@@ -135,18 +95,14 @@ class Workers:
         if not left:
             return 0
         self._tasks[pipe] = left.pop()
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # whoever waits for the answer learns why
             pipe.send(self._tasks[pipe])
-        except BrokenPipeError:
-            while isinstance(message := self._receive(pipe), Ready):  # what it said before it ended, then its end
-                pass
-            if isinstance(message, Failed):
-                raise message.error from None
         return 1
 
-    def _receive(self, pipe: Connection) -> Any:
+    def _receive(self, pipe: Connection) -> Ready | Progress | Done:
+        """The next message of a worker; MixkvError where it has ended or cannot go on."""
         try:
-            return pipe.recv()
+            message = pipe.recv()
         except (EOFError, ConnectionResetError):
             process = self._processes[self._pipes.index(pipe)]
             process.join(5)
@@ -154,51 +110,30 @@ class Workers:
             how = f"was ended by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
             more = "; was there too little memory?" if code == -signal.SIGKILL else ""
             raise MixkvError(f"a worker process {how}{more}") from None
+        if isinstance(message, Failed):
+            raise message.error
+        if isinstance(message, Ready):
+            if self._fingerprints not in (None, message.fingerprints):
+                raise MixkvError("a worker has loaded another model than the one before: have its files been changed?")
+            self._fingerprints = message.fingerprints
+        return message
 
 
-def _work(pipe: Connection, setting: Setting, threads: int) -> None:
-    """What a worker does: load, then measure what comes through the pipe, until there is nobody at its other end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a Ctrl-C the parent hears, and ends its workers
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """What is started meanwhile never hears of a Ctrl-C, not even while it is still starting; we hear of it afterwards."""
+    heard: list[Any] = []
+    handler = signal.getsignal(signal.SIGINT)
+    ours = callable(handler) and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, lambda *about: heard.append(about))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
     try:
-        pair = _load(setting, threads)
-        pipe.send(Ready(pair.fingerprints))
-        while True:
-            task = pipe.recv()
-            pipe.send(_answer(pipe, pair, setting, task))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        os._exit(1)  # nobody waits for threads of a kernel that is still at work
-    except MixkvError as error:
-        pipe.send(Failed(None, error))
-    except BaseException as error:
-        pipe.send(Failed(None, MixkvError(f"a worker failed: {traceback.format_exception_only(error)[-1].strip()}")))
-
-
-def _load(setting: Setting, threads: int) -> Any:
-    import numba
-    import threadpoolctl
-
-    from ..kernels.warmup import warm_up
-    from ..models.load import load
-    from .cells import Pair
-
-    numba.set_num_threads(threads)
-    threadpoolctl.threadpool_limits(threads)
-    candidate = load(setting.model, setting.weights)
-    same = setting.weights == setting.reference_weights
-    reference = candidate if same else load(setting.model, setting.reference_weights)
-    warm_up()
-    return Pair(candidate, reference)
-
-
-def _answer(pipe: Connection, pair: Any, setting: Setting, task: Task) -> Done | Failed:
-    from .cells import measure
-
-    begun = time.perf_counter()
-    try:
-        found = measure(
-            pair, setting, task.piece, task.policies, lambda done, total: pipe.send(Progress(task, done, total))
-        )
-    except MixkvError as error:
-        return Failed(task, error)
-    seconds = (time.perf_counter() - begun) / len(found)
-    return Done(task, [{**row, "seconds": seconds} for row, _ in found])
+        yield
+    finally:
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if ours:
+            signal.signal(signal.SIGINT, handler)
+    if heard and callable(handler):
+        handler(*heard[0])
