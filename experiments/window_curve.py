@@ -108,20 +108,15 @@ def measure(
     if not wanted or any(type(w) is not int or not 0 <= w <= MAX_WINDOW for w in wanted):
         raise UsageError(f"windows must be whole numbers from 0 to {MAX_WINDOW}, found {shown(wanted)}")
     check_memory(model.config, policy, len(ids))
-    config, n_windows = model.config, len(wanted)
-    found = LayerWindows(policy, np.array(wanted), config.num_key_value_heads, config.head_dim)
-    squares = np.zeros((n_windows, config.num_hidden_layers, config.num_attention_heads))
-    outputs = np.zeros(squares.shape[1:])
-
-    def look(layer: int, qkv: Float32, scale: float) -> None:
-        squares[:, layer], outputs[layer] = found(qkv, scale)
-        if not (np.isfinite(squares[:, layer]).all() and np.isfinite(outputs[layer]).all()):
-            raise NumericalError(f"layer {layer}: outputs are NaN, or their squares beyond float32")
-
-    seconds = _pass(model, ids, look, progress)
+    config = model.config
+    measuring = _Measuring(config, policy, wanted)
+    if compare_time:  # what is done once a process belongs to neither of the two
+        _pass(model, ids[: 2 * policy.tile], measuring.look, None)
+    seconds = _pass(model, ids, measuring.look, progress)
     pass_seconds = _pass(model, ids, None, None) if compare_time else None
     sizes = [memory.plan(config, replace(policy, window=w), len(ids)).total / len(ids) for w in wanted]
-    return WindowCurve(len(ids), tuple(wanted), squares, outputs, tuple(sizes), seconds, pass_seconds)
+    found = measuring.squares, measuring.outputs, tuple(sizes), seconds, pass_seconds
+    return WindowCurve(len(ids), tuple(wanted), *found)
 
 
 def check_policy(policy: CachePolicy) -> None:
@@ -162,6 +157,21 @@ def check_memory(config: ModelConfig, policy: CachePolicy, tokens: int, availabl
             "--tokens takes fewer of them"
         )
     return needed
+
+
+class _Measuring:
+    """The sums of ``WindowCurve``, a layer at a time."""
+
+    def __init__(self, config: ModelConfig, policy: CachePolicy, windows: Sequence[int]) -> None:
+        shape = len(windows), config.num_hidden_layers, config.num_attention_heads
+        self.squares, self.outputs = np.zeros(shape), np.zeros(shape[1:])
+        self._find = LayerWindows(policy, np.array(windows), config.num_key_value_heads, config.head_dim)
+
+    def look(self, layer: int, qkv: Float32, scale: float) -> None:
+        """Fill in what belongs to a layer; ``qkv`` and ``scale`` as of ``LayerWindows``."""
+        self.squares[:, layer], self.outputs[layer] = self._find(qkv, scale)
+        if not (np.isfinite(self.squares[:, layer]).all() and np.isfinite(self.outputs[layer]).all()):
+            raise NumericalError(f"layer {layer}: outputs are NaN, or their squares beyond float32")
 
 
 class _ExactCache:
