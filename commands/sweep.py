@@ -47,7 +47,9 @@ def sweep(
     ] = None,
     first: Annotated[int | None, typer.Option(help="Compare predictions only from this position on.")] = None,
     regime: Annotated[str | None, typer.Option(help="chunked, decode or both, as in `mixkv eval`.")] = None,
-    shadow: Annotated[bool | None, typer.Option("--shadow", help="Also find the error of each layer and head.")] = None,
+    shadow: Annotated[
+        bool | None, typer.Option("--shadow/--no-shadow", help="Also find the error of each layer and head.")
+    ] = None,
     continuation: Annotated[
         int | None, typer.Option("--continue", help="Generate so many tokens behind each piece, with both caches.")
     ] = None,

@@ -8,7 +8,7 @@ from ..engine.memory import check_fits
 from ..engine.policy import CachePolicy
 from ..models.errors import MixkvError, UsageError
 from ..models.load import Opened
-from .cells import key
+from .cells import beside, key
 from .grid import Grid
 from .journal import Journal
 from .pieces import Piece, piece
@@ -69,12 +69,11 @@ def check_memory(grid: Grid, opened: Opened, parts: Sequence[Piece], workers: in
     """UsageError where the caches that exist at once, of all workers, are more than the memory there is."""
     most = max(len(part.ids) for part in parts) + grid.setting.continuation
     by_size = sorted(grid.policies, key=lambda policy: -sum(policy.nbytes_per_token(1, opened.config.head_dim)[0]))
-    beside = [CachePolicy.full(), *by_size[1:together]]
-    if grid.setting.regime == "both":  # each session is there a second time
-        beside += [by_size[0], *beside]
-    if grid.setting.shadow:  # one at a time, that keeps everything densely too
-        beside += [by_size[0], CachePolicy.parse("f16")]
-    check_fits(opened.config, by_size[0], most, beside=beside + (workers - 1) * [by_size[0], *beside])
+    others = by_size[1:together] * (
+        1 + (grid.setting.regime == "both")
+    )  # cells.py ``measure`` holds those of both regimes
+    more = [*beside(grid.setting, by_size[0]), *others]
+    check_fits(opened.config, by_size[0], most, beside=more + (workers - 1) * [by_size[0], *more])
 
 
 def cells_of(grid: Grid, parts: Sequence[Piece], fingerprints: tuple[str, str]) -> list[Cell]:

@@ -3,6 +3,7 @@
 import datetime
 import itertools
 import json
+import re
 import string
 from collections.abc import Sequence
 from dataclasses import fields
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixkv import CachePolicy, Override
+from mixkv import CachePolicy, Override, cli
 from mixkv.experiments.grid import AXES, MAX_SEED, NUMBERS, Grid, load, make, multiply, parse_axis
 from mixkv.experiments.pieces import Setting
 from mixkv.models.errors import UsageError
@@ -205,6 +206,14 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     grid = make(setting, policies, axes, lists["documents"], lists["seeds"])
     # K's bits, V's, windows, dense and rotations; the two bases differ in nothing that is not in a list
     assert (len(grid.policies), grid.merged, grid.n_cells) == (2 * 2 * 3 * 2 * 2, 48, 192)
+
+
+def test_the_documented_file_has_every_key(tmp_path: Path) -> None:
+    page = (Path(cli.__file__).parent / "docs" / "sweep.md").read_text("utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    setting, policies, axes, lists = load(written(tmp_path, example))
+    assert set(setting) == {f.name for f in fields(Setting)} and set(lists) == {"documents", "seeds"}
+    assert make(setting, policies, axes, lists["documents"], lists["seeds"]).n_cells == 4 * 2 * 5 * 2 * 4
 
 
 def test_an_empty_file_says_nothing(tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ def options(text: Path, output: Path) -> list[str]:
 
 
 def endless(text: Path, output: Path) -> list[str]:
-    """A sweep of 2,000 cells that nobody waits for."""
-    return ["-m", "toy", "--text", str(text), "-n", "2000", "--window", "1:1000", "--k-bits", "2,4", "-o", str(output)]
+    """A sweep of 800 cells that nobody waits for."""
+    return ["-m", "toy", "--text", str(text), "-n", "1000", "--window", "1:400", "--k-bits", "2,4", "-o", str(output)]
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
