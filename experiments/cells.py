@@ -1,7 +1,5 @@
 """Cells of an experiment: cache policies on a piece of a text, beside one pass of the reference -> rows of numbers."""
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +16,7 @@ from ..models.errors import NumericalError
 from ..models.fingerprint import fingerprint
 from ..models.load import Model
 from .evaluate import Evaluation, Regime, evaluate_each, is_packed
+from .keys import key as digest
 from .metrics import finite
 from .pieces import Piece, Setting
 from .rows import SCHEMA, row
@@ -42,7 +41,7 @@ def key(setting: Setting, fingerprints: tuple[str, str], part: Piece, policy: Ca
     own = {name: x for name, x in asdict(setting).items() if name not in ("model", "tokens")}
     what = {**own, "schema": SCHEMA, "mixkv": __version__, "models": fingerprints, "policy": str(policy)}
     what |= {"document": part.document, "seed": part.seed, "ids": part.digest}
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(what)
 
 
 def beside(setting: Setting, policy: CachePolicy) -> list[CachePolicy]:

@@ -4,10 +4,7 @@ Whether the answer is right is one bit. How likely the right answer was, and how
 the reference predicts, are numbers, and show what the bit does not.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +17,7 @@ from ..models.load import Model
 from . import machine
 from .cells import Pair
 from .divergence import compare
+from .keys import ids_digest, key
 from .metrics import finite
 from .needle_plan import Plan, command
 from .needle_task import BEYOND, Prompt, Prompts
@@ -112,10 +110,10 @@ class Needle:
             "kind": "needle", "schema": SCHEMA, "mixkv": self._machine["mixkv"], "models": self._fingerprints,
             "policy": str(policy), "task": task.name, "keys": task.keys, "chat": task.chat, "seed": task.seed,
             "length": length, "depth": depth, "trial": trial, "answer_ids": prompt.answer_ids,
-            "prompt": hashlib.sha256(prompt.token_ids.astype("<i8").tobytes()).hexdigest(),
+            "prompt": ids_digest(prompt.token_ids),
         }  # fmt: skip
         return finite({
-            "kind": "needle", "key": digest(matters), "schema": SCHEMA, **self._machine,
+            "kind": "needle", "key": key(matters), "schema": SCHEMA, **self._machine,
             "model": self._model.name, "weights": plan.weights, "reference_weights": plan.reference_weights,
             "policy": str(policy), "spec": policy.spec, "policy_digest": policy.digest,
             "task": task.name, "keys": task.keys, "chat": task.chat, "document": plan.document,
@@ -143,12 +141,6 @@ def ask(session: Session, prompt: Prompt, progress: Callable[[int], None] | None
     assert told is not None
     tokens = generate(session, last.tolist(), max_tokens=len(prompt.answer_ids) + BEYOND)
     return "".join(token.text for token in tokens), told
-
-
-def digest(matters: Mapping[str, Any]) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of a dictionary in canonical JSON."""
-    text = json.dumps(matters, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _at(length: int, depth: float, trial: int) -> str:

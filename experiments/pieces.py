@@ -1,6 +1,5 @@
 """What an experiment has in common (``Setting``), and the pieces of texts that it is made on."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 
 from ..models.errors import PromptError, UsageError
 from .evaluate import REGIMES
+from .keys import ids_digest
 
 DEFAULT_TOKENS = 2048  # of the default text
 
@@ -60,7 +60,7 @@ class Piece:
     @property
     def digest(self) -> str:
         """16 hexadecimal digits of the ids' SHA-256."""
-        return hashlib.sha256(self.ids.tobytes()).hexdigest()[:16]
+        return ids_digest(self.ids)
 
 
 def piece(document: str, ids: Sequence[int], setting: Setting, seed: int, context: int, bos: int | None) -> Piece:

@@ -64,7 +64,7 @@ def row(model: Model, setting: Setting, part: Piece, policy: CachePolicy, found:
         "bits_per_value": 8 * old / (2 * n_layers * heads * head_dim),
         "histogram": histogram(found.each.kld),
         "worst": _worst(model, part, setting.first, found),
-        "prompt_tail": _decoded(model, part.ids)[-TAIL:],
+        "prompt_tail": _decoded(model, part.ids[-4 * TAIL :])[-TAIL:],
         "command": command(setting, part, policy),
     }
 

@@ -69,10 +69,8 @@ def check_memory(grid: Grid, opened: Opened, parts: Sequence[Piece], workers: in
     """UsageError where the caches that exist at once, of all workers, are more than the memory there is."""
     most = max(len(part.ids) for part in parts) + grid.setting.continuation
     by_size = sorted(grid.policies, key=lambda policy: -sum(policy.nbytes_per_token(1, opened.config.head_dim)[0]))
-    others = by_size[1:together] * (
-        1 + (grid.setting.regime == "both")
-    )  # cells.py ``measure`` holds those of both regimes
-    more = [*beside(grid.setting, by_size[0]), *others]
+    times = 2 if grid.setting.regime == "both" else 1  # cells.py ``measure`` holds the sessions of both
+    more = [*beside(grid.setting, by_size[0]), *(times * by_size[1:together])]
     check_fits(opened.config, by_size[0], most, beside=more + (workers - 1) * [by_size[0], *more])
 
 

@@ -1,7 +1,5 @@
 """A window curve as one row of a results file, and as a table with a line for each window."""
 
-import hashlib
-import json
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engine.policy import CachePolicy
+from .keys import ids_digest, key
 from .machine import describe, described
 from .tables import Column, Row
 from .window_curve import WindowCurve
@@ -46,18 +45,13 @@ def row_of(
     """
     about: dict[str, Any] = {
         "kind": KIND, "schema": SCHEMA, **describe(), "model": model, "weights": weights, "policy": str(policy),
-        "document": document, "document_digest": digest_of(token_ids), "tokens": curve.tokens,
+        "document": document, "document_digest": ids_digest(token_ids), "tokens": curve.tokens,
         "windows": list(curve.windows), "errors": curve.errors.tolist(), "by_layer": curve.by_layer.tolist(),
         "kv_bytes_per_token": list(curve.kv_bytes_per_token), "seconds": curve.seconds,
         "pass_seconds": curve.pass_seconds, "threads": threads, "command": command,
     }  # fmt: skip
-    identity = json.dumps({**{name: about[name] for name in _IDENTITY}, "digest": model_digest}, sort_keys=True)
-    return {"kind": KIND, "key": hashlib.sha256(identity.encode()).hexdigest()[:16], **about}
-
-
-def digest_of(token_ids: Sequence[int] | NDArray[np.integer]) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of the ids as little-endian int64."""
-    return hashlib.sha256(np.asarray(token_ids, "<i8").tobytes()).hexdigest()[:16]
+    matters = {**{name: about[name] for name in _IDENTITY}, "digest": model_digest}
+    return {"kind": KIND, "key": key(matters), **about}
 
 
 def command_line(

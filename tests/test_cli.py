@@ -15,22 +15,14 @@ from typer.testing import CliRunner, Result
 from mixkv import CachePolicy, Override, Tier, __version__, cli
 from mixkv.commands import shell
 
+from .refusals import refused
+
 REPOSITORY = Path(cli.__file__).parent
 RUNNER = CliRunner()
 
 
 def mixkv(*arguments: str, text: str | bytes | None = None) -> Result:
     return RUNNER.invoke(cli.app, list(arguments), input=text)
-
-
-def refused(result: Result, code: int, *words: str) -> None:
-    """One line on stderr that holds all the words, nothing on stdout, and the documented exit code."""
-    assert result.exit_code == code, (result.exit_code, result.stderr, result.exception)
-    assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("mixkv: "), result.stderr
-    for word in words:
-        assert word in lines[0], (word, lines[0])
 
 
 def start(*arguments: str, **options: object) -> subprocess.Popen[bytes]:

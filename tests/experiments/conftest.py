@@ -21,3 +21,11 @@ def one_thread() -> Iterator[None]:
     numba.set_num_threads(1)
     yield
     numba.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    """``--threads`` is for the process, and so for the tests that follow."""
+    before = numba.get_num_threads()
+    yield
+    numba.set_num_threads(before)

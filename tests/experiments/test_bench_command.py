@@ -17,6 +17,8 @@ from mixkv import cli
 from mixkv.commands import shell
 from mixkv.experiments import bench, machine, startup
 
+from ..refusals import refused
+
 RUNNER = CliRunner()
 TINY = ("-m", "toy", "-p", "8", "-n", "4", "-d", "16", "-r", "2")
 
@@ -36,15 +38,6 @@ def known_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def mixkv(*arguments: str) -> Result:
     return RUNNER.invoke(cli.app, ["bench", *arguments])
-
-
-def refused(result: Result, code: int, *words: str) -> None:
-    """One line on stderr that holds all the words, and nothing on stdout."""
-    assert result.exit_code == code, (result.exit_code, result.stderr, result.exception)
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("mixkv: "), result.stderr
-    assert all(word in lines[0] for word in words), lines[0]
 
 
 PARSERS: dict[str, Callable[[str], list[dict[str, Any]]]] = {

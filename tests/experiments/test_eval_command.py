@@ -6,11 +6,9 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
@@ -24,20 +22,14 @@ from mixkv.commands import shell
 from mixkv.experiments.evaluate import evaluate
 from mixkv.models.load import Model
 
+from ..refusals import refused
+
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 4
 FULL = ["--window", "0", "--sinks", "0", "--k-bits", "32", "--v-bits", "32", "--dense", "f32"]
 RESULTS = {
     "tokens", "predicted_tokens", "ppl", "ppl_reference", "ln_ppl_ratio", "ln_ppl_ratio_se", "kld", "top1",
     "kv_bytes_per_token", "kv_bytes_per_token_reference",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
-    """``--threads`` is for the process, and so for the tests that follow."""
-    before = numba.get_num_threads()
-    yield
-    numba.set_num_threads(before)
 
 
 def mixkv_eval(*arguments: str, text: str | bytes | None = None) -> Result:
@@ -48,16 +40,6 @@ def answer(*arguments: str, text: str | bytes | None = None) -> dict[str, Any]:
     result = mixkv_eval(*arguments, "--json", text=text)
     assert (result.exit_code, result.stderr) == (0, ""), result
     return json.loads(result.stdout)
-
-
-def refused(result: Result, code: int, *words: str) -> None:
-    """One line on stderr that holds all the words, nothing on stdout, and the documented exit code."""
-    assert result.exit_code == code, (result.exit_code, result.stderr, result.exception)
-    assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("mixkv: "), result.stderr
-    for word in words:
-        assert word in lines[0], (word, lines[0])
 
 
 @pytest.fixture

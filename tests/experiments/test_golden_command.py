@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +18,15 @@ from mixkv import cli
 from mixkv.commands import shell
 from mixkv.experiments import golden_file
 
+from ..refusals import refused
+
 TINY_LLAMA = Path(__file__).parents[1] / "data" / "tiny_llama"
 IDS = [[1, 5, 90, 33], list(range(2, 97)) * 2]  # the second is longer than a window of 32, so codes are attended to
 SMALL = ["--window", "32", "--tile", "32"]
 
 
-@pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
-    """``--threads`` is for the process, and so for the tests that follow."""
-    before = numba.get_num_threads()
-    yield
-    numba.set_num_threads(before)
-
-
 def mixkv(*arguments: str | Path) -> Result:
     return CliRunner().invoke(cli.app, ["golden", *map(str, arguments)])
-
-
-def refused(result: Result, code: int, *words: str) -> None:
-    """One line on stderr that holds all the words, nothing on stdout, and the documented exit code."""
-    assert result.exit_code == code, (result.exit_code, result.stderr, result.exception)
-    assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("mixkv: "), result.stderr
-    for word in words:
-        assert word in lines[0], (word, lines[0])
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,9 @@ from mixkv.experiments.needle_report import UNSEEN
 from mixkv.models.errors import UsageError
 from mixkv.models.load import Model
 
+from ..refusals import refused
+
 SMALL = ("--lengths", "400", "--depths", "0.5")
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
-    """``--threads`` is for the process, and so for the tests that follow."""
-    before = numba.get_num_threads()
-    yield
-    numba.set_num_threads(before)
 
 
 def mixkv_needle(*arguments: str, text: str | bytes | None = None) -> Result:
@@ -40,16 +34,6 @@ def rows(*arguments: str, text: str | bytes | None = None) -> list[dict[str, Any
     result = mixkv_needle(*arguments, "-o", "jsonl", text=text)
     assert (result.exit_code, result.stderr) == (0, ""), result
     return [json.loads(line) for line in result.stdout.splitlines()]
-
-
-def refused(result: Result, code: int, *words: str) -> None:
-    """One line on stderr that holds all the words, nothing on stdout, and the documented exit code."""
-    assert result.exit_code == code, (result.exit_code, result.stderr, result.exception)
-    assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("mixkv: "), result.stderr
-    for word in words:
-        assert word in lines[0], (word, lines[0])
 
 
 PARSERS: dict[str, Callable[[str], list[dict[str, Any]]]] = {

@@ -9,7 +9,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -32,16 +31,10 @@ from mixkv.models.config import ModelConfig
 from mixkv.models.errors import MixkvError, ModelError
 from mixkv.models.load import Model, expected_tensors, open_model
 
+from ..refusals import refused
+
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 10
 TIMES = ("seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "workers")
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
-    """``--threads`` is for the process, and so for the tests that follow."""
-    before = numba.get_num_threads()
-    yield
-    numba.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +77,6 @@ def without_times(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def mixkv(*arguments: str) -> Result:
     return CliRunner().invoke(cli.app, ["sweep", *arguments])
-
-
-def refused(result: Result, code: int, *words: str) -> None:
-    """One line on stderr that holds all the words, nothing on stdout, and the documented exit code."""
-    assert result.exit_code == code, (result.exit_code, result.stderr, result.exception)
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("mixkv: "), result.stderr
-    assert all(word in lines[0] for word in words), lines[0]
 
 
 # --- what is measured ---------------------------------------------------------------------------------------------

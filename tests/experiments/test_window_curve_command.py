@@ -5,20 +5,21 @@ import io
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 from mixkv import CachePolicy, cli
+from mixkv.experiments.keys import ids_digest
 from mixkv.experiments.texts import default_text
 from mixkv.experiments.window_curve import measure
-from mixkv.experiments.window_table import digest_of, ranges_of
+from mixkv.experiments.window_table import ranges_of
 from mixkv.models.load import Model
+
+from ..refusals import refused
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 4
 KEYS = {
@@ -26,14 +27,6 @@ KEYS = {
     "document", "document_digest", "tokens", "windows", "errors", "by_layer", "kv_bytes_per_token", "seconds",
     "pass_seconds", "command", "threads",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
-    """``--threads`` is for the process, and so for the tests that follow."""
-    before = numba.get_num_threads()
-    yield
-    numba.set_num_threads(before)
 
 
 def window_curve(*arguments: str, text: str | None = None) -> Result:
@@ -48,13 +41,6 @@ def answer(*arguments: str, text: str | None = None) -> str:
 
 def row(*arguments: str, text: str | None = None) -> dict[str, Any]:
     return json.loads(answer(*arguments, "-o", "jsonl", text=text))
-
-
-def refused(result: Result, code: int, *words: str) -> None:
-    assert result.exit_code == code and result.stdout == "", (result.stderr, result.exception)
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("mixkv: "), result.stderr
-    assert all(word in lines[0] for word in words), lines[0]
 
 
 @pytest.fixture
@@ -72,7 +58,7 @@ def test_a_row_is_what_measure_finds(file: str, toy: Model) -> None:
     assert set(found) == KEYS
     assert (found["kind"], found["schema"], found["tokens"], found["threads"]) == ("window-curve", 1, 250, 1)
     assert (found["model"], found["weights"], found["policy"]) == ("toy", "f32", str(policy))
-    assert (found["document"], found["document_digest"]) == ("a text.txt", digest_of(ids))
+    assert (found["document"], found["document_digest"]) == ("a text.txt", ids_digest(ids))
     assert found["windows"] == [0, 32, 64, 96, 128, 200]
     assert found["kv_bytes_per_token"] == list(curve.kv_bytes_per_token)
     np.testing.assert_allclose(found["errors"], curve.errors, rtol=1e-4)
@@ -106,7 +92,7 @@ def test_a_key_depends_on_what_the_numbers_depend_on(file: str) -> None:
 
 def test_the_text_is_that_of_pythons_topics_or_of_stdin() -> None:
     found = row("-n", "130")
-    assert (found["document"], found["document_digest"]) == ("topics", digest_of(list(default_text().encode())[:130]))
+    assert (found["document"], found["document_digest"]) == ("topics", ids_digest(list(default_text().encode())[:130]))
     assert found["windows"] == [0, 64, 128] and "window-curve -m toy" in found["command"]
     short = row("-", text=TEXT)
     assert (short["document"], short["tokens"]) == ("stdin", len(TEXT))
