@@ -1,8 +1,8 @@
 """``measure``: what every size of the recent window costs in local error, from one pass of a model over a text.
 
-The pass goes through an exact cache of float32, so the inputs of every layer are exact. In each layer the local error of a
-window is how far the output over sinks, codes and that window is from the output over the same keys and values in the dense
-type, as engine/shadow.py has it. window_layer.py finds it for all windows together.
+The pass goes on with the outputs over keys and values in the dense type, so no layer's inputs have seen a code. In each
+layer the local error of a window is how far the output over sinks, codes and that window is from that one, as
+engine/shadow.py has it. window_layer.py finds it for all windows together.
 """
 
 import time
@@ -23,6 +23,8 @@ from ..models.errors import NumericalError, UsageError
 from ..models.load import Model
 from ..models.transformer import Step
 from .window_layer import Float32, Float64, LayerWindows, room_nbytes
+
+Look = Callable[[int, Float32, float, Float32], None]
 
 POINTS = 64  # windows unless somebody says which, at most
 
@@ -131,8 +133,8 @@ def check_policy(policy: CachePolicy) -> None:
 def check_memory(config: ModelConfig, policy: CachePolicy, tokens: int, available: int | None = None) -> int:
     """The bytes that ``measure`` will take up besides the model.
 
-    Only one layer's caches exist at a time: an exact one, and one of dense tiles and codes. The buffers of the pass are
-    of all tokens.
+    Only one layer's caches exist at a time: one of dense tiles and of codes, or, in the pass that times are compared with,
+    one of float32. The buffers of the pass are of all tokens.
 
     Args:
         config, policy, tokens: what is to be measured.
@@ -143,8 +145,9 @@ def check_memory(config: ModelConfig, policy: CachePolicy, tokens: int, availabl
 
     """
     layer = replace(config, num_hidden_layers=1)
-    kept = CachePolicy.full(), replace(policy, window=0), replace(policy, window=min(tokens, MAX_WINDOW))
+    kept = replace(policy, window=0), replace(policy, window=min(tokens, MAX_WINDOW))
     caches = sum(memory.plan(layer, each, tokens).total for each in kept)
+    caches = max(caches, memory.plan(layer, CachePolicy.full(), tokens).total)
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
     queries = 2 * config.num_attention_heads  # turned and padded, and the output of storing
     widest = 2 * config.intermediate_size  # once in its buffer, once as it comes out of a product
@@ -167,31 +170,35 @@ class _Measuring:
         self.squares, self.outputs = np.zeros(shape), np.zeros(shape[1:])
         self._find = LayerWindows(policy, np.array(windows), config.num_key_value_heads, config.head_dim)
 
-    def look(self, layer: int, qkv: Float32, scale: float) -> None:
-        """Fill in what belongs to a layer; ``qkv`` and ``scale`` as of ``LayerWindows``."""
-        self.squares[:, layer], self.outputs[layer] = self._find(qkv, scale)
+    def look(self, layer: int, qkv: Float32, scale: float, out: Float32) -> None:
+        """Fill in what belongs to a layer; ``qkv``, ``scale`` and ``out`` as of ``LayerWindows``."""
+        self.squares[:, layer], self.outputs[layer] = self._find(qkv, scale, out)
         if not (np.isfinite(self.squares[:, layer]).all() and np.isfinite(self.outputs[layer]).all()):
             raise NumericalError(f"layer {layer}: outputs are NaN, or their squares beyond float32")
 
 
-class _ExactCache:
-    """What a pass attends with: each layer's keys and values in float32, forgotten when the layer is done."""
+class _WholeText:
+    """What a pass attends with: each layer's keys and values, of all tokens at once, forgotten when the layer is done.
 
-    def __init__(self, config: ModelConfig, look: Callable[[int, Float32, float], None] | None) -> None:
+    ``look`` attends itself, over keys and values in the dense type; without it they are float32.
+    """
+
+    def __init__(self, config: ModelConfig, look: Look | None) -> None:
         self._shape = config.num_key_value_heads, config.head_dim
         self._look = look
 
     def attend(self, layer: int, qkv: Float32, position: int, scale: float, out: Float32) -> None:
-        """As the models' ``AttentionCache``, for all tokens of a text at once."""
-        LayerCache(CachePolicy.full(), *self._shape, len(qkv)).attend(qkv, position, scale, out)
-        if self._look is not None:
-            self._look(layer, qkv, scale)
+        """As the models' ``AttentionCache``."""
+        if self._look is None:
+            LayerCache(CachePolicy.full(), *self._shape, len(qkv)).attend(qkv, position, scale, out)
+        else:
+            self._look(layer, qkv, scale, out)
 
 
 def _pass(
     model: Model,
     ids: NDArray[np.int64],
-    look: Callable[[int, Float32, float], None] | None,
+    look: Look | None,
     progress: Callable[[int, int], None] | None,
 ) -> float:
     """Take all tokens through the layers, and look at each layer's queries, keys and values; returns the seconds."""
@@ -202,7 +209,7 @@ def _pass(
         if progress is not None:
             progress(layer + 1, model.config.num_hidden_layers)
 
-    step = Step(ids, np.arange(len(ids)), [(_ExactCache(model.config, look), 0, len(ids))])
+    step = Step(ids, np.arange(len(ids)), [(_WholeText(model.config, look), 0, len(ids))])
     begun = time.perf_counter()
     with np.errstate(invalid="ignore", over="ignore"):  # NaN is looked for here; NumPy need not warn of it as well
         model.transformer.forward(step, None, on_layer=done)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..engine.cache import LayerCache, View
 from ..engine.policy import CachePolicy
 from ..kernels.flash import attend
+from ..kernels.hadamard import rotated
 from ..kernels.segment import Int64, Segment, segment_of_arrays
 from ..kernels.state import empty_state, merge_partials, pad_last_axis
 from ..kernels.tables import N_PARTS, RANGES, STEP
@@ -51,18 +52,21 @@ class LayerWindows:
         self._room = room_nbytes(self._threads) // self._threads  # of a thread
         self._rooms = [np.zeros(self._room // 4, np.float32) for _ in range(self._threads)]
 
-    def __call__(self, qkv: Float32, scale: float) -> tuple[Float64, Float64]:
+    def __call__(self, qkv: Float32, scale: float, out: Float32 | None = None) -> tuple[Float64, Float64]:
         """Sums of squares over the queries of a text: of errors (W, H), and of the outputs over dense keys (H,).
 
         Args:
             qkv: float32 (T, H + 2 * n_kv_heads, head_dim), queries, keys and values from position 0 on. It may be changed.
             scale: softmax scale.
+            out: float32 (T, H, head_dim), where the outputs over dense keys go.
 
         Raises:
             NumericalError: keys or values that the codes cannot hold.
 
         """
         n_heads = qkv.shape[1] - 2 * self._shape[0]
+        if out is None:
+            out = np.empty((len(qkv), n_heads, qkv.shape[2]), np.float32)
         qkv = pad_last_axis(qkv)
         cache = _stored(self._policy, qkv, *self._shape)  # queries are rotated by it, too
 
@@ -72,7 +76,7 @@ class LayerWindows:
             room = self._rooms.pop()
             try:
                 with np.errstate(invalid="ignore", over="ignore"):
-                    return _Block(cache, q, seen, self._tiles(seen), scale).squares(room)
+                    return _Block(cache, q, seen, self._tiles(seen), scale).squares(room, out[slice(*span)])
             finally:
                 self._rooms.append(room)
 
@@ -129,14 +133,21 @@ class _Block:
         self._tile, last = cache.policy.tile, int(seen[-1])
         self._dense, self._coded = cache.recent.segment(0, last), cache.old.segment(0, cache.old.stop * self._tile)
 
-    def squares(self, room: Float32) -> tuple[Float64, Float64]:
-        """Sums of squares as of ``LayerWindows``, (W, H) and (H,). ``room``: memory of numbers that are finite."""
+    def squares(self, room: Float32, out_dense: Float32) -> tuple[Float64, Float64]:
+        """Sums of squares as of ``LayerWindows``, (W, H) and (H,).
+
+        Args:
+            room: memory of numbers that are finite.
+            out_dense: (T, H, head_dim), where the outputs over dense keys go.
+
+        """
         (n_queries, n_heads, _), head_dim = self._q.shape, self._cache.head_dim
         outs, states = self._down(room)
         out, state = np.zeros_like(self._q), empty_state(n_heads, n_queries)
         self._see_sinks(out, state)
         merge_partials(out[None], state[None], outs[0], states[0])
         exact = outs[0, ..., :head_dim]  # behind it codes have copies of the last channel
+        out_dense[...] = rotated(exact) if self._cache.policy.rotates[1] else exact
         found = np.zeros((len(self._steps), n_queries, n_heads))
         for i in range(1, len(self._steps)):
             first = int(np.argmax(self._most >= self._steps[i]))  # no query before has so many tiles in codes

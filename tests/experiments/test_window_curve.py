@@ -90,7 +90,10 @@ def test_every_window_is_that_of_attention_in_float64(head_dim: int, fields: dic
             k, v = (np.where(old[:, None, None], y[: p + 1], x[: p + 1]) for x, y in zip(dense, coded, strict=True))
             outs[b, p] = attention(q[p], k, v)
     windows = list(range(0, n + 40))
-    squares, outputs = curve_of(policy, windows, qkv)
+    out = np.full((n, N_HEADS, head_dim), np.nan, np.float32)
+    layer = LayerWindows(policy, np.array(windows), N_KV_HEADS, head_dim)
+    squares, outputs = layer(qkv.copy(), head_dim**-0.5, out)
+    np.testing.assert_allclose(out, outs[0], atol=1e-4)
     np.testing.assert_allclose(outputs, (outs[0] ** 2).sum(axis=(0, 2)), rtol=1e-4)
     for i, window in enumerate(windows):
         tiles = np.maximum((np.arange(1, n + 1) - window) // 32, 0)
