@@ -12,7 +12,7 @@ def needles(rows: Sequence[Row]) -> Figure | Missing:
     title = "Needles in a haystack"
     if not rows:
         return Missing(title, "no rows of kind needle", "mixkv needle -o jsonl > needles.jsonl")
-    labels = needle_labels(rows)
+    labels = _labels(rows)
     names, tasks = list(dict.fromkeys(labels)), [str(task) for task in values(rows, "task")]
     data = {str(i): _cells(name, rows, labels) for i, name in enumerate(names)}
     selects = (
@@ -43,7 +43,7 @@ def needles(rows: Sequence[Row]) -> Figure | Missing:
     return Figure("needles", title, text, spec, data, selects)
 
 
-def needle_labels(rows: Sequence[Row]) -> list[str]:
+def _labels(rows: Sequence[Row]) -> list[str]:
     """The policy of each needle row, with the weights where these differ."""
     others = [name for name in ("model", "weights") if len(values(rows, name)) > 1]
     return [", ".join([short(row["spec"]), *(one_line(row.get(name)) for name in others)]) for row in rows]

@@ -23,7 +23,7 @@ from . import (
     render,
 )
 from .figures import SWEEP, Figure, Missing, default_policy, theme
-from .report_data import page_data, pieces, policy_columns, policy_rows, texts
+from .report_data import page_data, pieces, policy_columns, policy_rows, texts, which_cache
 from .results import Results
 from .summary import PIECE, Summary, summarize, values
 from .tables import Row
@@ -147,6 +147,13 @@ def _notes(report: Report) -> list[str]:
         )
     if len(values(report.results.every, "model")) > 1:
         notes.append("The rows are of several models: bytes and divergences of different models do not compare.")
+    known = {which_cache(row) for summary in report.summaries for row in summary.rows}
+    strange = {which_cache(row) for row in report.results.rows["needle"]} - known
+    if report.summaries and strange:
+        notes.append(
+            f"Needles were looked for with {len(strange)} caches that no predictions were measured with: their shares "
+            "stand in the figure of needles, and not in the table."
+        )
     return notes
 
 

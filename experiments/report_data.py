@@ -1,11 +1,10 @@
 """The parts of a report's page that are no figures: the table of policies, texts side by side, and the script's data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .figures import Figure, Spec
 from .figures_cost import amount, tokens_that_fit
-from .figures_needles import needle_labels
 from .figures_tokens import worst_tokens
 from .summary import Summary, front, weight
 from .tables import Row
@@ -99,7 +98,7 @@ def _whole(value: float) -> str:
 
 def _columns(report: "Report") -> list[_Column]:
     """(title, explanation, value, text) of each column behind the policy's name."""
-    right = _found_again(report)
+    right = found_again(report.results.rows["needle"])
     columns: list[_Column] = [
         ("bits", "bits a value of an old token, scales included", lambda s: s.mean("bits_per_value"), _plain(3)),
         ("bytes", "bytes of an old token, all layers", lambda s: s.bytes_old, _whole),
@@ -115,7 +114,7 @@ def _columns(report: "Report") -> list[_Column]:
         ("bytes/token", "of the whole cache over its tokens", lambda s: s.mean("kv_bytes_per_token"), _whole),
         ("tokens/s", "generated, measured in passing", lambda s: s.mean("decode_tokens_per_second"), lambda x: f"{x:.1f}"),
         ("tokens that fit", f"in {amount(report.memory)}", lambda s: tokens_that_fit(s, report.memory), _whole),
-        ("needles", "share of needles found again", lambda s: right.get(s.label), _percent(0)),
+        ("needles", "share of needles found again", lambda s: right.get(which_cache(s.rows[0])), _percent(0)),
         ("pieces", "pieces of text", lambda s: len(s.rows), _whole),
     ]  # fmt: skip
     return [column for column in columns if any(column[2](summary) is not None for summary in report.summaries)]
@@ -140,14 +139,17 @@ def policy_rows(report: "Report") -> list[dict[str, Any]]:
     return rows
 
 
-def _found_again(report: "Report") -> dict[str, float]:
-    """The share of right answers by policy."""
-    rows = report.results.rows["needle"]
-    labels = needle_labels(rows)
-    own = {
-        name: [row["correct"] for row, label in zip(rows, labels, strict=True) if label == name] for name in set(labels)
-    }
-    return {name: sum(correct) / len(correct) for name, correct in own.items()}
+def found_again(rows: Iterable[Row]) -> dict[tuple[object, ...], float]:
+    """The share of right answers among needle rows, by ``which_cache``."""
+    own: dict[tuple[object, ...], list[bool]] = {}
+    for row in rows:
+        own.setdefault(which_cache(row), []).append(row["correct"])
+    return {cache: sum(correct) / len(correct) for cache, correct in own.items()}
+
+
+def which_cache(row: Row) -> tuple[object, ...]:
+    """Model, weights and policy: what a row of predictions and one of needles must have in common to be of one cache."""
+    return tuple(row.get(name) for name in ("model", "weights", "policy"))
 
 
 def pieces(summaries: Sequence[Summary]) -> list[Row]:

@@ -25,7 +25,7 @@ from mixkv import cli
 from mixkv.experiments import figures_cost, figures_inside, figures_quality, render
 from mixkv.experiments import report as pages
 from mixkv.experiments.figures import Figure, theme
-from mixkv.experiments.report_data import page_data
+from mixkv.experiments.report_data import page_data, policy_columns, policy_rows
 from mixkv.experiments.results import read
 from mixkv.experiments.summary import summarize
 from mixkv.models.errors import UsageError
@@ -473,3 +473,25 @@ def test_without_the_library_one_line_says_what_to_install(
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     refused(mixkv(file, "-o", tmp_path / "r.html"), "pip install 'mixkv[report]'")
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_needles_are_those_of_the_same_model_weights_and_policy() -> None:
+    """Names of caches are no help: the same one may stand for another model's, or say more than here."""
+    rng = np.random.default_rng(0)
+    predictions = [eval_row(rng, "k4v4", "topics", 0), eval_row(rng, "k2v2", "topics", 0)]
+    needles = [row for text in ("k4v4", "k2v2") for row in needle_rows(rng, text, 1)]
+    for row in needles:
+        row["correct"] = row["policy"] == predictions[0]["policy"]
+    others = [{**row, "model": "another", "key": f"{i:016x}", "correct": False} for i, row in enumerate(needles)]
+
+    def column(report: pages.Report) -> dict[str, str]:
+        titles = [title for title, _ in policy_columns(report)]
+        at = titles.index("needles")
+        return {line["summary"].policy: line["cells"][at][1] for line in policy_rows(report)}
+
+    found = report_of([*predictions, *needles, *others])
+    assert column(found) == {predictions[0]["policy"]: "100 %", predictions[1]["policy"]: "0 %"}
+    assert any("Needles were looked for with 2 caches" in note for note in pages._notes(found))
+    both = [{**row, "regime": "decode", "key": f"{i + 900:016x}"} for i, row in enumerate(predictions)]
+    assert column(report_of([*predictions, *both, *needles])) == column(found)
+    assert not any("Needles" in note for note in pages._notes(report_of([*predictions, *needles])))
