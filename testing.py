@@ -110,8 +110,8 @@ def assert_same_decode(
 
     """
     __tracebackhide__ = True
-    from .experiments.assertions import same_decode
-    from .experiments.golden_compare import Tolerances
+    from .experiments.golden.assertions import same_decode
+    from .experiments.golden.compare import Tolerances
 
     difference = same_decode(a, b, prompts, max_tokens, Tolerances(tolerance, tie))
     if difference is not None:
@@ -144,7 +144,7 @@ def assert_kl_below(
 
     """
     __tracebackhide__ = True
-    from .experiments.assertions import measured_kl
+    from .experiments.golden.assertions import measured_kl
 
     found, about = measured_kl(model, policy, text, reference, statistic, tokens, limit)
     if not found < limit:
@@ -173,8 +173,8 @@ def assert_chunk_invariant(
 
     """
     __tracebackhide__ = True
-    from .experiments.assertions import as_policy
-    from .experiments.invariance import cut_difference
+    from .experiments.golden.assertions import as_policy
+    from .experiments.golden.invariance import cut_difference
 
     read = model.encode(ids) if isinstance(ids, str) else ids
     difference = cut_difference(model, as_policy(policy), read, cuts, tolerance=tolerance)

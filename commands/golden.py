@@ -47,19 +47,19 @@ def record(
     policy = cache.policy()
     if prompts and prompts_file is not None:
         raise UsageError("give the prompts either as arguments or with --prompts-file, not both")
-    from ..experiments.golden_file import check_place
+    from ..experiments.golden.file import check_place
 
     check_place(file, force=force)
     asked: Any = prompts or None
     if prompts_file is not None:
-        from ..experiments.golden_prompts import parse_prompts
+        from ..experiments.golden.prompts import parse_prompts
 
         asked = parse_prompts(read_text(prompts_file), str(prompts_file))
     set_threads(threads)
     from ..engine.session import Session
-    from ..experiments import golden as runs
-    from ..experiments.golden_about import describe
-    from ..experiments.golden_file import Golden, write
+    from ..experiments.golden import record as runs
+    from ..experiments.golden.about import describe
+    from ..experiments.golden.file import Golden, write
 
     with Bars(quiet) as bars:
         loaded = _ready(model, weights, bars)
@@ -104,8 +104,8 @@ def check(
     given = [name for name, value in (("--tolerance", tolerance), ("--tie", tie)) if value is not None]
     if exact and given:
         raise UsageError(f"{', '.join(given)} has no effect with --exact: nothing may differ")
-    from ..experiments.golden_compare import Tolerances
-    from ..experiments.golden_file import read
+    from ..experiments.golden.compare import Tolerances
+    from ..experiments.golden.file import read
 
     named = {"logprob": tolerance, "tie": tie}
     tolerances = Tolerances(**{name: x for name, x in named.items() if x is not None}, exact=exact)
@@ -116,9 +116,9 @@ def check(
     name = about.model if model is None else model
     kept_as = (about.weights or "auto") if weights is None else weights
     from ..engine.session import Session
-    from ..experiments import golden as runs
-    from ..experiments.golden_about import describe, reasons
-    from ..experiments.golden_text import render, summary
+    from ..experiments.golden import record as runs
+    from ..experiments.golden.about import describe, reasons
+    from ..experiments.golden.text import render, summary
 
     with Bars(quiet) as bars:
         loaded = _ready(name, kept_as, bars)

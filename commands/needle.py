@@ -50,10 +50,10 @@ def needle(
     A right answer does not mean that nothing is lost: how likely it was, and the divergence along it, stand beside it.
     """
     from ..experiments.bench_plan import MAX_TOKENS, parse_policies
-    from ..experiments.needle import Needle
-    from ..experiments.needle_plan import Plan
-    from ..experiments.needle_report import writer
-    from ..experiments.needle_task import Task
+    from ..experiments.needle.plan import Plan
+    from ..experiments.needle.report import writer
+    from ..experiments.needle.run import Needle
+    from ..experiments.needle.task import Task
     from ..experiments.ranges import parse_fractions, parse_numbers
     from ..experiments.texts import document
 

@@ -31,10 +31,10 @@ def report(
 
     The page needs no network: it opens in a browser from where it lies, with all the rows in it.
     """
-    from ..experiments import render
-    from ..experiments import report as pages
-    from ..experiments.figures_cost import parse_memory
-    from ..experiments.results import read
+    from ..experiments.report import page as pages
+    from ..experiments.report import render
+    from ..experiments.report.figures_cost import parse_memory
+    from ..experiments.report.results import read
 
     nbytes = parse_memory(memory)
     if no_figures and figures is not None:

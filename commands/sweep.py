@@ -10,7 +10,7 @@ from .options import takes_axes
 from .shell import Bars, reported, say, set_threads
 
 if TYPE_CHECKING:
-    from ..experiments.grid import Grid
+    from ..experiments.sweep.grid import Grid
 
 
 @reported
@@ -68,8 +68,8 @@ def sweep(
     Lists (2,3,4) and ranges (0:512:128, the end included) multiply out. Each policy, text and seed is a row, written when
     it is done. Rows that the file has already are not measured again.
     """
-    from ..experiments import grid as grids
     from ..experiments.ranges import parse_numbers
+    from ..experiments.sweep import grid as grids
 
     setting, policies, lists, pieces = grids.load(file) if file is not None else ({}, [], {}, {})
     given = {
@@ -95,10 +95,10 @@ def _measure(
     grid: "Grid", output: Path, together: int, n_workers: int, threads: int, dry_run: bool, quiet: bool
 ) -> None:
     """Run a sweep, and print a table of all its rows."""
-    from ..experiments import sweep as sweeps
-    from ..experiments.journal import Journal
+    from ..experiments.sweep import run as sweeps
+    from ..experiments.sweep.journal import Journal
+    from ..experiments.sweep.workers import Workers
     from ..experiments.tables import make_writer
-    from ..experiments.workers import Workers
     from ..kernels.warmup import warm_up
     from ..models.load import open_model
     from ..models.pack import check_weights_option

@@ -50,11 +50,11 @@ def window_curve(
         raise UsageError(f"--tokens must be 1 or more, found {tokens}")
     policy = cache.policy()
     from ..engine.policy import MAX_WINDOW
-    from ..experiments import window_curve as curves
-    from ..experiments import window_table as table
     from ..experiments.ranges import parse_numbers
     from ..experiments.tables import make_writer
     from ..experiments.texts import default_text
+    from ..experiments.window import curve as curves
+    from ..experiments.window import table
     from ..models.fingerprint import fingerprint
 
     found: list[Row] = []

@@ -205,8 +205,8 @@ def test_the_tests_install_what_the_extras_of_users_bring() -> None:
 def test_files_that_are_no_code_are_shipped() -> None:
     """Templates stand in package-data; there is no other folder of such files."""
     shipped = project()["tool"]["setuptools"]["package-data"]
-    assert shipped["mixkv.experiments"] == ["templates/*"]
-    assert {file.name for file in (ROOT / "experiments" / "templates").iterdir()} == {
+    assert shipped["mixkv.experiments.report"] == ["templates/*"]
+    assert {file.name for file in (ROOT / "experiments" / "report" / "templates").iterdir()} == {
         "report.html.j2",
         "report.css",
         "report.js",

@@ -14,9 +14,10 @@ import pytest
 import mixkv
 from mixkv import CachePolicy, Session, testing
 from mixkv.engine import session as sessions
-from mixkv.experiments import golden, golden_file
 from mixkv.experiments.evaluate import evaluate
-from mixkv.experiments.golden_about import describe
+from mixkv.experiments.golden import file as golden_file
+from mixkv.experiments.golden import record as golden
+from mixkv.experiments.golden.about import describe
 from mixkv.models.errors import MixkvError, UsageError
 from mixkv.models.load import Model
 

@@ -16,17 +16,7 @@ from mixkv.cli import app
 from mixkv.engine.policy import CachePolicy, Override
 from mixkv.engine.session import Session
 from mixkv.experiments.divergence import compare
-from mixkv.experiments.plan import (
-    BITS,
-    Option,
-    Reference,
-    exact,
-    find,
-    measure,
-    parse_budget,
-    policy_of,
-    solve,
-)
+from mixkv.experiments.plan import BITS, Option, Reference, exact, find, measure, parse_budget, policy_of, solve
 from mixkv.models.errors import PromptError, UsageError
 
 POLICY = CachePolicy(window=20, sinks=2, tile=32)

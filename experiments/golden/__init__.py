@@ -1,0 +1,1 @@
+"""What a model decodes: recorded, and held against later."""

@@ -1,0 +1,1 @@
+"""Pass keys hidden in a text, and which caches find them."""

@@ -1,0 +1,1 @@
+"""Rows of results -> one page and its figures."""

@@ -1,0 +1,1 @@
+"""Many cells: what they are, who measures them, and the file that keeps them."""

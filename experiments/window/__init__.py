@@ -1,0 +1,1 @@
+"""The local error of every size of the window, from one pass."""
