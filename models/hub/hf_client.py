@@ -90,6 +90,7 @@ class Client:
             part.unlink()
         with part.open("ab") as opened:
             target = _Counted(opened, about.nbytes, arrived)
+            arrived(target.tell())
             self._get(file, about, target)
             opened.flush()
             os.fsync(opened.fileno())
@@ -124,6 +125,7 @@ class Client:
         """Let the library be silent, and say in one line what went wrong."""
         from huggingface_hub import errors
 
+        missing = f"no such repository at {self._endpoint}, or a private one"
         at = f" at revision {shown(revision)}" if revision else ""
         login = "log in with `hf auth login`, or set HF_TOKEN"
         try:
@@ -131,17 +133,18 @@ class Client:
                 yield
         except errors.GatedRepoError as error:
             page = f"{self._endpoint}/{self._repo}"
-            raise self._failed(f"gated: accept its terms at {page}, then {login}", error) from error
+            raise self._failed(f"gated: accept its terms at {page}, then {login}") from error
         except errors.RepositoryNotFoundError as error:
-            raise self._failed(f"no such repository at {self._endpoint}, or a private one: {login}", error) from error
+            raise self._failed(f"{missing}: {login}") from error
         except errors.RevisionNotFoundError as error:
-            raise self._failed(f"the repository has no revision {shown(revision)}", error) from error
+            raise self._failed(f"the repository has no revision {shown(revision)}") from error
         except errors.EntryNotFoundError as error:
-            raise self._failed("a file that the hub lists is not there", error) from error
+            raise self._failed("a file that the hub lists is not there") from error
         except errors.HfHubHTTPError as error:
             code = error.response.status_code if error.response is not None else "an error"
-            hint = f"; {login}" if code in (401, 403) else ""
-            raise self._failed(f"{self._endpoint} answers {code}{hint}", error) from error
+            hint = f": {login}" if code == 403 else ""
+            what = f"{missing}: {login}" if code == 401 else f"{self._endpoint} answers {code}{hint}"
+            raise self._failed(what) from error
         except (DownloadError, ModelError, BrokenPipeError):
             raise
         except Exception as error:  # the library's transport has classes of its own, by its version
@@ -153,7 +156,7 @@ class Client:
                 "tokenizer.json and .safetensors files, or one .gguf file), and name that as the model"
             ) from error
 
-    def _failed(self, what: str, error: Exception) -> DownloadError:
+    def _failed(self, what: str) -> DownloadError:
         return DownloadError(f"{self._full}: {what}")
 
 

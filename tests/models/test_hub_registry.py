@@ -62,8 +62,8 @@ from mixkv.models.hub import registry
 from mixkv.models.hub.registry import RegistryEntry, Wheel
 mode, pip, wheel, runs, wheel_sha256, file_sha256, nbytes, file_nbytes = sys.argv[1:]
 entry = RegistryEntry(
-    "tiny", "", "", (Wheel("tiny-model", "1", wheel_sha256, int(nbytes), "tiny_model/tiny.gguf"),), "tiny.gguf", file_sha256,
-    int(file_nbytes),
+    "tiny", "", "", (Wheel("tiny-model", "1", wheel_sha256, int(nbytes), "tiny_model/tiny.gguf"),), "tiny.gguf",
+    file_sha256, int(file_nbytes),
 )
 registry.REGISTRY = {"tiny": entry}
 import mixkv.models.hub.wheels as wheels
