@@ -13,7 +13,8 @@ from . import __version__
 from .commands.bench import bench
 from .commands.generate import generate
 from .commands.golden import golden
-from .commands.models import info, models, pull
+from .commands.info import info
+from .commands.models import models, pull, rm
 from .commands.needle import needle
 from .commands.quality import evaluate, plan
 from .commands.report import report
@@ -32,6 +33,7 @@ COMMANDS = {
     "info": info,
     "models": models,
     "pull": pull,
+    "rm": rm,
     "bench": bench,
     "eval": evaluate,
     "sweep": sweep,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from ..errors import UsageError
 from . import huggingface, pypi, registry
-from .contents import CachedModel, cached_models, partial_downloads, remove_all, remove_model
-from .files import Progress, cache_folder, is_sha256
-from .registry import REGISTRY, RegistryEntry, cached_file
+from .contents import CachedModel, cached_models, partial_downloads, remove_all, remove_model, remove_partial
+from .files import Progress, cache_folder, disk_nbytes, is_sha256
+from .registry import REGISTRY, RegistryEntry, cached_file, stored
 from .shelf import open_shelf
 
 __all__ = [
@@ -19,11 +19,15 @@ __all__ = [
     "cached_file",
     "cached_models",
     "cached_path",
+    "disk_nbytes",
     "find",
+    "is_name",
     "partial_downloads",
     "pull",
     "remove_all",
     "remove_model",
+    "remove_partial",
+    "stored",
 ]
 
 FORMS = (huggingface.FORM, pypi.FORM)
@@ -31,7 +35,7 @@ FORMS = (huggingface.FORM, pypi.FORM)
 
 def find(name: str, *, progress: Progress | None = None) -> Path | None:
     """The folder or file of a model by its name, fetched if it is not in the cache; None for what may be a local path."""
-    return pull(name, progress=progress) if _is_ours(name) else None
+    return pull(name, progress=progress) if is_name(name) else None
 
 
 def pull(name: str, *, progress: Progress | None = None, sha256: str | None = None, update: bool = False) -> Path:
@@ -72,5 +76,6 @@ def cached_path(name: str) -> Path | None:
     return shelf.path(*found) if found else None
 
 
-def _is_ours(name: str) -> bool:
+def is_name(name: str) -> bool:
+    """Whether it is a name of the registry, of ``hf:`` or of ``pypi:``, and no local path."""
     return name in REGISTRY or name.startswith(("hf:", "pypi:"))
