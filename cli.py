@@ -11,6 +11,7 @@ import typer
 
 from . import __version__
 from .commands.bench import bench
+from .commands.convert import convert
 from .commands.generate import generate
 from .commands.golden import golden
 from .commands.info import info
@@ -34,6 +35,7 @@ COMMANDS = {
     "models": models,
     "pull": pull,
     "rm": rm,
+    "convert": convert,
     "bench": bench,
     "eval": evaluate,
     "sweep": sweep,

@@ -75,9 +75,8 @@ def models(as_json: AsJson = False) -> None:
         state = row["problem"] or row["path"] or ("built in" if row["name"] == "toy" else "not fetched")
         about = "  ".join(part for part in (row["license"], row["summary"]) if part)
         print(f"{row['name']:{width}} {size(float(row['bytes'])):>10}  {about}  [{state}]")
-    print(
-        f"in the cache: {len(cached)} model{'s' * (len(cached) != 1)}, {size(float(sum(model.nbytes for model in cached)))}, {hub.cache_folder()}"
-    )
+    total, plural = sum(model.nbytes for model in cached), "" if len(cached) == 1 else "s"
+    print(f"in the cache: {len(cached)} model{plural}, {size(float(total))}, {hub.cache_folder()}")
     if parts := hub.partial_downloads():
         nbytes = sum(map(hub.disk_nbytes, parts))
         print(

@@ -1,6 +1,6 @@
 """A server that speaks the two endpoints of the Hugging Face hub that mixkv asks, on this machine alone.
 
-``GET /api/models/org/name[/revision/rev]?blobs=true`` lists a commit, ``GET /org/name/resolve/commit/file`` is a file of it,
+``GET /api/models/org/name[/revision/rev]?blobs=true`` lists a commit, ``GET /org/name/resolve/commit/file`` is a file,
 with ranges. What is wrong is set on the object: names of files that are cut short, tampered with or forbidden.
 """
 

@@ -425,7 +425,9 @@ def test_two_processes_at_once_fetch_once(server: FakeHub, tiny: dict[str, bytes
         (lambda index: index.update(digests={"a": "b"}), "digests"),
     ],
 )
-def test_a_damaged_index_is_refused_by_its_name(server: FakeHub, tiny: dict[str, bytes], change: Any, word: str) -> None:
+def test_a_damaged_index_is_refused_by_its_name(
+    server: FakeHub, tiny: dict[str, bytes], change: Any, word: str
+) -> None:
     server.publish(REPO, tiny)
     path = hub.pull(NAME).parent / "index.json"
     index = json.loads(path.read_text())
