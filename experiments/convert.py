@@ -164,15 +164,14 @@ def _tokenizer_differences(ours: Tokenizer | None, theirs: Tokenizer | None) -> 
         f"tokenizer: {name} is {getattr(theirs, name)!r:.200}, was {getattr(ours, name)!r:.200}"
         for name in names if getattr(ours, name) != getattr(theirs, name)
     ]  # fmt: skip
-    for text in TEXTS:
-        if _encoded(ours, text) != _encoded(theirs, text):
-            differences.append(f"tokenizer: {text[:20]!r}... gives other ids")
+    strange = [text for text in TEXTS if _encoded(ours, text) != _encoded(theirs, text)]
+    differences += [f"tokenizer: {text[:20]!r}... gives other ids" for text in strange]
     # A token that the GGUF file calls unused has no text here, and is like any other in a tokenizer.json.
     spelled = ((i, ours.decode([i])) for i in range(min(ours.vocab_size, theirs.vocab_size)))
     unlike = [i for i, text in spelled if text and theirs.decode([i]) != text]
-    return differences + (
-        [f"tokenizer: {len(unlike)} tokens have another text, the first is {unlike[0]}"] if unlike else []
-    )
+    if unlike:
+        differences.append(f"tokenizer: {len(unlike)} tokens have another text, the first is {unlike[0]}")
+    return differences
 
 
 def _encoded(tokenizer: Tokenizer, text: str) -> list[int] | str:

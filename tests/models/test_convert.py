@@ -145,7 +145,6 @@ def tampered(folder: Path, what: str) -> None:
         ("config.json: rope_theta", "rope_theta is 7.5, was 5000.0"),
         ("generation_config.json: eos_token_id", "eos_token_ids"),
         ("tokenizer.json: vocab", "2 tokens have another text"),
-        ("tokenizer.json: pre_tokenizer", "gives other ids"),
         ("tokenizer_config.json: bos_token", "bos_token"),
         ("tokenizer_config.json: chat_template", "chat_template"),
     ],
