@@ -12,6 +12,7 @@ import typer
 from . import __version__
 from .commands.bench import bench
 from .commands.convert import convert
+from .commands.doctor import doctor
 from .commands.generate import generate
 from .commands.golden import golden
 from .commands.info import info
@@ -36,6 +37,7 @@ COMMANDS = {
     "pull": pull,
     "rm": rm,
     "convert": convert,
+    "doctor": doctor,
     "bench": bench,
     "eval": evaluate,
     "sweep": sweep,

@@ -7,7 +7,7 @@ from . import huggingface, pypi, registry
 from .contents import CachedModel, cached_models, partial_downloads, remove_all, remove_model, remove_partial
 from .files import Progress, cache_folder, disk_nbytes, is_sha256
 from .registry import REGISTRY, RegistryEntry, cached_file, stored
-from .shelf import open_shelf
+from .shelf import all_shelves, open_shelf
 
 __all__ = [
     "FORMS",
@@ -15,6 +15,7 @@ __all__ = [
     "CachedModel",
     "Progress",
     "RegistryEntry",
+    "all_shelves",
     "cache_folder",
     "cached_file",
     "cached_models",
