@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def info(
     model: Annotated[
         str | None,
-        typer.Argument(help="Registry name, a model folder, or a .gguf file; smollm2, or none for --routes."),
+        typer.Argument(help="As for generate --model; smollm2, or none for --routes."),
     ] = None,
     *,
     cache: CacheOptions,

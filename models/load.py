@@ -154,7 +154,7 @@ def _refuse_unexpected(expected: Mapping[str, object], found: Mapping[str, objec
 
 
 def open_model(name: str, *, progress: Progress | None = None) -> Opened:
-    """Find a model by registry name, folder or file, and read its description. See ``load`` for the arguments."""
+    """Find a model by its name, folder or file, and read its description. See ``load`` for the arguments."""
     if name == "toy":
         source = toy.ToySource(expected_tensors(toy.CONFIG))
         return Opened(name, None, toy.CONFIG, source, lambda: ByteTokenizer(toy.VOCAB))
@@ -201,7 +201,7 @@ def load(
     Raises:
         UsageError: an unknown name or weight format.
         ModelError: files that are damaged, incomplete, unsafe or not supported.
-        DownloadError: a registry model that could not be fetched.
+        DownloadError: a model that could not be fetched, or is another than it was.
 
     """
     check_weights_option(weights)
