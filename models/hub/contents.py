@@ -63,7 +63,7 @@ def remove_model(name: str) -> int:
         with locked(shelf.folder, "lock", name, wait=False):
             shelf = open_shelf(shelf.kind, shelf.name)
             freed = sum(map(remove, [*huggingface.remains(shelf.folder), shelf.folder / ".download"]))
-            meant = shelf.meant(_parsed(name).revision, _parsed(name).file, name)
+            meant = shelf.meant(_parsed(name).revision, _parsed(name).file)
             freed += shelf.drop(*meant) if meant else 0
             if freed:
                 return freed

@@ -7,11 +7,13 @@ commit has of it: SHA-256 for large files, git's own for small ones. What a conn
 
 import os
 import re
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from ..check import listed, read_json_object, shown
 from ..config import config_from_hf
-from ..errors import DownloadError, ModelError, UsageError
+from ..errors import DownloadError, MixkvError, ModelError, UsageError
 from ..limits import MAX_JSON_BYTES, MAX_REPO_FILES
 from .files import Progress, cannot_store, check_room, is_plain_path, locked
 from .hf_client import Client, RepoFile
@@ -106,6 +108,8 @@ def _fetch(name: ModelName, shelf: Shelf, client: Client, progress: Progress, sh
         (folder / file).unlink()
         raise DownloadError(f"{name.full}: {file} has sha256 {digests[file]}, expected {sha256}; it was removed")
     shelf.add(listing.commit, file, digests)
+    with suppress(MixkvError):  # a name without a file may stand for none
+        shelf.defaults[listing.commit] = _chosen(replace(name, file=""), files)
     shelf.revisions[name.revision or ""] = listing.commit
     shelf.licenses[listing.commit] = listing.license
     shelf.save()

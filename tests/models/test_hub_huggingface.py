@@ -167,13 +167,20 @@ def test_one_gguf_file_needs_no_name_and_several_do(server: FakeHub) -> None:
     refused(UsageError, "a.gguf (0 MB)", "sub/b.gguf", name=f"{NAME}@two")
     path = hub.pull(f"{NAME}@two:sub/b.gguf")
     assert path.read_bytes() == GGUF + b"b"
-    assert hub.pull(f"{NAME}@two") == path  # the only one that there is in the cache
+    refused(UsageError, "a.gguf (0 MB)", name=f"{NAME}@two")  # also where the cache has only one of them
     hub.pull(f"{NAME}@two:a.gguf")
-    refused(UsageError, f"{NAME}@two:a.gguf", f"{NAME}@two:sub/b.gguf", name=f"{NAME}@two")
     refused(UsageError, "no such file", "a.gguf", name=f"{NAME}@two:c.gguf")
     assert {model.name for model in hub.cached_models()} == {
         f"{NAME}:tiny.gguf", f"{NAME}@two:a.gguf", f"{NAME}@two:sub/b.gguf",
     }  # fmt: skip
+
+
+def test_a_name_without_a_file_is_never_the_gguf_file_beside_a_folder(server: FakeHub, tiny: dict[str, bytes]) -> None:
+    server.publish(REPO, tiny | {"tiny.gguf": GGUF})
+    file = hub.pull(f"{NAME}:tiny.gguf")
+    assert hub.cached_path(NAME) is None
+    folder = hub.pull(NAME)
+    assert folder == file.parent and (folder / "model.safetensors").is_file() and hub.pull(f"{NAME}:tiny.gguf") == file
 
 
 def test_a_part_of_a_split_model_is_refused(server: FakeHub) -> None:
