@@ -36,11 +36,13 @@ def pull(
     """Fetch a model into the cache, and print where it is."""
     from ..models import hub
 
-    if name == "toy":
-        say("mixkv: toy is built in, there is nothing to fetch")
-        return
-    if not hub.is_name(name) and Path(name).expanduser().exists():
-        say(f"mixkv: {name} is here already: name it as the model")
+    here = "is built in, there is nothing to fetch" if name == "toy" else ""
+    if not here and not hub.is_name(name) and Path(name).expanduser().exists():
+        here = "is here already: name it as the model"
+    if here:
+        if sha256 is not None or update:
+            raise UsageError(f"{name} {here}; --sha256 and --update have no effect")
+        say(f"mixkv: {name} {here}")
         return
     with Bars(quiet) as bars:
         path = hub.pull(name, progress=bars.bar(f"downloading {name}"), sha256=sha256, update=update)

