@@ -42,7 +42,12 @@ def refusal(error: type[Exception], name: str, **options: Any) -> str:
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     for name in ("smollm3", str(tmp_path / "nothing")):
         message = refusal(UsageError, name)
-        assert repr(name) in message and "smollm2, toy" in message and "folder" in message
+        assert (
+            repr(name) in message
+            and "smollm2, gemma3-270m, toy" in message
+            and "hf:org/name" in message
+            and "folder" in message
+        )
 
 
 def test_a_file_that_is_no_gguf_file_is_refused(tmp_path: Path) -> None:
