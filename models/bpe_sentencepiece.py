@@ -23,7 +23,7 @@ def sentencepiece_from_gguf(keys: TokenizerKeys, vocabulary: Vocabulary) -> tupl
     """
     if keys.get("tokenizer.ggml.precompiled_charsmap", list[int]):
         raise keys.error("tokenizer.ggml.precompiled_charsmap", "is not supported together with the model 'llama'")
-    tokens = [  # a run of spaces that was added comes out of merges like any other token
+    tokens = [  # a run of spaces that was added: recognised where it is written with U+2581, else it comes out of merges
         token.replace(" ", SPACE) if kind == USER_DEFINED and _SPACES.fullmatch(token) else token
         for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
     ]
@@ -45,8 +45,8 @@ def sentencepiece_from_gguf(keys: TokenizerKeys, vocabulary: Vocabulary) -> tupl
     backend.add_special_tokens(
         [
             AddedToken(token, normalized=False, special=True, rstrip=swallowing and token not in _NOT_SWALLOWING)
-            for token in vocabulary.of_types(SPECIAL)
-            if not _SPACES.fullmatch(token)
+            for token, kind in zip(tokens, vocabulary.types, strict=True)
+            if kind in SPECIAL
         ]
     )
     pieces = [
