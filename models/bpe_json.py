@@ -29,7 +29,7 @@ def tokenizer_from_json(path: Path) -> BPETokenizer:
     names = [_checked(file, each) for each in decoders]
     backend = _backend(file)
     sentencepiece = partial(sentencepiece_piece, is_byte="ByteFallback" in names)
-    pieces = _pieces(file, backend, byte_level_piece if "ByteLevel" in names else sentencepiece)
+    pieces = _pieces(file, backend, *((byte_level_piece, _as_written) if "ByteLevel" in names else (sentencepiece,) * 2))
     config = _config(file)
     bos, eos = _token(file, config, "bos_token", backend), _token(file, config, "eos_token", backend)
     return BPETokenizer(
@@ -78,7 +78,13 @@ def _backend(file: Path) -> Backend:
     return backend
 
 
-def _pieces(file: Path, backend: Backend, piece: Callable[[str], bytes]) -> list[bytes]:
+def _as_written(token: str) -> bytes:
+    return token.encode("utf-8", "replace")
+
+
+def _pieces(
+    file: Path, backend: Backend, piece: Callable[[str], bytes], added_piece: Callable[[str], bytes]
+) -> list[bytes]:
     vocab = backend.get_vocab(with_added_tokens=True)
     largest = max(vocab.values(), default=-1)
     if not 0 <= largest < MAX_VOCAB_SIZE:
@@ -87,7 +93,7 @@ def _pieces(file: Path, backend: Backend, piece: Callable[[str], bytes]) -> list
     for token, index in vocab.items():
         pieces[index] = piece(token)
     for index, added in backend.get_added_tokens_decoder().items():
-        pieces[index] = b"" if added.special else added.content.encode("utf-8", "replace")
+        pieces[index] = b"" if added.special else added_piece(added.content)
     return pieces
 
 

