@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.weights import Stored
 from . import hub, toy
-from .chat import ChatTemplate
+from .chat import ChatTemplate, Message
 from .check import check_tensors, listed, shown
 from .config import ModelConfig
 from .errors import ModelError, UsageError
@@ -78,21 +78,43 @@ class Model:
             raise UsageError(f"model {self.name!r} has no tokenizer: it takes token ids only")
         return self.tokenizer.encode(text)
 
-    def chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """A conversation in the model's chat template, up to where its answer begins.
+    def chat_text(
+        self,
+        messages: Sequence[Message],
+        /,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """A conversation in the model's chat template, up to where its answer begins. See ``ChatTemplate.render``.
 
-        Raises UsageError without a template, PromptError where the template is refused or refuses the conversation.
+        ``variables`` are what else the template looks at by name, like ``enable_thinking``. Raises UsageError without a
+        template, and for tools or variables that it never looks at; PromptError where the template is refused or refuses
+        the conversation.
         """
         tokenizer = self.tokenizer
         source = None if tokenizer is None else tokenizer.chat_template
         if tokenizer is None or source is None:
             raise UsageError(f"model {self.name!r} has no chat template")
         template = ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
-        return template.render(messages)
+        idle = [name for name in (*["tools"][: tools is not None], *variables) if name not in template.names]
+        if idle:
+            raise UsageError(f"model {self.name!r}: its chat template never looks at {listed(idle)}")
+        return template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        /,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
         """Ids of ``chat_text``."""
-        return self.encode(self.chat_text(messages))
+        text = self.chat_text(messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
+        return self.encode(text)
 
 
 @dataclass(frozen=True, slots=True)
