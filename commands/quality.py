@@ -156,7 +156,7 @@ def _write_per_token(path: Path, model: "Model", part: "Piece", window: int, eac
 @reported
 @takes_cache_options
 def plan(
-    model: Annotated[str, typer.Argument(help="Registry name, a model folder, or a .gguf file.")],
+    model: Annotated[str, typer.Argument(help="As for generate --model.")],
     budget: Annotated[str, typer.Option(help="Of an old token in all layers: 6KB/token, 5760B/token, 4bits.")],
     text: Annotated[Path, typer.Option(help='What to measure on, in UTF-8; "-" reads stdin.')],
     tokens: Annotated[int, typer.Option("--tokens", "-n", help="Tokens to measure on, from the beginning.")] = 1024,

@@ -100,10 +100,12 @@ class Bars:
 
         def update(done: int, total: int, detail: str = "") -> None:
             text = f"{label}: {detail}" if detail else label
+            if not total:  # nobody knows: the bar moves to and fro
+                text += f" {size(done)}"
             if label not in self._tasks:
-                self._tasks[label] = self._progress.add_task(text, total=total)
+                self._tasks[label] = self._progress.add_task(text, total=total or None)
             self._progress.update(
-                self._tasks[label], completed=done, total=total, description=text, refresh=not self._threaded
+                self._tasks[label], completed=done, total=total or None, description=text, refresh=not self._threaded
             )
 
         return update

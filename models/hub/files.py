@@ -1,0 +1,116 @@
+"""Files in the cache: where it is, digests, locks, and writing that leaves the old file or the new one."""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+
+import platformdirs
+from filelock import FileLock, Timeout
+
+from ..check import shown
+from ..errors import DownloadError
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in all (0 where nobody knows yet); what it raises ends the download."""
+
+CHUNK_BYTES = 1 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def cache_folder() -> Path:
+    """The folder of model files: $MIXKV_CACHE/models, or "models" in the system's cache folder for mixkv."""
+    root = os.environ.get("MIXKV_CACHE")
+    return (Path(root) if root else platformdirs.user_cache_path("mixkv", appauthor=False)).absolute() / "models"
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_sha256(text: object) -> bool:
+    """Whether it is written as a SHA-256 in hex: 64 digits, small letters."""
+    return isinstance(text, str) and _SHA256.fullmatch(text) is not None
+
+
+def is_plain_path(name: str) -> bool:
+    """Whether a relative path with "/" stays below its folder, and means the same on every system."""
+    path = PurePosixPath(name)
+    plain = name.isprintable() and not set(name) & set('\\:*?"<>|') and len(name) <= 255
+    return plain and name == str(path) and not path.is_absolute() and not {"..", "."} & set(path.parts)
+
+
+@contextmanager
+def locked(folder: Path, name: str, who: str, *, wait: bool = True) -> Iterator[None]:
+    """One process at a time: the lock is ``.name.lock`` in the folder, which is made.
+
+    DownloadError where it is taken and nobody is to wait; ``who`` is the model in its message.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f".{name}.lock")
+    try:
+        with lock.acquire(timeout=-1 if wait else 0):
+            yield
+    except Timeout:
+        raise DownloadError(f"{who}: another process is fetching it; wait for it or end it") from None
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file at once: written beside its place, made safe on disk and renamed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let new names survive a power cut, where folders can be flushed (not on Windows)."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def check_room(name: str, folder: Path, needed: int) -> None:
+    """DownloadError where the disk of ``folder`` has fewer bytes free than are needed."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DownloadError(f"{name}: {folder} has room for {free:,} bytes, {needed:,} are needed")
+
+
+def disk_nbytes(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder; what cannot be looked at counts 0. Links are not followed."""
+    nbytes = 0
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            return sum(disk_nbytes(each) for each in path.iterdir())
+        nbytes = path.lstat().st_size
+    return nbytes
+
+
+def remove(path: Path) -> int:
+    """Remove a file or a folder with all that is in it; how many bytes came free. A link goes, not what it leads to."""
+    nbytes = disk_nbytes(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    return nbytes
+
+
+def cannot_store(name: str, folder: Path, error: OSError) -> DownloadError:
+    """What to say where the system refuses to write."""
+    return DownloadError(f"{name}: cannot store it in {folder}: {error.strerror or shown(str(error))}")

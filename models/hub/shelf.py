@@ -1,0 +1,210 @@
+"""What the cache knows of the models of one repository or package: which versions, which files, and their digests.
+
+A shelf is a folder with an ``index.json`` and a folder for each version. The index is written last, when all files of a
+model are there and verified, so what it names is whole.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..check import listed, read_json_object, shown
+from ..errors import DownloadError, ModelError, UsageError
+from .files import cache_folder, is_plain_path, is_sha256, remove, sha256, write_whole
+
+KINDS = ("hf", "pypi")
+INDEX = "index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelName:
+    """A name taken apart: of a repository or package, a revision or version, a file; "" for what it leaves out."""
+
+    full: str
+    shelf: str
+    revision: str
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file as it was when it was verified: bytes, SHA-256 in hex, and when it was last changed, in nanoseconds."""
+
+    nbytes: int
+    sha256: str
+    mtime_ns: int
+
+
+@dataclass(slots=True)
+class Shelf:
+    """A shelf as its index describes it.
+
+    ``revisions`` maps what people ask for (a branch, "" for the newest) to a version (a commit, a number).
+    ``models`` maps (version, file) to the model's files by their path below the version's folder; "" as file stands for
+    the whole folder. ``digests`` maps "version:file" to the SHA-256 that was first seen, and outlives the file.
+    """
+
+    kind: str
+    name: str
+    revisions: dict[str, str] = field(default_factory=dict)
+    models: dict[tuple[str, str], dict[str, StoredFile]] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    licenses: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return cache_folder() / self.kind / self.name.replace("/", "--")
+
+    def version_folder(self, version: str) -> Path:
+        """Where the files of a version lie."""
+        return self.folder / version
+
+    def path(self, version: str, file: str) -> Path:
+        """What is opened to use a model: its folder, or its one file."""
+        return self.version_folder(version) / file
+
+    def full_name(self, version: str, file: str) -> str:
+        """A name under which the model is found here: by the revision that leads to it, else by its version."""
+        at = {"hf": "@", "pypi": "=="}[self.kind]
+        asked = [revision for revision, found in self.revisions.items() if found == version]
+        revision = min(asked, default=version)
+        return f"{self.kind}:{self.name}" + (at + revision if revision else "") + (f":{file}" if file else "")
+
+    def save(self) -> None:
+        """Write the index, or remove the shelf where nothing is on it any more."""
+        if not (self.models or self.digests):
+            (self.folder / INDEX).unlink(missing_ok=True)
+            return
+        models: dict[str, dict[str, Any]] = {}
+        for (version, file), files in self.models.items():
+            models.setdefault(version, {})[file] = {name: asdict(each) for name, each in files.items()}
+        content = {
+            "name": self.name,
+            "revisions": self.revisions,
+            "models": models,
+            "digests": self.digests,
+            "licenses": self.licenses,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / INDEX, json.dumps(content, indent=1).encode())
+
+    def add(self, version: str, file: str, files: dict[str, str]) -> None:
+        """Enter a model whose files, path -> SHA-256, have been verified just now."""
+        folder = self.version_folder(version)
+        found = {}
+        for name, digest in files.items():
+            status = (folder / name).stat()
+            found[name] = StoredFile(status.st_size, digest, status.st_mtime_ns)
+        self.models[version, file] = found
+
+    def meant(self, revision: str, file: str, full: str) -> tuple[str, str] | None:
+        """The (version, file) of the one model here that a name means, None without one; UsageError for several."""
+        version = self.revisions.get(revision, revision)
+        found = [(v, each) for v, each in self.models if v == version and file in ("", each)]
+        if (version, "") in found:
+            return version, ""
+        if len(found) > 1:
+            names = listed(self.full_name(*each) for each in found)
+            raise UsageError(f"{full} stands for several models in the cache; name one of {names}")
+        return found[0] if found else None
+
+    def cached(self, name: ModelName) -> tuple[str, str] | None:
+        """Like ``meant``, but only a model whose files are all there and as they were."""
+        found = self.meant(name.revision, name.file, name.full)
+        return found if found and self.check(*found) else None
+
+    def check(self, version: str, file: str, *, thorough: bool = False) -> bool:
+        """Whether a model's files are as they were: True, or False where one is missing.
+
+        A file is hashed where it has been written to since; with ``thorough`` always. DownloadError for one that has
+        changed.
+        """
+        files, folder, changed = self.models[version, file], self.version_folder(version), False
+        for name, known in files.items():
+            path = folder / name
+            try:
+                status = path.stat()
+                if status.st_size != known.nbytes:
+                    found = f"{status.st_size:,} bytes, and had {known.nbytes:,}"
+                elif not thorough and status.st_mtime_ns == known.mtime_ns:
+                    continue
+                elif (digest := sha256(path)) == known.sha256:
+                    files[name], changed = replace(known, mtime_ns=status.st_mtime_ns), True
+                    continue
+                else:
+                    found = f"sha256 {digest}, and had {known.sha256}"
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            where = self.full_name(version, file)
+            raise DownloadError(
+                f"{where}: {path} has {found} when it was fetched; `mixkv rm {where}`, then fetch it again"
+            )
+        if changed:
+            with suppress(OSError):  # where nothing can be written, it is hashed each time
+                self.save()
+        return True
+
+    def drop(self, version: str, file: str) -> int:
+        """Forget a model and remove the files that no other one of this version has; how many bytes came free."""
+        own = self.models.pop((version, file))
+        others = {name for (v, _), files in self.models.items() if v == version for name in files}
+        if not any(v == version for v, _ in self.models):
+            self.revisions = {name: v for name, v in self.revisions.items() if v != version}
+        self.save()  # first: what the index names is whole
+        folder = self.version_folder(version)
+        freed = sum(remove(folder / name) for name in own if name not in others)
+        if not others:
+            freed += remove(folder) if folder.exists() else 0
+        return freed
+
+
+def open_shelf(kind: str, name: str) -> Shelf:
+    """The shelf of a repository or package, empty where there is none yet; ModelError for a damaged index."""
+    shelf = Shelf(kind, name)
+    path = shelf.folder / INDEX
+    return _read(path, shelf) if path.is_file() else shelf
+
+
+def all_shelves() -> Iterator[Shelf]:
+    """Every shelf in the cache; ModelError for a damaged index."""
+    for kind in KINDS:
+        for path in sorted((cache_folder() / kind).glob(f"*/{INDEX}")):
+            yield _read(path, Shelf(kind, ""))
+
+
+def _read(path: Path, shelf: Shelf) -> Shelf:
+    """Fill a shelf from its index, every field checked: names become paths."""
+    content = read_json_object(path)
+    try:
+        name = content["name"]
+        if shelf.name not in ("", name) or Shelf(shelf.kind, name).folder.name != path.parent.name:
+            raise ValueError(f"name is {shown(name)}")
+        shelf.name = name
+        for part in ("revisions", "digests", "licenses"):
+            texts = content[part]
+            if not all(isinstance(text, str) for pair in texts.items() for text in pair):
+                raise ValueError(f"{part} is {shown(texts)}")
+            setattr(shelf, part, texts)
+        if not all(map(is_sha256, shelf.digests.values())):
+            raise ValueError(f"digests is {shown(shelf.digests)}")
+        for version, models in content["models"].items():
+            for file, files in models.items():
+                for each in (version, *files, *([file] if file else [])):
+                    if not is_plain_path(each) or each == version and "/" in version:
+                        raise ValueError(f"{shown(each)} is no path below its folder")
+                shelf.models[version, file] = {each: _stored_file(found) for each, found in files.items()}
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ModelError(f"{path}: damaged ({what}); remove its folder, and fetch what was in it again") from None
+    return shelf
+
+
+def _stored_file(found: dict[str, Any]) -> StoredFile:
+    file = StoredFile(**found)
+    if type(file.nbytes) is not int or type(file.mtime_ns) is not int or not is_sha256(file.sha256):
+        raise ValueError(f"a file is {shown(found)}")
+    return file

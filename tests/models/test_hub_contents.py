@@ -1,0 +1,148 @@
+"""What the cache has, and removing it: by name, all, and what stopped downloads have left."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from mixkv.models import hub
+from mixkv.models.errors import DownloadError, UsageError
+from mixkv.models.hub.contents import remove_partial
+from mixkv.models.hub.registry import RegistryEntry, Wheel
+
+from .fake_hub import FakeHub
+from .test_hub_registry import CONTENT, sha256
+
+GGUF = b"GGUF" + bytes(range(256)) * 40
+
+
+@dataclass
+class Cache:
+    """A cache with a model of the registry and three of a repository, two of them in one commit."""
+
+    folder: Path
+    server: FakeHub
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
+    entry = RegistryEntry("tiny", "", "MIT", (Wheel("t", "1", "", 0, ""),), "tiny.gguf", sha256(CONTENT), len(CONTENT))
+    for module in ("mixkv.models.hub.registry", "mixkv.models.hub"):
+        monkeypatch.setattr(f"{module}.REGISTRY", {"tiny": entry})
+    monkeypatch.setenv("MIXKV_CACHE", str(tmp_path / "cache"))
+    folder = hub.cache_folder()
+    with FakeHub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        server.publish("org/tiny", {"a.gguf": GGUF, "sub/b.gguf": GGUF + b"b"})
+        server.publish("org/other", {"c.gguf": GGUF})
+        for name in ("hf:org/tiny:a.gguf", "hf:org/tiny:sub/b.gguf", "hf:org/other"):
+            hub.pull(name)
+        (folder / "tiny.gguf").write_bytes(CONTENT)
+        yield Cache(folder, server)
+
+
+NAMES = {"tiny", "hf:org/tiny:a.gguf", "hf:org/tiny:sub/b.gguf", "hf:org/other:c.gguf"}
+
+
+def names() -> set[str]:
+    return {model.name for model in hub.cached_models()}
+
+
+def test_every_name_in_the_list_finds_its_model(cache: Cache) -> None:
+    assert names() == NAMES
+    for model in hub.cached_models():
+        assert hub.cached_path(model.name) == model.path and model.path.is_file()
+        assert model.nbytes == model.path.stat().st_size
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_removing_one_leaves_the_others(cache: Cache, name: str) -> None:
+    (model,) = [model for model in hub.cached_models() if model.name == name]
+    freed = hub.remove_model(name)
+    assert freed >= model.nbytes and not model.path.exists()
+    assert names() == NAMES - {name}
+    assert all(other.path.is_file() for other in hub.cached_models())
+    with pytest.raises(UsageError, match="the cache has no model"):
+        hub.remove_model(name)
+
+
+def test_nothing_of_a_repository_stays_when_its_last_model_goes(cache: Cache) -> None:
+    hub.remove_model("hf:org/tiny:a.gguf")
+    hub.remove_model("hf:org/tiny:sub/b.gguf")
+    left = {path.name for path in (cache.folder / "hf" / "org--tiny").iterdir()}
+    assert left <= {".lock.lock"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "..", "../tiny", "/", "tiny.gguf", "hf:org/none", "pypi:none", "toy", "hf:org/tiny@main:a.gguf"],
+)
+def test_unknown_names_are_refused_with_the_list(cache: Cache, name: str) -> None:
+    with pytest.raises(UsageError, match=r"the cache has no model.*tiny, hf:org/other:c.gguf, hf:org/tiny:a.gguf"):
+        hub.remove_model(name)
+    assert names() == NAMES
+
+
+@pytest.mark.parametrize("name", ["hf:../../x", "hf:org/..", "pypi:../x", "hf:org/tiny:../../x.gguf"])
+def test_names_that_lead_out_are_refused(cache: Cache, name: str) -> None:
+    with pytest.raises(UsageError, match="model '"):
+        hub.remove_model(name)
+
+
+def test_a_name_that_stands_for_several_is_refused_with_them(cache: Cache) -> None:
+    with pytest.raises(UsageError, match="hf:org/tiny:a.gguf, hf:org/tiny:sub/b.gguf"):
+        hub.remove_model("hf:org/tiny")
+    assert names() == NAMES
+
+
+def stop_downloads(folder: Path) -> int:
+    """What two stopped downloads leave; the bytes of it."""
+    part = folder / "hf" / "org--tiny" / ("0" * 40) / "model.safetensors.part"
+    part.parent.mkdir()
+    part.write_bytes(b"x" * 1_000)
+    wheels = folder / ".download-tiny"
+    wheels.mkdir()
+    (wheels / "some.whl").write_bytes(b"y" * 500)
+    return 1_500
+
+
+def test_what_stopped_downloads_have_left_is_found_and_removed(cache: Cache) -> None:
+    nbytes = stop_downloads(cache.folder)
+    assert {path.name for path in hub.partial_downloads()} == {".download-tiny", "model.safetensors.part"}
+    assert remove_partial() == nbytes
+    assert hub.partial_downloads() == [] and names() == NAMES
+
+
+def test_removing_a_model_takes_what_its_stopped_download_has_left(cache: Cache) -> None:
+    stop_downloads(cache.folder)
+    assert hub.remove_model("tiny") >= len(CONTENT) + 500
+    assert [path.name for path in hub.partial_downloads()] == ["model.safetensors.part"]
+
+
+def test_what_another_process_is_fetching_stays(cache: Cache) -> None:
+    stop_downloads(cache.folder)
+    with FileLock(cache.folder / ".tiny.lock", is_singleton=False):
+        for remove in (lambda: hub.remove_model("tiny"), remove_partial, hub.remove_all):
+            with pytest.raises(DownloadError, match="another process is fetching it"):
+                remove()
+    assert (cache.folder / "tiny.gguf").is_file()
+
+
+def test_all_means_all(cache: Cache) -> None:
+    nbytes = sum(model.nbytes for model in hub.cached_models()) + stop_downloads(cache.folder)
+    assert hub.remove_all() >= nbytes
+    assert names() == set() and hub.partial_downloads() == []
+    left = [path for path in cache.folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+    assert left == []
+    assert hub.remove_all() == 0
+
+
+def test_a_link_goes_and_what_it_leads_to_stays(cache: Cache, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(CONTENT)
+    (cache.folder / "tiny.gguf").unlink()
+    (cache.folder / "tiny.gguf").symlink_to(outside)
+    hub.remove_model("tiny")
+    assert outside.read_bytes() == CONTENT and not (cache.folder / "tiny.gguf").is_symlink()
