@@ -37,6 +37,15 @@ def generate(
         typer.Option("--chat/--raw", help="Apply the chat template, or not; unless given, if the model has one."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message for the chat template.")] = None,
+    tools: Annotated[
+        Path | None, typer.Option(help="What the model may call, for the chat template: a JSON list of functions.")
+    ] = None,
+    template_var: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="A variable of the chat template: enable_thinking=false. JSON, or text."
+        ),
+    ] = None,
     weights: Annotated[
         str, typer.Option(help="Weights in memory: f32, bf16, q8, q4, or auto: as stored, else q8.")
     ] = "auto",
@@ -73,6 +82,7 @@ def generate(
     idle = [name for name, given in (("--top-k", top_k), ("--top-p", top_p < 1), ("--min-p", min_p)) if given]
     if temperature == 0 and idle:
         raise UsageError(f"{', '.join(idle)} has no effect at temperature 0: give a --temperature above 0")
+    template = _template_options(tools, template_var or [])
     text = _read_prompt(prompt, file)
     used_threads = set_threads(threads)
     from ..engine import generate as loop
@@ -88,7 +98,8 @@ def generate(
             check_weights=check_weights,
         )  # fmt: skip
         talk = Conversation(
-            loaded, policy, chat=chat, system=system, context=context, path=session_file, saved=saved
+            loaded, policy, chat=chat, system=system, context=context, path=session_file, saved=saved,
+            template=template,
         )  # fmt: skip
         session, ids = talk.session, talk.prompt(text)
         session.check_fits(ids)
@@ -129,6 +140,29 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if file is None and (sys.stdin is None or (prompt is None and sys.stdin.isatty())):
         raise UsageError("give a prompt as an argument, with --file, or on stdin")
     return read_text(file)
+
+
+def _template_options(tools: Path | None, variables: list[str]) -> dict[str, Any]:
+    """--tools and --template-var as ``Model.encode_chat`` takes them."""
+    given: dict[str, Any] = {}
+    for each in variables:
+        name, equals, value = each.partition("=")
+        if not equals or not name.isidentifier() or name == "tools" or name in given:
+            raise UsageError(f"--template-var {each[:60]!r}: must be NAME=VALUE, each name once, tools as --tools FILE")
+        try:
+            given[name] = json.loads(value)
+        except ValueError:
+            given[name] = value
+    if tools is not None:
+        try:
+            given["tools"] = json.loads(read_text(tools))
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"--tools {tools}: not valid JSON ({error})") from None
+        if not isinstance(given["tools"], list):
+            raise UsageError(
+                f"--tools {tools}: must be a JSON list of functions, found {type(given['tools']).__name__}"
+            )
+    return given
 
 
 class Run:

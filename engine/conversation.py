@@ -14,7 +14,7 @@ they part.
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +108,14 @@ class Conversation:
         context: most tokens; as in the file, or the model's limit, unless given.
         path: of the file, if it is to be saved.
         saved: what ``look`` found there.
+        template: what else its chat template is given, as ``Model.encode_chat`` takes it: tools, variables. It is not kept.
 
     Attributes:
         kept: tokens that the next prompt need not read again.
         retiered: what ``Session.retier`` returned, where the policy was changed.
 
     Raises:
-        UsageError: a system message without a chat template; see ``Session``.
+        UsageError: a system message, tools or variables without a chat template; see ``Session``.
         SessionFileError: a file of another model, or damaged.
 
     """
@@ -129,6 +130,7 @@ class Conversation:
         context: int | None = None,
         path: Path | None = None,
         saved: Saved | None = None,
+        template: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.kept = path, 0
         self.retiered: dict[str, int] | None = None
@@ -144,6 +146,11 @@ class Conversation:
             self.chat = model.has_chat_template if chat is None else chat
         if system is not None and not self.chat:
             raise UsageError("--system needs the chat template: this model has none, or --raw was given")
+        if template and not self.chat:
+            raise UsageError(
+                "--tools and --template-var need the chat template: this model has none, or --raw was given"
+            )
+        self._template = dict(template or {})
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._asked: list[Message] = []
         self._target = self._text
@@ -163,7 +170,7 @@ class Conversation:
         model, session = self.session.model, self.session
         if self.chat:
             self._asked = [*(self.messages or self._system), {"role": "user", "content": text}]
-            target = model.encode_chat(self._asked)
+            target = model.encode_chat(self._asked, **self._template)
         else:
             target = [*self._text.tolist(), *_behind(model, text, begun=len(self._text) > 0)]
         self._target = np.array(target, np.int64)

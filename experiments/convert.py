@@ -16,8 +16,10 @@ from ..engine.policy import CachePolicy
 from ..engine.session import Session
 from ..models.convert import OPTIONS, check_dtype, rounded, stored_nbytes, write_folder
 from ..models.errors import MixkvError, PromptError, UsageError
+from ..models.hf_write import in_hf_form
 from ..models.hub.files import check_room, sync_folder
-from ..models.load import Model, Opened, Source, expected_tensors, open_model, read_weights
+from ..models.load import Model, Opened, Source, open_model, read_weights
+from ..models.names import expected_tensors
 from ..models.safetensors_write import DTYPES
 from ..models.tokenizer import Tokenizer
 from ..models.transformer import Transformer
@@ -62,7 +64,7 @@ def convert(
         raise UsageError(f"{folder}: exists already; nothing is overwritten: name a new folder")
     if not folder.parent.is_dir():
         raise UsageError(f"{folder}: {folder.parent} is no folder")
-    opened = open_model(model, progress=download)
+    opened = in_hf_form(open_model(model, progress=download))
     _check_memory(opened, logits)
     check_room(str(folder), folder.parent, stored_nbytes(opened, dtype) + _SMALL_BYTES)
     with _beside(folder) as work:

@@ -15,6 +15,8 @@ from .errors import ModelError, PromptError
 from .limits import MAX_PROMPT_BYTES
 
 Result = TypeVar("Result")
+SPACE = "\u2581"  # SentencePiece writes spaces as this
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Bytes that never occur in valid UTF-8, so no vocabulary needs a token for them
 _NEVER_IN_UTF8 = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
 
@@ -38,6 +40,18 @@ def byte_level_piece(token: str) -> bytes:
         return token.translate(_TO_LATIN1).encode("latin-1")
     except UnicodeEncodeError:
         return token.encode("utf-8", "replace")
+
+
+def byte_of_token(token: str) -> bytes | None:
+    """The byte that a token like ``<0x0A>`` stands for, None for any other token."""
+    written = _BYTE_TOKEN.fullmatch(token)
+    return bytes([int(written[1], 16)]) if written else None
+
+
+def sentencepiece_piece(token: str, *, is_byte: bool) -> bytes:
+    """The bytes that a token of SentencePiece stands for."""
+    written = byte_of_token(token) if is_byte else None
+    return token.replace(SPACE, " ").encode("utf-8", "replace") if written is None else written
 
 
 def prompt_bytes(text: str) -> bytes:

@@ -1,19 +1,16 @@
 """A BPE tokenizer from the tokenizer.json of a Hugging Face model folder."""
 
-import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from .bpe import BPETokenizer, byte_level_piece, guarded
+from .bpe import SPACE, BPETokenizer, byte_level_piece, guarded, sentencepiece_piece
 from .check import read_json_object, shown
 from .errors import ModelError
 from .limits import MAX_TEMPLATE_BYTES, MAX_VOCAB_SIZE
-
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_SPACE = "\u2581"  # SentencePiece writes spaces as this
 
 
 def tokenizer_from_json(path: Path) -> BPETokenizer:
@@ -28,18 +25,21 @@ def tokenizer_from_json(path: Path) -> BPETokenizer:
     kind = content["model"].get("type", "BPE") if isinstance(content.get("model"), dict) else None
     if kind != "BPE":
         raise ModelError(f"{file}: model.type is {shown(kind)}, only 'BPE' is supported")
-    decoders = [_named(file, each) for each in _decoders(content.get("decoder"))]
+    decoders = list(_decoders(content.get("decoder")))
+    names = [_checked(file, each) for each in decoders]
     backend = _backend(file)
-    strip_left = any(name in ("Strip", "Metaspace") for name in decoders)
-    pieces = _pieces(file, backend, byte_level_piece if "ByteLevel" in decoders else _sentencepiece_piece)
+    sentencepiece = partial(sentencepiece_piece, is_byte="ByteFallback" in names)
+    pieces = _pieces(
+        file, backend, *((byte_level_piece, _as_written) if "ByteLevel" in names else (sentencepiece,) * 2)
+    )
     config = _config(file)
     bos, eos = _token(file, config, "bos_token", backend), _token(file, config, "eos_token", backend)
     return BPETokenizer(
         backend,
         pieces,
         prefix=_prefix(file, backend, config, bos),
-        strip_left=strip_left,
-        byte_level="ByteLevel" in decoders,
+        strip_left=any(map(_strips, decoders)),
+        byte_level="ByteLevel" in names,
         bos=bos,
         eos=eos,
         chat_template=_chat_template(file, config),
@@ -53,11 +53,26 @@ def _decoders(decoder: Any) -> Iterator[Any]:
         yield decoder
 
 
-def _named(file: Path, decoder: Any) -> str:
+def _checked(file: Path, decoder: Any) -> str:
+    """The name of one step of a decoder whose effect is known."""
     name = decoder.get("type") if isinstance(decoder, dict) else None
     if name not in ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"):
         raise ModelError(f"{file}: decoder {shown(name)} is not supported, only byte-level and SentencePiece's are")
+    what = {key: value for key, value in decoder.items() if key != "type"}
+    if name == "Replace" and what != {"pattern": {"String": SPACE}, "content": " "}:
+        raise ModelError(
+            f"{file}: decoder 'Replace' has {shown(what)}, only {SPACE!r} replaced by a space is supported"
+        )
+    if name == "Strip" and (what.get("content"), what.get("start"), what.get("stop")) not in ((" ", 0, 0), (" ", 1, 0)):
+        raise ModelError(f"{file}: decoder 'Strip' has {shown(what)}, only one space at the start is supported")
     return str(name)
+
+
+def _strips(decoder: dict[str, Any]) -> bool:
+    """Whether a step of a decoder drops the space that a text begins with."""
+    if decoder["type"] == "Metaspace":
+        return bool(decoder.get("prepend_scheme", "always") != "never" and decoder.get("add_prefix_space", True))
+    return decoder["type"] == "Strip" and decoder["start"] == 1
 
 
 def _backend(file: Path) -> Backend:
@@ -67,7 +82,13 @@ def _backend(file: Path) -> Backend:
     return backend
 
 
-def _pieces(file: Path, backend: Backend, piece: Callable[[str], bytes]) -> list[bytes]:
+def _as_written(token: str) -> bytes:
+    return token.encode("utf-8", "replace")
+
+
+def _pieces(
+    file: Path, backend: Backend, piece: Callable[[str], bytes], added_piece: Callable[[str], bytes]
+) -> list[bytes]:
     vocab = backend.get_vocab(with_added_tokens=True)
     largest = max(vocab.values(), default=-1)
     if not 0 <= largest < MAX_VOCAB_SIZE:
@@ -76,14 +97,8 @@ def _pieces(file: Path, backend: Backend, piece: Callable[[str], bytes]) -> list
     for token, index in vocab.items():
         pieces[index] = piece(token)
     for index, added in backend.get_added_tokens_decoder().items():
-        pieces[index] = b"" if added.special else added.content.encode("utf-8", "replace")
+        pieces[index] = b"" if added.special else added_piece(added.content)
     return pieces
-
-
-def _sentencepiece_piece(token: str) -> bytes:
-    if written := _BYTE_TOKEN.fullmatch(token):
-        return bytes([int(written[1], 16)])
-    return token.replace(_SPACE, " ").encode("utf-8", "replace")
 
 
 def _prefix(file: Path, backend: Backend, config: dict[str, Any], bos: tuple[int, str] | None) -> list[int]:

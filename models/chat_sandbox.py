@@ -75,13 +75,17 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.tests = bounded_tests(budget)  # type: ignore[assignment]
         self.globals = dict(_FUNCTIONS)
 
-    def compiled(self, source: str) -> CodeType:
-        """The code of a template; PromptError when it uses what no chat template needs, jinja2's errors otherwise."""
+    def compiled(self, source: str) -> tuple[CodeType, frozenset[str]]:
+        """The code of a template and all names in it.
+
+        PromptError when it uses what no chat template needs, jinja2's errors otherwise.
+        """
         tree = self.parse(source)
         size = _size([tree], everything=True)
         if size > MAX_TEMPLATE_NODES:
             raise refused(f"{size} names, operators and tags, at most {MAX_TEMPLATE_NODES} are allowed")
-        return self.compile(_Charging(self).visit(tree))
+        names = frozenset(name.name for name in tree.find_all(nodes.Name))
+        return self.compile(_Charging(self).visit(tree)), names
 
     def rendered(self, code: CodeType, variables: dict[str, Any]) -> str:
         """The text that the template makes of the variables, which are plain text, numbers, lists and dicts."""

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from .bpe import BPETokenizer
 from .errors import ModelError, UsageError
-from .hf_config import generation_config, hf_config
 from .hf_tokenizer import hf_tokenizer
-from .load import Opened, expected_tensors
+from .hf_write import generation_config, hf_config, hf_name
+from .load import Opened
+from .names import expected_tensors
 from .safetensors_write import DTYPES, INDEX, index_of, shards, write_safetensors
 
 OPTIONS = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
@@ -53,7 +54,7 @@ def write_folder(opened: Opened, folder: Path, dtype: str, progress: Callable[[i
     """Write an open GGUF model into an empty folder. ``progress`` is called with the bytes written, and in all.
 
     Args:
-        opened: of models/load.py ``open_model``.
+        opened: of models/load.py ``open_model``, in Hugging Face's form (hf_write.py).
         folder: exists and is empty.
         dtype: "f32", which changes no number, "bf16" or "f16".
         progress: see above.
@@ -67,7 +68,9 @@ def write_folder(opened: Opened, folder: Path, dtype: str, progress: Callable[[i
     check_dtype(dtype)
     if opened.path is None or opened.path.suffix != ".gguf":
         raise UsageError(f"{opened.name}: only GGUF files are converted")
-    kind, shapes, total = OPTIONS[dtype], expected_tensors(opened.config), stored_nbytes(opened, dtype)
+    kind, total = OPTIONS[dtype], stored_nbytes(opened, dtype)
+    ours = {hf_name(opened.config, name): name for name in expected_tensors(opened.config)}
+    shapes = {name: opened.source.shapes[own] for name, own in ours.items()}
     texts: dict[str, Any] = {
         "config.json": hf_config(opened.config, kind),
         "generation_config.json": generation_config(opened.config),
@@ -86,7 +89,7 @@ def write_folder(opened: Opened, folder: Path, dtype: str, progress: Callable[[i
 
     for shard in files:
         own = {name: shapes[name] for name in shard.names}
-        write_safetensors(folder / shard.file, own, kind, lambda name: rounded(opened, name, dtype), written)
+        write_safetensors(folder / shard.file, own, kind, lambda name: rounded(opened, ours[name], dtype), written)
     if len(files) > 1:
         texts[INDEX] = index_of(files, shapes, kind)
     for name, content in texts.items():

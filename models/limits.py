@@ -20,6 +20,7 @@ MAX_HIDDEN_SIZE = 1 << 20
 MAX_INTERMEDIATE_SIZE = 1 << 22
 MAX_VOCAB_SIZE = 1 << 24
 MAX_HEADS = 4_096
+MAX_EXPERTS = 4_096
 MAX_HEAD_DIM = 256
 MAX_CONTEXT = 1 << 24
 
@@ -28,6 +29,8 @@ MAX_PROMPT_BYTES = 16 << 20  # a prompt is refused beyond this before it is toke
 MAX_TEMPLATE_BYTES = 256 << 10  # the longest published chat templates have about 30 kB
 MAX_TEMPLATE_NODES = 20_000  # names, operators, tags: compiling takes a second for so many
 MAX_TEMPLATE_STEPS = 200_000  # loop iterations and macro calls of one rendering
+MAX_CHAT_DEPTH = 64  # of lists and mappings in each other, in a message, a tool or a variable
+MAX_CHAT_INTEGER = 1 << 63  # in them
 MAX_TEMPLATE_WORK = 32 << 20  # characters that one rendering may read or make, beyond a multiple of the conversation
 
 # Cache policies

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..check import listed, read_json_object, shown
-from ..config import config_from_hf
 from ..errors import DownloadError, MixkvError, ModelError, UsageError
+from ..hf_config import config_from_hf
 from ..limits import MAX_JSON_BYTES, MAX_REPO_FILES
 from .files import Progress, cannot_store, check_room, is_plain_path, locked
 from .hf_client import Client, RepoFile

@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mixkv.models.chat import ChatTemplate
 from mixkv.models.errors import PromptError
-from mixkv.models.limits import MAX_PROMPT_BYTES
+from mixkv.models.limits import MAX_CHAT_DEPTH, MAX_PROMPT_BYTES
 
 FOLDER = Path(__file__).parent.parent / "data" / "chat_templates"
 REAL = {path.stem: path.read_bytes().decode() for path in sorted(FOLDER.glob("*.jinja"))}
@@ -131,14 +131,60 @@ def test_a_long_conversation_fits_the_budget():
     assert ChatTemplate(LLAMA31).render(messages) == plain(LLAMA31, messages, bos_token="")
 
 
-def test_messages_that_are_not_text_are_refused_by_name():
+def test_what_a_template_cannot_be_given_is_refused_by_name():
     template = ChatTemplate(SMOLLM2)
-    with pytest.raises(PromptError, match="message 1: 'content' must be text, found list"):
-        template.render([USER, {"role": "user", "content": ["a"]}])
+    nested = value = []
+    for _ in range(MAX_CHAT_DEPTH):
+        nested.append([])
+        nested = nested[0]
+    for given, message in (
+        ({"content": b"a"}, "message 1: 'content': must be text, a number, a list or a mapping of these, found bytes"),
+        ({"content": {1}}, "message 1: 'content': must be .*, found set"),
+        ({"content": float("nan")}, "message 1: 'content': must be .*, found nan"),
+        ({"content": 1 << 70}, "message 1: 'content': must be .*, found a number that is too large"),
+        ({"content": {3: "x"}}, "message 1: 'content': the name of a field must be text, found int"),
+        ({4: "x"}, "message 1: the name of a field must be text, found int"),
+        ({"content": value}, f"message 1: 'content': nested deeper than {MAX_CHAT_DEPTH}"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            template.render([USER, given])
     with pytest.raises(PromptError, match="message 0: must be a mapping, found str"):
         template.render(["hi"])
+    with pytest.raises(PromptError, match="tools: must be text, .*, found object"):
+        template.render([USER], tools=[object()])
+    with pytest.raises(PromptError, match="'messages' has a meaning of its own"):
+        template.render([USER], variables={"messages": []})
     with pytest.raises(PromptError, match=f"at most {MAX_PROMPT_BYTES}"):
         template.render([{"role": "user", "content": "x" * (MAX_PROMPT_BYTES + 1)}])
+    with pytest.raises(PromptError, match=f"at most {MAX_PROMPT_BYTES}"):
+        template.render([{"role": "user", "content": ["x" * 1_000_000] * 17}])
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 63), 1 << 63)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(JSON, JSON)
+@settings(max_examples=50, deadline=None)
+def test_any_json_reaches_the_template_as_it_is(content, variable):
+    source = "{{ messages[0].content | tojson }} {{ x | tojson(indent=2) }} {{ tools | tojson }} {{ x }}"
+    found = ChatTemplate(source).render([{"content": content}], tools=[content], variables={"x": variable})
+    assert found == plain(source, [{"content": content}], tools=[content], x=variable)
+
+
+def test_a_template_tells_which_names_it_looks_at():
+    source = (
+        "{% if not thinking is defined %}{% set thinking = 1 %}{% endif %}{% macro m(a) %}{{ tools }}{% endmacro %}"
+    )
+    assert {"thinking", "tools"} <= ChatTemplate(source).names
+    assert "enable_thinking" not in ChatTemplate(SMOLLM2).names
 
 
 def test_the_caller_s_messages_are_out_of_reach():

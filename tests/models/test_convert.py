@@ -142,7 +142,7 @@ def tampered(folder: Path, what: str) -> None:
     ("what", "word"),
     [
         ("a bit of a tensor", "1 of"),
-        ("config.json: rope_theta", "rope_theta is 7.5, was 5000.0"),
+        ("config.json: rope_theta", "rope is"),
         ("generation_config.json: eos_token_id", "eos_token_ids"),
         ("tokenizer.json: vocab", "2 tokens have another text"),
         ("tokenizer_config.json: bos_token", "bos_token"),

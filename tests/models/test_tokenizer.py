@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixkv.models.bpe import BYTE_OF_CHARACTER
-from mixkv.models.bpe_gguf import PRE_TOKENIZERS
+from mixkv.models.bpe_pre import PRE_TOKENIZERS
 from mixkv.models.errors import ModelError, PromptError
 from mixkv.models.gguf import open_gguf
 from mixkv.models.limits import MAX_PROMPT_BYTES
@@ -113,7 +113,7 @@ def test_merges_and_special_tokens():
 
 def test_every_pre_tokenizer_cuts_as_published():
     def cut(pre, text):
-        words = PRE_TOKENIZERS[pre](False).pre_tokenize_str(text)
+        words = PRE_TOKENIZERS[pre].made(False).pre_tokenize_str(text)
         return [bytes(BYTE_OF_CHARACTER[c] for c in word).decode() for word, _ in words]
 
     text = "I'LL it's  1234 x\r\n\n (y)!\n"
@@ -121,8 +121,10 @@ def test_every_pre_tokenizer_cuts_as_published():
     smollm = ["I", "'", "LL", " it", "'s", "  ", "1", "2", "3", "4", " x", "\r\n\n", " (", "y", ")!", "\n"]
     llama3 = ["I", "'LL", " it", "'s", " ", " ", "123", "4", " x", "\r\n\n", " (", "y", ")!\n"]
     qwen2 = ["I", "'LL", " it", "'s", " ", " ", "1", "2", "3", "4", " x", "\r\n\n", " (", "y", ")!\n"]
-    expected = {"gpt-2": gpt2, "default": gpt2, "smollm": smollm, "llama3": llama3, "llama-bpe": llama3, "qwen2": qwen2}
-    assert {pre: cut(pre, text) for pre in PRE_TOKENIZERS} == expected
+    tekken = ["I", "'LL", " it", "'s", " ", " ", "1", "2", "3", "4", " x", "\r\n\n", " (", "y", ")!\n"]
+    gpt4o = ["I'LL", " it's", " ", " ", "123", "4", " x", "\r\n\n", " (", "y", ")!\n"]
+    expected = {"gpt-2": gpt2, "smollm": smollm, "llama3": llama3, "qwen2": qwen2, "tekken": tekken, "gpt-4o": gpt4o}
+    assert {pre: cut(pre, text) for pre in expected} == expected
 
 
 def test_what_depends_on_the_pre_tokenizer():
@@ -215,10 +217,14 @@ def test_the_toy_model_s_tokenizer_is_bytes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "llama"}, "tokenizer.ggml.model: 'llama' is not supported, only byte-level BPE"),
+        (
+            {"model": "t5"},
+            "tokenizer.ggml.model: 't5' is not supported, only byte-level BPE .'gpt2'. and SentencePiece's BPE",
+        ),
+        ({"model": "gemma4"}, "tokenizer.ggml.model: 'gemma4' is not supported"),
         ({"model": None}, "tokenizer.ggml.model"),
         ({"model": 7}, "tokenizer.ggml.model"),
-        ({"pre": "viking"}, "default, gpt-2, llama-bpe, llama3, qwen2, smollm are"),
+        ({"pre": "viking"}, "command-r, dbrx, .*, tekken are"),
         ({"tokens": None}, "tokenizer.ggml.tokens: missing or empty"),
         ({"tokens": []}, "tokenizer.ggml.tokens: missing or empty"),
         ({"tokens": [1, 2]}, "tokenizer.ggml.tokens"),
