@@ -36,30 +36,30 @@ def hf_config(config: ModelConfig, dtype: str = "F32") -> dict[str, Any]:
     """
     if config.architecture not in _WRITERS:
         raise ModelError(f"architecture is {config.architecture}; a config.json is written for {listed(_WRITERS)}")
-    keys: dict[str, Any] = {
+    return {
         "architectures": [ARCHITECTURES[config.architecture]],
         "model_type": config.architecture,
         "dtype": DTYPES[dtype],
         "torch_dtype": DTYPES[dtype],  # as transformers 4 calls it
         **{name: getattr(config, name) for name in _SAME},
         "hidden_act": _ACTIVATIONS[config.activation],
+        "bos_token_id": config.bos_token_id,  # said also where there is none: transformers has ids of its own for some kinds
+        "eos_token_id": _eos(config),
+        "pad_token_id": None,
         **_ropes(config),
         **_WRITERS[config.architecture](config),
     }
-    if config.bos_token_id is not None:
-        keys["bos_token_id"] = config.bos_token_id
-    if config.eos_token_ids:
-        keys["eos_token_id"] = _eos(config)
-    return keys
 
 
 def generation_config(config: ModelConfig) -> dict[str, Any]:
     """The keys of generation_config.json: where a text begins and ends."""
-    keys: dict[str, Any] = {} if config.bos_token_id is None else {"bos_token_id": config.bos_token_id}
-    return keys | ({"eos_token_id": _eos(config)} if config.eos_token_ids else {})
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": _eos(config)}
+    return {name: value for name, value in ids.items() if value is not None}
 
 
-def _eos(config: ModelConfig) -> int | list[int]:
+def _eos(config: ModelConfig) -> int | list[int] | None:
+    if not config.eos_token_ids:
+        return None
     return config.eos_token_ids[0] if len(config.eos_token_ids) == 1 else list(config.eos_token_ids)
 
 
@@ -150,7 +150,7 @@ def _qwen3_moe(config: ModelConfig) -> dict[str, Any]:
 def _gemma(config: ModelConfig) -> dict[str, Any]:
     return {
         **_biases(config), **_layer_types(config), "hidden_activation": _ACTIVATIONS[config.activation],
-        "query_pre_attn_scalar": round(config.softmax_scale**-2, 6),
+        "query_pre_attn_scalar": round(config.softmax_scale**-2),  # transformers takes no other than whole numbers
         "attn_logit_softcapping": config.attn_logit_softcapping or None,
         "final_logit_softcapping": config.final_logit_softcapping or None,
     }  # fmt: skip
