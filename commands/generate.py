@@ -42,7 +42,9 @@ def generate(
     ] = None,
     template_var: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="A variable of the chat template: enable_thinking=false. JSON, or text."),
+        typer.Option(
+            metavar="NAME=VALUE", help="A variable of the chat template: enable_thinking=false. JSON, or text."
+        ),
     ] = None,
     weights: Annotated[
         str, typer.Option(help="Weights in memory: f32, bf16, q8, q4, or auto: as stored, else q8.")
@@ -152,12 +154,15 @@ def _template_options(tools: Path | None, variables: list[str]) -> dict[str, Any
         except ValueError:
             given[name] = value
     if tools is not None:
+        text = read_text(tools)
         try:
-            given["tools"] = json.loads(read_text(tools))
+            given["tools"] = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"--tools {tools}: not valid JSON ({error})") from None
         if not isinstance(given["tools"], list):
-            raise UsageError(f"--tools {tools}: must be a JSON list of functions, found {type(given['tools']).__name__}")
+            raise UsageError(
+                f"--tools {tools}: must be a JSON list of functions, found {type(given['tools']).__name__}"
+            )
     return given
 
 

@@ -147,7 +147,9 @@ class Conversation:
         if system is not None and not self.chat:
             raise UsageError("--system needs the chat template: this model has none, or --raw was given")
         if template and not self.chat:
-            raise UsageError("--tools and --template-var need the chat template: this model has none, or --raw was given")
+            raise UsageError(
+                "--tools and --template-var need the chat template: this model has none, or --raw was given"
+            )
         self._template = dict(template or {})
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._asked: list[Message] = []

@@ -14,7 +14,6 @@ from .bpe_keys import BYTE, SILENT, SPECIAL, USER_DEFINED, TokenizerKeys, Vocabu
 from .bpe_pre import PRE_TOKENIZERS, Pre
 from .bpe_sentencepiece import sentencepiece_from_gguf
 from .check import shown
-from .errors import ModelError
 
 # What ends an answer in a chat besides EOS; few files say so, and their names tell
 _ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|return|>", "<|call|>", "<|eom_id|>")
@@ -78,7 +77,9 @@ def _special_tokens(keys: TokenizerKeys, vocabulary: Vocabulary, *, add_bos: boo
         raise keys.error("tokenizer.ggml.add_bos_token", "is true, but there is no bos_token_id")
     ends = [each for each in (ids["eot"], ids["eom"]) if each is not None]
     by_name = {token: index for index, token in enumerate(tokens) if token in _ENDS_OF_TURN}
-    ends += [by_name[token] for token in _ENDS_OF_TURN if token in by_name and vocabulary.types[by_name[token]] in SPECIAL]
+    ends += [
+        by_name[token] for token in _ENDS_OF_TURN if token in by_name and vocabulary.types[by_name[token]] in SPECIAL
+    ]
     if "<|return|>" in by_name and "<|end|>" in by_name:  # gpt-oss: an answer has several parts that end with <|end|>
         ends = [each for each in ends if each != by_name["<|end|>"]]
     return {

@@ -29,7 +29,9 @@ def tokenizer_from_json(path: Path) -> BPETokenizer:
     names = [_checked(file, each) for each in decoders]
     backend = _backend(file)
     sentencepiece = partial(sentencepiece_piece, is_byte="ByteFallback" in names)
-    pieces = _pieces(file, backend, *((byte_level_piece, _as_written) if "ByteLevel" in names else (sentencepiece,) * 2))
+    pieces = _pieces(
+        file, backend, *((byte_level_piece, _as_written) if "ByteLevel" in names else (sentencepiece,) * 2)
+    )
     config = _config(file)
     bos, eos = _token(file, config, "bos_token", backend), _token(file, config, "eos_token", backend)
     return BPETokenizer(
@@ -58,7 +60,9 @@ def _checked(file: Path, decoder: Any) -> str:
         raise ModelError(f"{file}: decoder {shown(name)} is not supported, only byte-level and SentencePiece's are")
     what = {key: value for key, value in decoder.items() if key != "type"}
     if name == "Replace" and what != {"pattern": {"String": SPACE}, "content": " "}:
-        raise ModelError(f"{file}: decoder 'Replace' has {shown(what)}, only {SPACE!r} replaced by a space is supported")
+        raise ModelError(
+            f"{file}: decoder 'Replace' has {shown(what)}, only {SPACE!r} replaced by a space is supported"
+        )
     if name == "Strip" and (what.get("content"), what.get("start"), what.get("stop")) not in ((" ", 0, 0), (" ", 1, 0)):
         raise ModelError(f"{file}: decoder 'Strip' has {shown(what)}, only one space at the start is supported")
     return str(name)

@@ -41,7 +41,8 @@ def _words(numbers: str, marks: str = "") -> str:
     """The expression that GPT-4 brought up: families differ in how they cut numbers, and in where marks belong."""
     letters = rf"[\p{{L}}{marks}]" if marks else r"\p{L}"
     return (
-        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?{letters}+|{numbers}| ?[^\s\p{{L}}{marks}\p{{N}}]+[\r\n]*" + _LAST_SPACES
+        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?{letters}+|{numbers}| ?[^\s\p{{L}}{marks}\p{{N}}]+[\r\n]*"
+        + _LAST_SPACES
     )
 
 
@@ -91,7 +92,8 @@ PRE_TOKENIZERS: Mapping[str, Pre] = {
         (
             r"\p{N}{1,3}",
             "[一-龥぀-ゟ゠-ヿ]+",
-            rf"{_ASCII_SYMBOLS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*" + _LAST_SPACES,
+            rf"{_ASCII_SYMBOLS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*"
+            + _LAST_SPACES,
         )
     ),
 }

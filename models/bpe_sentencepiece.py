@@ -9,7 +9,6 @@ from tokenizers import Tokenizer as Backend
 from .bpe import SPACE, guarded, sentencepiece_piece
 from .bpe_keys import BYTE, NORMAL, SILENT, SPECIAL, UNKNOWN, USER_DEFINED, TokenizerKeys, Vocabulary
 from .bpe_merges import merges_of
-from .errors import ModelError
 
 _SPACES = re.compile(f"[ {SPACE}]+")
 # Phi-3 has tokens that swallow the whitespace behind them, which GGUF has no key for

@@ -137,7 +137,7 @@ def test_what_a_template_cannot_be_given_is_refused_by_name():
     for _ in range(MAX_CHAT_DEPTH):
         nested.append([])
         nested = nested[0]
-    for given, message in (
+    for message, problem in (
         ({"content": b"a"}, "message 1: 'content': must be text, a number, a list or a mapping of these, found bytes"),
         ({"content": {1}}, "message 1: 'content': must be .*, found set"),
         ({"content": float("nan")}, "message 1: 'content': must be .*, found nan"),
@@ -146,8 +146,8 @@ def test_what_a_template_cannot_be_given_is_refused_by_name():
         ({4: "x"}, "message 1: the name of a field must be text, found int"),
         ({"content": value}, f"message 1: 'content': nested deeper than {MAX_CHAT_DEPTH}"),
     ):
-        with pytest.raises(PromptError, match=message):
-            template.render([USER, given])
+        with pytest.raises(PromptError, match=problem):
+            template.render([USER, message])
     with pytest.raises(PromptError, match="message 0: must be a mapping, found str"):
         template.render(["hi"])
     with pytest.raises(PromptError, match="tools: must be text, .*, found object"):
@@ -161,7 +161,11 @@ def test_what_a_template_cannot_be_given_is_refused_by_name():
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(1 << 63), 1 << 63) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 63), 1 << 63)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=12,
 )
@@ -176,7 +180,9 @@ def test_any_json_reaches_the_template_as_it_is(content, variable):
 
 
 def test_a_template_tells_which_names_it_looks_at():
-    source = "{% if not thinking is defined %}{% set thinking = 1 %}{% endif %}{% macro m(a) %}{{ tools }}{% endmacro %}"
+    source = (
+        "{% if not thinking is defined %}{% set thinking = 1 %}{% endif %}{% macro m(a) %}{{ tools }}{% endmacro %}"
+    )
     assert {"thinking", "tools"} <= ChatTemplate(source).names
     assert "enable_thinking" not in ChatTemplate(SMOLLM2).names
 

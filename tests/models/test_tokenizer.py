@@ -217,7 +217,10 @@ def test_the_toy_model_s_tokenizer_is_bytes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "t5"}, "tokenizer.ggml.model: 't5' is not supported, only byte-level BPE .'gpt2'. and SentencePiece's BPE"),
+        (
+            {"model": "t5"},
+            "tokenizer.ggml.model: 't5' is not supported, only byte-level BPE .'gpt2'. and SentencePiece's BPE",
+        ),
         ({"model": "gemma4"}, "tokenizer.ggml.model: 'gemma4' is not supported"),
         ({"model": None}, "tokenizer.ggml.model"),
         ({"model": 7}, "tokenizer.ggml.model"),

@@ -55,7 +55,12 @@ def test_a_text_begins_with_bos_and_a_space_and_so_does_what_follows_a_special_t
     assert spelled(small(), "hi") == ["<s>", "\u2581hi"]
     assert spelled(small(), "<s>hi") == ["<s>", "\u2581hi"]  # not twice
     assert spelled(small(), "hi hi</s>hi") == ["<s>", "\u2581hi", "\u2581hi", "</s>", "\u2581hi"]
-    assert spelled(small(add_bos_token=False, add_space_prefix=False), "hi hi</s>hi") == ["hi", "\u2581hi", "</s>", "hi"]
+    assert spelled(small(add_bos_token=False, add_space_prefix=False), "hi hi</s>hi") == [
+        "hi",
+        "\u2581hi",
+        "</s>",
+        "hi",
+    ]
     assert spelled(small(add_bos_token=False), "") == []
     assert small().decode(small().encode("hi  hi\u00e9</s>")) == "hi  hi\u00e9"
     bare = small(add_space_prefix=False)

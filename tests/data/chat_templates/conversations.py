@@ -12,7 +12,7 @@ TOOLS: list[dict[str, Any]] = [
         "type": "function",
         "function": {
             "name": "get_weather",
-            "description": "The weather of a place, in <degrees> & \"words\".",
+            "description": 'The weather of a place, in <degrees> & "words".',
             "parameters": {
                 "type": "object",
                 "properties": {
@@ -37,7 +37,7 @@ def called(arguments: Any, **more: Any) -> list[dict[str, Any]]:
     call = {"type": "function", "id": "call12345", "function": {"name": "get_weather", "arguments": arguments}} | more
     return [
         {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "name": "get_weather", "tool_call_id": "call12345", "content": "{\"sky\": \"blue\", \"t\": 21.5}"},
+        {"role": "tool", "name": "get_weather", "tool_call_id": "call12345", "content": '{"sky": "blue", "t": 21.5}'},
     ]
 
 

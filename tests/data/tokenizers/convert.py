@@ -40,7 +40,9 @@ def _vocabulary(content: dict[str, Any], *, is_byte_level: bool) -> tuple[list[s
 def gguf_metadata(content: dict[str, Any], pre: str | None = None, **more: Any) -> dict[str, Any]:
     """The keys of a GGUF file for this tokenizer.json. ``pre``: of a byte-level one; None for SentencePiece's."""
     tokens, types = _vocabulary(content, is_byte_level=pre is not None)
-    merges = [tuple(each.split(" ", 1)) if isinstance(each, str) else tuple(each) for each in content["model"]["merges"]]
+    merges = [
+        tuple(each.split(" ", 1)) if isinstance(each, str) else tuple(each) for each in content["model"]["merges"]
+    ]
     keys: dict[str, Any] = {"tokens": tokens, "token_type": types}
     if pre is not None:
         keys |= {"model": "gpt2", "pre": pre, "merges": [" ".join(pair) for pair in merges]}

@@ -17,7 +17,11 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 WAYS = {
     "llama": {"add_dummy_prefix": True, "remove_extra_whitespaces": False},
-    "gemma": {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "user_defined_symbols": ["<go>", "<2mass>"]},
+    "gemma": {
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "user_defined_symbols": ["<go>", "<2mass>"],
+    },
     "removing": {"add_dummy_prefix": True, "remove_extra_whitespaces": True},
 }
 
