@@ -182,7 +182,8 @@ def open_model(name: str, *, progress: Progress | None = None) -> Opened:
         return Opened(name, None, toy.CONFIG, source, lambda: ByteTokenizer(toy.VOCAB))
     path = hub.pull(name, progress=progress) if name in hub.REGISTRY else _local(name)
     if path.is_dir():
-        return Opened(name, path, config_from_hf(path), open_safetensors(path), lambda: _folder_tokenizer(path))
+        found = config_from_hf(path)
+        return Opened(name, path, found, open_safetensors(path), lambda: _folder_tokenizer(path, found.vocab_size))
     if not path.is_file():
         known = ", ".join([*hub.REGISTRY, "toy"])
         raise UsageError(f"model {name!r}: neither a registry name ({known}) nor an existing folder or .gguf file")
@@ -193,9 +194,9 @@ def open_model(name: str, *, progress: Progress | None = None) -> Opened:
     return Opened(name, path, config, GGUFSource(file, config), lambda: tokenizer_from_gguf(file.metadata, str(path)))
 
 
-def _folder_tokenizer(path: Path) -> Tokenizer | None:
+def _folder_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
     """The tokenizer of a folder, which may have none."""
-    return tokenizer_from_json(path) if (path / "tokenizer.json").exists() else None
+    return tokenizer_from_json(path, vocab_size) if (path / "tokenizer.json").exists() else None
 
 
 def load(
