@@ -16,6 +16,7 @@ from .shell import INTERRUPTED, Bars, read_text, reported, say, set_threads, siz
 if TYPE_CHECKING:
     from ..engine.policy import CachePolicy
     from ..engine.session import Session
+    from ..models.load import Model
 
 
 @reported
@@ -107,6 +108,9 @@ def generate(
         held = session.nbytes()["total"]
         memory.check_fits(loaded.config, session.policy, most, context=session.context, held=held)
         warm_up(bars.bar("preparing kernels (compiled once)"))
+        warning = None if quiet else _warning(loaded, session.policy, bars)
+    if warning is not None:
+        say(f"mixkv: warning: {warning}")
     if talk.retiered is not None:
         say(_retiered_line(policy, talk.retiered))
     run = Run(session, ids, started, as_json, quiet)
@@ -115,6 +119,8 @@ def generate(
     about["threads"] = used_threads
     if talk.retiered is not None:
         about["retier"] = talk.retiered
+    if warning is not None:
+        about["warning"] = warning
     try:
         run.stream(tokens)
         stats = {**run.statistics(), "kept_tokens": talk.kept, **about}
@@ -129,6 +135,16 @@ def generate(
         say(kept + _statistics_line(stats, run.finish_reason) + (f" | saved to {session_file}" if saving else ""))
     if run.finish_reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
+
+
+def _warning(loaded: "Model", policy: "CachePolicy", bars: Bars) -> str | None:
+    """What is wrong with a cache for a model, in words; measured once for each, where keys have few bits."""
+    from ..experiments.probe import doubtful, probe
+
+    if loaded.name == "toy" or not doubtful(loaded.config, policy):  # toy says nothing anyway
+        return None
+    verdict = probe(loaded, policy, bars.bar("trying the cache on a short text"))
+    return verdict.sentence(policy) if verdict is not None and verdict.ruinous else None
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:

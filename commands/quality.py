@@ -12,6 +12,7 @@ from .options import AsJson, CacheOptions, ModelOption, takes_cache_options
 from .shell import Bars, load_each, print_table, read_text, reported, rounded, say, set_threads
 
 if TYPE_CHECKING:
+    from ..engine.policy import CachePolicy
     from ..experiments.evaluate import Evaluation
     from ..experiments.pieces import Piece
     from ..models.load import Model
@@ -120,8 +121,21 @@ def evaluate(
         print(make_writer("csv", [], str).row(flat(row)), end="")
     else:
         _print_evaluation(row)
+    if not quiet:
+        _warn(pair.candidate, policy, row["kld"]["mean"])
     if per_token is not None:
         _write_per_token(per_token, pair.candidate, part, policy.window, each)
+
+
+def _warn(model: "Model", policy: "CachePolicy", kld: float | None) -> None:
+    """Say so where a cache ruins the model, and what to do; kld: what was measured, None for infinity."""
+    from ..experiments.probe import RUINOUS, probe
+
+    if kld is not None and kld < RUINOUS:
+        return
+    verdict = probe(model, policy)
+    if verdict is not None and verdict.ruinous:
+        say(f"mixkv: warning: {verdict.sentence(policy)}")
 
 
 def _print_evaluation(row: dict[str, Any]) -> None:

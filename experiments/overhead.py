@@ -59,7 +59,7 @@ def _region(threads: int, clock: Callable[[], float]) -> float:
     """Seconds of a parallel region: what a link more costs a chain whose products are of 16 x 32 numbers."""
     layer = Projection([empty_matrix(W8, 16, 32)], None, PLAIN, None, 0.0)
     x, out = np.ones((1, 32), np.float32), np.empty((1, 16), np.float32)
-    addresses = np.array([0, 0, 0, x.ctypes.data, out.ctypes.data])
+    addresses = np.array([*[0] * OWN_BUFFERS, x.ctypes.data, out.ctypes.data])
     link = layer.link(OWN_BUFFERS, OWN_BUFFERS + 1)
     times = []
     for links in (1, 1 + LINKS):

@@ -16,7 +16,9 @@ from .transformer import Transformer
 MAX_SEED = (1 << 32) - 1
 
 
-def tiny_model(architecture: str = "llama", seed: int = 0, *, weights: str = "q8", **config: Any) -> Model:
+def tiny_model(
+    architecture: str = "llama", seed: int = 0, *, weights: str = "q8", key_bias: float = 0, **config: Any
+) -> Model:
     """A tiny random model: three layers, 64 wide, unless ``config`` says otherwise.
 
     Its tokenizer knows bytes, beginning and end of text, and so it has 258 tokens; with a smaller ``vocab_size`` it has no
@@ -26,6 +28,8 @@ def tiny_model(architecture: str = "llama", seed: int = 0, *, weights: str = "q8
         architecture: one of models/config.py ``ARCHITECTURES``.
         seed: of the weights, from 0 to 2^32 - 1.
         weights: how they are kept, as for ``load``. With codes, bits depend neither on threads nor on chunks.
+        key_bias: what is added to the biases of four channels of each layer's keys, where keys have biases; those of Qwen 2
+            have such channels, beside which codes of few bits cannot hold the others.
         config: fields of ``ModelConfig``: num_hidden_layers=1, rope=Rope(theta=50_000.0), ...
 
     Raises:
@@ -45,6 +49,6 @@ def tiny_model(architecture: str = "llama", seed: int = 0, *, weights: str = "q8
     has_text = not isinstance(size, int) or size >= toy.VOCAB  # what is no number, the config refuses
     textless: dict[str, Any] = {} if has_text else {"bos_token_id": None, "eos_token_ids": ()}
     made = replace(toy.CONFIG, architecture=architecture, **(textless | config))
-    source = toy.ToySource(expected_tensors(made), seed)
+    source = toy.ToySource(expected_tensors(made), seed, key_bias=key_bias)
     transformer = Transformer(made, read_weights(made, source, weights))
     return Model(f"tiny {architecture}", made, transformer, ByteTokenizer(made.vocab_size) if has_text else None)

@@ -29,11 +29,12 @@ CONFIG = ModelConfig(
 class ToySource:
     """Weights drawn from a generator seeded by each tensor's name: the same on every machine and in every order.
 
-    With a ``seed`` of its own a source draws others than toy's, and norms from 0.5 to 1.5 instead of ones.
+    With a ``seed`` of its own a source draws others than toy's, and norms from 0.5 to 1.5 instead of ones. ``key_bias`` is
+    added to four biases of the keys of each layer.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int | None = None) -> None:
-        self.shapes, self._seed = shapes, seed
+    def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int | None = None, *, key_bias: float = 0) -> None:
+        self.shapes, self._seed, self._key_bias = shapes, seed, key_bias
         self.stored_types = dict.fromkeys(shapes, "F32")
         self.nbytes = sum(4 * int(np.prod(shape)) for shape in shapes.values())
 
@@ -44,6 +45,8 @@ class ToySource:
         if name.endswith("norm.weight"):
             return np.ones(shape, np.float32) if self._seed is None else generator.uniform(0.5, 1.5, shape).astype("f4")
         weight = generator.standard_normal(shape, np.float32) * np.float32(1.5 * shape[-1] ** -0.5)
+        if self._key_bias and name.endswith("k_proj.bias"):
+            weight[generator.choice(len(weight), 4, replace=False)] += np.float32(self._key_bias)
         if name == "lm_head.weight":
             weight[:32] = weight[127:] = 0
         if name == "model.embed_tokens.weight":
