@@ -154,8 +154,9 @@ def _template_options(tools: Path | None, variables: list[str]) -> dict[str, Any
         except ValueError:
             given[name] = value
     if tools is not None:
+        text = read_text(tools)
         try:
-            given["tools"] = json.loads(read_text(tools))
+            given["tools"] = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"--tools {tools}: not valid JSON ({error})") from None
         if not isinstance(given["tools"], list):

@@ -1,5 +1,6 @@
 """A BPE tokenizer from the tokenizer.json of a Hugging Face model folder."""
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,13 @@ from .errors import ModelError
 from .limits import MAX_TEMPLATE_BYTES, MAX_VOCAB_SIZE
 
 
-def tokenizer_from_json(path: Path) -> BPETokenizer:
+def tokenizer_from_json(path: Path, vocab_size: int | None = None) -> BPETokenizer:
     """The tokenizer of a model folder (or of the tokenizer.json itself).
 
-    tokenizer_config.json and chat_template.jinja beside it are optional; they give the names of BOS and EOS,
-    ``add_bos_token`` and the chat template. Truncation and padding that the file asks for are switched off: nothing
-    is cut in silence. Raises ModelError for a file that is missing, damaged, or holds anything but BPE.
+    ``vocab_size`` is that of the model: tokens that were added beyond it, as Gemma 3's for images, are left out.
+    tokenizer_config.json, special_tokens_map.json and chat_template.jinja beside it are optional; they give the names of
+    BOS and EOS, ``add_bos_token`` and the chat template. Truncation and padding that the file asks for are switched
+    off: nothing is cut in silence. Raises ModelError for a file that is missing, damaged, or holds anything but BPE.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     content = read_json_object(file)
@@ -27,7 +29,7 @@ def tokenizer_from_json(path: Path) -> BPETokenizer:
         raise ModelError(f"{file}: model.type is {shown(kind)}, only 'BPE' is supported")
     decoders = list(_decoders(content.get("decoder")))
     names = [_checked(file, each) for each in decoders]
-    backend = _backend(file)
+    backend = _backend(file, content, vocab_size)
     sentencepiece = partial(sentencepiece_piece, is_byte="ByteFallback" in names)
     pieces = _pieces(
         file, backend, *((byte_level_piece, _as_written) if "ByteLevel" in names else (sentencepiece,) * 2)
@@ -75,8 +77,16 @@ def _strips(decoder: dict[str, Any]) -> bool:
     return decoder["type"] == "Strip" and decoder["start"] == 1
 
 
-def _backend(file: Path) -> Backend:
-    backend = guarded(str(file), lambda: Backend.from_file(str(file)))
+def _backend(file: Path, content: dict[str, Any], vocab_size: int | None) -> Backend:
+    added = content.get("added_tokens")
+    beyond = []
+    if vocab_size is not None and isinstance(added, list):
+        beyond = [e for e in added if isinstance(e, dict) and isinstance(e.get("id"), int) and e["id"] >= vocab_size]
+    if beyond and isinstance(added, list):
+        text = json.dumps(content | {"added_tokens": [each for each in added if each not in beyond]})
+        backend = guarded(str(file), lambda: Backend.from_str(text))
+    else:
+        backend = guarded(str(file), lambda: Backend.from_file(str(file)))
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -119,7 +129,10 @@ def _beside(file: Path) -> Path:
 
 
 def _config(file: Path) -> dict[str, Any]:
-    return read_json_object(_beside(file)) if _beside(file).exists() else {}
+    """tokenizer_config.json, and what only the older special_tokens_map.json says."""
+    both = (file.with_name("special_tokens_map.json"), _beside(file))
+    special, config = (read_json_object(each) if each.exists() else {} for each in both)
+    return {key: special[key] for key in ("bos_token", "eos_token") if key in special} | config
 
 
 def _token(file: Path, config: dict[str, Any], key: str, backend: Backend) -> tuple[int, str] | None:

@@ -35,6 +35,7 @@ class TokenizerKeys:
         self._where = where
 
     def error(self, key: str, problem: str) -> ModelError:
+        """The error for a key, to be raised."""
         return ModelError(f"{self._where}: {key}: {problem}")
 
     def get(self, key: str, kind: type[Kind]) -> Kind | None:

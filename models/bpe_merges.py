@@ -1,4 +1,4 @@
-"""The merges of a SentencePiece vocabulary, which its files leave out: any two tokens that join to a third, best score first.
+"""The merges of a SentencePiece vocabulary: any two tokens that join to a third, the best score first.
 
 This is what transformers' converters do (``generate_merges``), ties included, so the merges are those of the model's own
 tokenizer.json, in its order. Vocabularies have up to 262,144 tokens and as many splits as they have characters; looked up

@@ -159,9 +159,9 @@ def open_model(name: str, *, progress: Progress | None = None) -> Opened:
         return Opened(name, None, toy.CONFIG, made, lambda: ByteTokenizer(toy.VOCAB))
     path = hub.find(name, progress=progress) or _local(name)
     if path.is_dir():
-        config = config_from_hf(path)
-        source = with_experts(config, open_safetensors(path))
-        return Opened(name, path, config, source, lambda: _folder_tokenizer(path))
+        found = config_from_hf(path)
+        source = with_experts(found, open_safetensors(path))
+        return Opened(name, path, found, source, lambda: _folder_tokenizer(path, found.vocab_size))
     if not path.is_file():
         known = ", ".join([*hub.REGISTRY, "toy"])
         raise UsageError(
@@ -175,9 +175,9 @@ def open_model(name: str, *, progress: Progress | None = None) -> Opened:
     return Opened(name, path, config, GGUFSource(file, config), lambda: _gguf_tokenizer(file))
 
 
-def _folder_tokenizer(path: Path) -> Tokenizer | None:
+def _folder_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
     """The tokenizer of a folder, which may have none."""
-    return tokenizer_from_json(path) if (path / "tokenizer.json").exists() else None
+    return tokenizer_from_json(path, vocab_size) if (path / "tokenizer.json").exists() else None
 
 
 def _gguf_tokenizer(file: GGUFFile) -> Tokenizer | None:

@@ -137,7 +137,7 @@ def test_what_a_template_cannot_be_given_is_refused_by_name():
     for _ in range(MAX_CHAT_DEPTH):
         nested.append([])
         nested = nested[0]
-    for given, message in (
+    for message, problem in (
         ({"content": b"a"}, "message 1: 'content': must be text, a number, a list or a mapping of these, found bytes"),
         ({"content": {1}}, "message 1: 'content': must be .*, found set"),
         ({"content": float("nan")}, "message 1: 'content': must be .*, found nan"),
@@ -146,8 +146,8 @@ def test_what_a_template_cannot_be_given_is_refused_by_name():
         ({4: "x"}, "message 1: the name of a field must be text, found int"),
         ({"content": value}, f"message 1: 'content': nested deeper than {MAX_CHAT_DEPTH}"),
     ):
-        with pytest.raises(PromptError, match=message):
-            template.render([USER, given])
+        with pytest.raises(PromptError, match=problem):
+            template.render([USER, message])
     with pytest.raises(PromptError, match="message 0: must be a mapping, found str"):
         template.render(["hi"])
     with pytest.raises(PromptError, match="tools: must be text, .*, found object"):

@@ -6,7 +6,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from mixkv.models.bpe import BYTE_OF_CHARACTER
 from mixkv.models.errors import ModelError, PromptError
@@ -172,3 +172,92 @@ def test_a_split_by_regular_expression_from_a_file_works(tmp_path):
     cut = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer = tokenizer_from_json(write_json(tmp_path, pre_tokenizer=cut))
     assert len(tokenizer.encode("123")) == 3
+
+
+# What the families' files ask for
+
+
+def library_and_ours(folder, texts):
+    """Compares ids, and text decoded and streamed, with the library's."""
+    backend, tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json")), tokenizer_from_json(folder)
+    for text in texts:
+        ids = backend.encode(text, add_special_tokens=False).ids
+        assert [i for i in tokenizer.encode(text) if i != 1 or 1 in ids] == ids, text
+        stream = tokenizer.stream()
+        decoded = tokenizer.decode(ids)
+        assert decoded == backend.decode(ids, skip_special_tokens=True), text
+        assert decoded == "".join([*map(stream.push, ids), stream.finish()])
+
+
+TEXTS = [
+    "hi",
+    " hi",
+    "hi  hi ",
+    "hi<x> hi",
+    " <x>hi\n<x>  h",
+    "<y>  i",
+    "hi <y> hi",
+    "h\u00e9i",
+    "",
+    " ",
+    "<x><y>",
+    "a<x>b",
+]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_metaspace_with_every_scheme(tmp_path, scheme):
+    sentencepiece(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    step = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}
+    tail = [{"type": "Strip", "content": " ", "start": int(scheme != "never"), "stop": 0}]
+    replace = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    content |= {"normalizer": None, "pre_tokenizer": step}
+    content["decoder"] = {"type": "Sequence", "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}, *tail]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    library_and_ours(tmp_path, TEXTS)
+    content["decoder"] = step
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    library_and_ours(tmp_path, ["hi", "hi hi", "h i"])
+
+
+@pytest.mark.parametrize("flags", [{}, {"lstrip": True}, {"rstrip": True}, {"single_word": True}])
+def test_added_tokens_with_their_flags(tmp_path, flags):
+    backend = Tokenizer.from_file(str(sentencepiece(tmp_path) / "tokenizer.json"))
+    backend.add_tokens([AddedToken("<x>", **({"normalized": False} | flags))])
+    backend.add_special_tokens([AddedToken("<y>", **({"normalized": False} | flags))])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    library_and_ours(tmp_path, TEXTS)
+
+
+def test_tokens_beyond_the_model_s_vocabulary_are_text(tmp_path):
+    backend = Tokenizer.from_file(str(sentencepiece(tmp_path) / "tokenizer.json"))
+    backend.add_special_tokens(["<image>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert (tokenizer_from_json(tmp_path).vocab_size, tokenizer_from_json(tmp_path, 264).vocab_size) == (265, 264)
+    assert tokenizer_from_json(tmp_path, 265).encode("<image>")[-1] == 264
+    tokenizer = tokenizer_from_json(tmp_path, 264)
+    assert max(tokenizer.encode("<image>")) < 264
+    assert tokenizer.decode(tokenizer.encode("<image>")) == "<image>"
+    assert (
+        tokenizer_from_json(tmp_path, 100).vocab_size == 264
+    )  # those of the vocabulary itself stay: the model refuses
+
+
+def test_the_older_special_tokens_map_is_read_where_the_config_is_silent(tmp_path):
+    write_json(tmp_path, config={"eos_token": "<|unk|>"})
+    special = {"bos_token": {"content": "<|bos|>"}, "eos_token": "<|eos|>", "pad_token": 3}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
+    tokenizer = tokenizer_from_json(tmp_path)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|bos|>", "<|unk|>")
+
+
+def test_decoders_whose_effect_is_another_are_refused(tmp_path):
+    for decoder, message in (
+        (decoders.Replace("_", " "), "decoder 'Replace' has .*, only '\u2581' replaced by a space is supported"),
+        (decoders.Strip(" ", 2, 0), "decoder 'Strip' has .*, only one space at the start is supported"),
+        (decoders.Strip(" ", 0, 1), "decoder 'Strip' has"),
+    ):
+        write_json(tmp_path, decoder=decoder)
+        with pytest.raises(ModelError, match=message):
+            tokenizer_from_json(tmp_path)

@@ -1,243 +1,29 @@
 """10,000 texts that try a tokenizer: many scripts, code, emoji, whitespace, invalid UTF-8, special tokens.
 
 Made anew wherever it is needed, always the same: the Mersenne Twister, `random()` alone of it, Unicode 3.2 (which Python
-keeps beside the current version) and ranges written out here. DIGEST holds it to that.
+keeps beside the current version) and the words and ranges of corpus_parts.json. DIGEST holds it to that.
 
     python tests/data/tokenizers/corpus.py     # prints the digest and how many texts of each kind there are
 """
 
 import hashlib
+import json
 import random
 import unicodedata
+from pathlib import Path
 
 UNICODE = unicodedata.ucd_3_2_0
 DIGEST = "972b90c3fe9c800f580b9b2ff482a14098cc6f3256ab96925107f0848cd62e05"
 
-SCRIPTS = [
-    (0x0041, 0x024F), (0x0250, 0x02FF), (0x0370, 0x03FF), (0x0400, 0x052F), (0x0531, 0x058A), (0x0590, 0x05F4),
-    (0x0600, 0x06FF), (0x0700, 0x074A), (0x0780, 0x07B1), (0x07C0, 0x07FA), (0x0900, 0x097F), (0x0980, 0x09FA),
-    (0x0A01, 0x0A74), (0x0A81, 0x0AEF), (0x0B01, 0x0B70), (0x0B82, 0x0BF2), (0x0C01, 0x0C6F), (0x0C82, 0x0CEF),
-    (0x0D02, 0x0D6F), (0x0D82, 0x0DF4), (0x0E01, 0x0E5B), (0x0E81, 0x0EDD), (0x0F00, 0x0FCF), (0x1000, 0x1059),
-    (0x10A0, 0x10FB), (0x1100, 0x11F9), (0x1200, 0x137C), (0x13A0, 0x13F4), (0x1401, 0x1676), (0x1681, 0x169A),
-    (0x16A0, 0x16F0), (0x1700, 0x1714), (0x1780, 0x17E9), (0x1800, 0x18A9), (0x1E00, 0x1EF9), (0x1F00, 0x1FFE),
-    (0x2C80, 0x2CF3), (0x2D30, 0x2D65), (0x3041, 0x309F), (0x30A0, 0x30FF), (0x3105, 0x312C), (0x4E00, 0x9FA5),
-    (0x3400, 0x4DB5), (0xA000, 0xA48C), (0xAC00, 0xD7A3), (0xFB00, 0xFB4F), (0xFB50, 0xFDFB), (0xFF01, 0xFFDC),
-    (0x10300, 0x1031E), (0x10330, 0x1034A), (0x10400, 0x1044F), (0x1D400, 0x1D7FF), (0x1E900, 0x1E943),
-    (0x20000, 0x2A6D6),
-]  # fmt: skip
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "a",
-    "is",
-    "that",
-    "it",
-    "he",
-    "was",
-    "for",
-    "on",
-    "are",
-    "as",
-    "with",
-    "his",
-    "they",
-    "I",
-    "at",
-    "be",
-    "this",
-    "have",
-    "from",
-    "or",
-    "one",
-    "had",
-    "by",
-    "word",
-    "but",
-    "not",
-    "what",
-    "all",
-    "were",
-    "we",
-    "when",
-    "your",
-    "can",
-    "said",
-    "there",
-    "use",
-    "an",
-    "each",
-    "which",
-    "she",
-    "do",
-    "how",
-    "their",
-    "if",
-    "will",
-    "up",
-    "other",
-    "about",
-    "out",
-    "many",
-    "then",
-    "them",
-    "these",
-    "so",
-    "some",
-    "her",
-    "would",
-    "make",
-    "like",
-    "him",
-    "into",
-    "time",
-    "has",
-    "look",
-    "two",
-    "more",
-    "write",
-    "go",
-    "see",
-    "number",
-    "no",
-    "way",
-    "could",
-    "people",
-    "my",
-    "than",
-    "first",
-    "water",
-    "been",
-    "call",
-    "who",
-    "oil",
-    "its",
-    "now",
-    "find",
-    "long",
-    "down",
-    "day",
-    "did",
-    "get",
-    "come",
-    "made",
-    "may",
-    "part",
-    "antidisestablishmentarianism",
-    "naïve",
-    "café",
-    "Straße",
-    "coöperate",
-    "résumé",
-]
-ENDINGS = ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "'LL", "'Ve", "\u2019s", "\u2019t", "'x", "''", "-", "."]
-MARKS = [".", ",", "!", "?", "...", ";", ":", "--", "\u2014", "!?", "\u2026", "()", '"', "'", "\u201c\u201d", "/", "//"]
-CODE = [
-    "def {a}({b}, *{c}) -> None:\n    return {b} ** {n}\n", "for (int {a} = 0; {a} < {n}; ++{a}) {{\n\t\t{b}[{a}] += {c};\n}}\n",
-    "<div class=\"{a}-{b}\">&nbsp;{c}</div>", "SELECT {a}, COUNT(*) FROM {b} WHERE {c} != '{n}' AND {a} >= {n};",
-    "\\frac{{{n}}}{{{b}}} \\alpha_{{{a},{c}}}^{{{n}}}", "{{\"{a}\": [{n}, {n}.5, null, true], \"{b}\": {{}}}}",
-    "https://{a}.example.org/{b}/{c}?{a}={n}&{b}=%20#{c}", "#!/bin/sh\nset -e\n{a}=$(({n} + 1)) && echo \"${a}\" | {b} > /{c}\n",
-    "fn {a}<'a>(&mut self, {b}: &'a [u8; {n}]) -> Option<{c}> {{ self.{a}?; }}", "  \t@{a}\r\n  \tclass {b}({c}):\r\n\r\n\t\tpass\r\n",
-    "if __name__ == '__main__':\n        {a}_{b}.{c}(x=0x{n:x}, y={n:_}, z={n}e-{n})", "let {a} = ({b}) => `${{{c}}} ${{{n}}}`; // TODO({a}): {b}!",
-    "/* {a} */\n#include <{b}.h>\n#define {c} (1ULL << {n})\n\n\n", "{a}:\n  - {b}: '{c}'\n    {n}: |\n      {a}\n      {b}\n",
-    "|{a}|{b}|\n|:---|---:|\n|**{c}**|`{n}`|\n", "mov  eax, [{a}+{n}*4]\t; {b}\njne  .{c}\n",
-]  # fmt: skip
+PARTS = json.loads(Path(__file__).with_name("corpus_parts.json").read_text("utf-8"))
+SCRIPTS, WORDS, CODE, SPECIAL = PARTS["scripts"], PARTS["words"], PARTS["code"], PARTS["special"]
 SPACES = " \t\n\r\x0b\x0c\x85\xa0\u1680\u2000\u2002\u2003\u2007\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
-PLAIN_SPACES = [
-    "  ",
-    "   ",
-    "    ",
-    "\t\t",
-    "\n\n",
-    "\n\n\n",
-    "\r\n",
-    "\r\n\r\n",
-    " \n",
-    "\n ",
-    " \t ",
-    "\u3000\u3000",
-    " \u00a0",
-]
-HIDDEN = [
-    chr(c) for c in (*range(0, 9), *range(14, 32), *range(127, 160), 0xAD, 0x200B, 0x200C, 0x200D, 0x200E, 0x2060)
-]
-HIDDEN += [
-    chr(c) for c in (0x202A, 0x202E, 0x2066, 0xFE0F, 0xFEFF, 0xFFF9, 0xFFFC, 0xFFFD, 0xE000, 0xF8FF, 0xE0061, 0x10FFFD)
-]
-FACES = [
-    chr(c)
-    for c in (*range(0x1F600, 0x1F640), *range(0x1F300, 0x1F5F0), *range(0x1F900, 0x1F9C0), 0x2764, 0x231A, 0x26BD)
-]
+_HIDDEN = (*range(0, 9), *range(14, 32), *range(127, 160), 0xAD, 0x200B, 0x200C, 0x200D, 0x200E, 0x2060, 0x202A, 0x202E)
+HIDDEN = list(map(chr, (*_HIDDEN, 0x2066, 0xFE0F, 0xFEFF, 0xFFF9, 0xFFFC, 0xFFFD, 0xE000, 0xF8FF, 0xE0061, 0x10FFFD)))
+_FACES = (*range(0x1F600, 0x1F640), *range(0x1F300, 0x1F5F0), *range(0x1F900, 0x1F9C0), 0x2764, 0x231A, 0x26BD)
+FACES = list(map(chr, _FACES))
 PEOPLE = [chr(c) for c in (0x1F468, 0x1F469, 0x1F466, 0x1F467, 0x1F9D1, 0x1F476)]
 JOBS = [chr(c) for c in (0x1F33E, 0x1F373, 0x1F680, 0x1F4BB, 0x2695, 0x2764)]
-SPECIAL = [
-    "<s>",
-    "</s>",
-    "<unk>",
-    "<pad>",
-    "<bos>",
-    "<eos>",
-    "<mask>",
-    "[INST]",
-    "[/INST]",
-    "<<SYS>>",
-    "<</SYS>>",
-    "[TOOL_CALLS]",
-    "[AVAILABLE_TOOLS]",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|eot_id|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|python_tag|>",
-    "<|reserved_special_token_0|>",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "<unused0>",
-    "<unused98>",
-    "[multimodal]",
-    "<|user|>",
-    "<|assistant|>",
-    "<|system|>",
-    "<|end|>",
-    "<|placeholder1|>",
-    "<|start_of_role|>",
-    "<|end_of_role|>",
-    "<|start|>",
-    "<|channel|>",
-    "<|message|>",
-    "<|return|>",
-    "<|call|>",
-    "<think>",
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-    "<|fim_prefix|>",
-    "<fim_prefix>",
-    "<filename>",
-    "<repo_name>",
-    "<|vision_start|>",
-    "<|endofprompt|>",
-    "<0x0A>",
-    "<0x41>",
-    "<0xFF>",
-    "▁",
-    "▁▁",
-    "▁the",
-    "<table>",
-    "</table>",
-    "<|im_start",
-    "<|eot_",
-    "</s",
-    "[INST",
-    "<start_of_turn",
-    "<|end",
-]
 
 
 class Dice:
@@ -273,7 +59,7 @@ def word(dice: Dice) -> str:
     found = dice.pick(WORDS)
     case = dice.below(12)
     found = found.upper() if case == 0 else found.capitalize() if case < 4 else found
-    return found + (dice.pick(ENDINGS) if dice.below(8) == 0 else "")
+    return found + (dice.pick(PARTS["endings"]) if dice.below(8) == 0 else "")
 
 
 def script(dice: Dice) -> str:
@@ -303,7 +89,9 @@ def sentence(dice: Dice) -> str:
         dice.many(
             3,
             25,
-            lambda: dice.pick([" ", " ", " ", ""]) + word(dice) + (dice.pick(MARKS) if dice.below(5) == 0 else ""),
+            lambda: (
+                dice.pick([" ", " ", " ", ""]) + word(dice) + (dice.pick(PARTS["marks"]) if dice.below(5) == 0 else "")
+            ),
         )
     )
 
@@ -363,7 +151,7 @@ def whitespace(dice: Dice) -> str:
             return dice.pick(SPACES) * (1 + dice.below(40))
         if kind == 1:
             return "".join(dice.many(1, 8, lambda: dice.pick(SPACES)))
-        return dice.pick(PLAIN_SPACES) if kind == 2 else " " * (1 + dice.below(dice.pick([4, 40, 90])))
+        return dice.pick(PARTS["plain_spaces"]) if kind == 2 else " " * (1 + dice.below(dice.pick([4, 40, 90])))
 
     ends = [run if dice.below(2) else str for _ in range(2)]
     inner = [run() + dice.pick([word(dice), "1", "!", "{", "\u4f60", "\U0001f600", ")"]) for _ in range(dice.below(6))]
