@@ -43,7 +43,7 @@ def hf_config(config: ModelConfig, dtype: str = "F32") -> dict[str, Any]:
         "torch_dtype": DTYPES[dtype],  # as transformers 4 calls it
         **{name: getattr(config, name) for name in _SAME},
         "hidden_act": _ACTIVATIONS[config.activation],
-        "bos_token_id": config.bos_token_id,  # said even if there is none: transformers has ids of its own for some kinds
+        "bos_token_id": config.bos_token_id,  # also where there is none: transformers has defaults of its own
         "eos_token_id": _eos(config),
         "pad_token_id": None,
         **_ropes(config),

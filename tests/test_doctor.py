@@ -38,6 +38,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in ("mixkv.models.hub.registry", "mixkv.models.hub", "mixkv.experiments.doctor.machine"):
         monkeypatch.setattr(f"{module}.REGISTRY", {"tiny": entry})
     monkeypatch.setenv("MIXKV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        compiled, "_temporary", lambda: tmp_path / "temporary"
+    )  # other tests leave kernels in the real one
     return tmp_path / "cache"
 
 
