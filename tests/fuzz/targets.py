@@ -1,0 +1,179 @@
+"""The readers of foreign files that are fuzzed: what each does with a file's bytes, what it begins with, how that is changed."""
+
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import mixkv
+from mixkv.engine.conversation import Conversation, check_options, look, summary
+from mixkv.engine.policy import CachePolicy
+from mixkv.engine.session import Session
+from mixkv.experiments.golden import file as golden
+from mixkv.experiments.report import results
+from mixkv.experiments.sweep import grid
+from mixkv.experiments.sweep.journal import Journal
+from mixkv.models.chat import ChatTemplate
+from mixkv.models.config import config_from_hf
+from mixkv.models.errors import MixkvError
+from mixkv.models.gguf import open_gguf
+from mixkv.models.load import Model, load
+from mixkv.models.safetensors import open_safetensors
+from mixkv.models.tokenizer import Tokenizer, tokenizer_from_gguf, tokenizer_from_json
+
+from . import mutators, seeds
+
+TEXT = "Hello he ll 12\n\u00e9 <im>"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One reader. ``run`` raises MixkvError for what it refuses."""
+
+    run: Callable[[bytes], None]
+    seeds: Callable[[], Iterable[bytes]]
+    mutate: mutators.Mutator = mutators.plain
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder in memory, where there is one, for files that are rewritten thousands of times a second."""
+    return tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+
+
+def _file(name: str, data: bytes) -> Path:
+    path = Path(_scratch().name) / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+@cache
+def toy() -> Model:
+    """The model that sessions belong to."""
+    return mixkv.load("toy")
+
+
+def _gguf(data: bytes) -> None:
+    path = _file("m.gguf", data)
+    file = open_gguf(path)
+    for name, tensor in file.tensors.items():
+        assert file.read(name).shape == tensor.shape
+        file.forget(name)
+    try:
+        _use(tokenizer_from_gguf(file.metadata, "m.gguf"))
+    except MixkvError:
+        pass
+    load(str(path), check_weights=True)
+
+
+def _use(tokenizer: Tokenizer | None) -> None:
+    if tokenizer is not None:
+        assert all(0 <= i < tokenizer.vocab_size for i in tokenizer.encode(TEXT))
+        ids = range(-1, min(tokenizer.vocab_size, 300) + 1)
+        stream = tokenizer.stream()
+        assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids)
+        if tokenizer.chat_template is not None:
+            ChatTemplate(tokenizer.chat_template, bos_token=tokenizer.bos_token).render([{"role": "user", "content": "a"}])
+
+
+def _session(data: bytes) -> None:
+    path = _file("s", data)
+    saved = look(path)
+    assert saved is not None
+    about = summary(path)
+    assert about["tokens"] == saved.position
+    check_options(path, saved, saved.policy, chat=None, system=None, retier=False)
+    conversation = Conversation(toy(), path=path, saved=saved)
+    session = conversation.session
+    assert session.position == saved.position and session.nbytes()["total"] >= 0
+    fork = session.fork()
+    if session.position < session.context:
+        fork.forward([7], "last")
+        assert session.position == saved.position
+    session.save(path.with_name("s2"))
+    Session.load(toy(), path.with_name("s2"))
+
+
+def _safetensors(data: bytes) -> None:
+    source = open_safetensors(_file("model.safetensors", data))
+    for name, shape in source.shapes.items():
+        try:
+            assert source.read(name).shape == shape
+        except MixkvError:
+            pass
+
+
+def _config(data: bytes) -> None:
+    config_from_hf(_file("config/config.json", data).parent)
+
+
+def _tokenizer(data: bytes) -> None:
+    _use(tokenizer_from_json(_file("tokenizer.json", data)))
+
+
+def _template(data: bytes) -> None:
+    template = ChatTemplate(data.decode("utf-8", "surrogateescape"), bos_token="<s>", eos_token="</s>")
+    template.render([{"role": "system", "content": "be kind"}, {"role": "user", "content": "Hi {{ x }}"}])
+
+
+def _policy(data: bytes) -> None:
+    text = data.decode("utf-8", "replace")
+    for read in (CachePolicy.from_toml, CachePolicy.parse):
+        try:
+            policy = read(text)
+        except MixkvError:
+            continue
+        assert CachePolicy.parse(str(policy)) == CachePolicy.from_toml(policy.to_toml()) == policy
+        policy.check_model(3, 16)
+    grid.load(_file("grid.toml", data))
+
+
+def _golden(data: bytes) -> None:
+    found = golden.parse(data, "g.json")
+    assert golden.parse(golden.text_of(found).encode(), "g.json") == found
+
+
+def _results(data: bytes) -> None:
+    results.read([("r.jsonl", BytesIO(data))])
+
+
+def _journal(data: bytes) -> None:
+    path = _file("r.jsonl", data)
+    with Journal(path) as journal:
+        assert path.read_bytes().rstrip(b"\n").endswith(data[: len(data) - journal.torn].rstrip(b"\n"))
+        journal.rows(journal.keys)
+
+
+_SESSION_WORDS: list[Any] = [
+    "U8", "I64", "F32", "F16", "BF16", "dtype", "shape", "data_offsets", "__metadata__", "sha256", "format", "policy", "model",
+    "position", "context", "mode", "messages", "text", "chat", "raw", "read", "rest", "role", "content", "token_ids",
+    "layers.0.spans", "layers.1.sink.k", "layers.0.recent.v", "layers.2.old.k_scales", "layers.0.old.wide_k.0", *seeds.POLICIES,
+    "120", "0", "32", [0, 0], [2, 2], [0, 8], [1, 2, 16],
+]  # fmt: skip
+_CONFIG_WORDS: list[Any] = [
+    "llama", "LlamaForCausalLM", "model_type", "architectures", "auto_map", "rope_scaling", "rope_theta", "rope_parameters",
+    "linear", "default", "silu", "gelu", "head_dim", "eos_token_id", "quantization_config", 4096, 1 << 20, 10_000.0, [1, 2],
+]  # fmt: skip
+_TOKENIZER_WORDS: list[Any] = [
+    "ByteLevel", "Sequence", "Split", "Regex", "String", "Replace", "Metaspace", "NFC", "NFKD", "Strip", "Lowercase", "BPE",
+    "Digits", "TemplateProcessing", "Isolated", "Removed", "MergedWithNext", "(a+)+$", "\\p{L}+", "(?=", "[", "<s>", 0, 1, 9,
+    {"type": "ByteLevel"}, {"Regex": ".*"}, {"type": "Fuse"}, ["h", "e"],
+]  # fmt: skip
+_ROW_WORDS: list[Any] = ["kind", "key", "eval", "bench", "needle", "window-curve", "counts", "edges", [1, 2, 3], 1e-9]
+
+TARGETS = {
+    "gguf": Target(_gguf, seeds.gguf_files, mutators.gguf),
+    "session": Target(_session, lambda: seeds.session_files(toy()), mutators.safetensors(_SESSION_WORDS, digest=True)),
+    "safetensors": Target(_safetensors, seeds.safetensors_files, mutators.safetensors(_SESSION_WORDS, digest=False)),
+    "config": Target(_config, seeds.configs, mutators.json_text(_CONFIG_WORDS)),
+    "tokenizer": Target(_tokenizer, seeds.tokenizers, mutators.json_text(_TOKENIZER_WORDS)),
+    "template": Target(_template, seeds.templates),
+    "policy": Target(_policy, seeds.policies),
+    "golden": Target(_golden, seeds.golden_files, mutators.json_text(_ROW_WORDS)),
+    "results": Target(_results, seeds.results, mutators.json_lines(_ROW_WORDS)),
+    "journal": Target(_journal, seeds.results, mutators.json_lines(_ROW_WORDS)),
+}
