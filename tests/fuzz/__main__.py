@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 REGRESSIONS = Path(__file__).parents[1] / "data" / "regressions"
-NAMES = ("gguf", "session", "safetensors", "config", "tokenizer", "template", "policy", "golden", "results", "journal")
+NAMES = ("gguf", "session", "safetensors", "config", "tokenizer", "template", "policy", "grid", "golden", "results", "journal")
 HANG_SECONDS = 30  # of the clock, when not even Python's own code runs; processor time is bounded in bounds.py
 
 

@@ -6,6 +6,7 @@ A mutator gets a file's bytes, a source of random numbers, and ``scramble``, whi
 import hashlib
 import json
 import random
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,26 @@ def scrambled(data: bytes, rng: random.Random) -> bytes:
 def plain(data: bytes, rng: random.Random, scramble: Scramble) -> bytes:
     """Bytes changed without a plan; now and then the file is cut."""
     return data[: rng.randrange(len(data) + 1)] if rng.randrange(20) == 0 else scramble(data)
+
+
+_WORD = re.compile(rb"\w+|\s+|\W")
+
+
+def of_words(words: list[bytes]) -> Mutator:
+    """A mutator of texts in a language: words changed, moved, doubled, or others of ``words`` put in."""
+
+    def mutate(data: bytes, rng: random.Random, scramble: Scramble) -> bytes:
+        if rng.randrange(4) == 0:
+            return plain(data, rng, scramble)
+        parts = _WORD.findall(data) or [b"a"]
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            at, some = rng.randrange(len(parts) + 1), rng.choice((0, 1, 1, 3, 9))
+            start = rng.randrange(len(parts) + 1)
+            new = rng.choice(([], [rng.choice(words)], [rng.choice(words)], parts[start : start + rng.choice((1, 4, 20))]))
+            parts[at : at + some] = new
+        return b"".join(parts)
+
+    return mutate
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------

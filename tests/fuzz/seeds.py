@@ -107,7 +107,9 @@ def configs() -> Iterator[bytes]:
 
 def tokenizers() -> Iterator[bytes]:
     """tokenizer.json: byte-level BPE, and one in SentencePiece's manner."""
-    vocab = {"<s>": 0, "</s>": 1, "h": 2, "e": 3, "l": 4, "he": 5, "\u0120": 6, "<0x0A>": 7, "\u2581": 8}
+    vocab = {"<s>": 0, "</s>": 1, "he": 2, "\u2581": 3}
+    for token in [*map(chr, range(33, 324)), *(f"<0x{byte:02X}>" for byte in range(256))]:
+        vocab.setdefault(token, len(vocab))
     model = {"type": "BPE", "vocab": vocab, "merges": [["h", "e"]], "byte_fallback": False, "unk_token": None}
     added = [
         {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
@@ -141,7 +143,7 @@ def templates() -> Iterator[bytes]:
     """Published chat templates, and expressions that use much of the language."""
     for path in TEMPLATES:
         yield path.read_bytes()
-    yield b"{% macro f(x, y=2) %}{{ x ~ y }}{% endmacro %}{% for m in messages if m.role == 'user' %}{{ f(m.content|trim) }}"
+    yield b"{% macro f(x, y=2) %}{{ x ~ y }}{% endmacro %}{% for m in messages if m.role == 'user' %}{{ f(m.content|trim) }}{% endfor %}"
     yield b"{% set n = namespace(a=[1, 2]) %}{% set n.a = n.a + [3] %}{{ n.a|join(',') }}{{ '%s' % messages[0]['content'][:3] }}"
     yield b"{{ messages|tojson }}{{ messages|map(attribute='role')|list|length }}{{ range(3)|sum }}{{ 2 ** 9 // 3 }}"
 

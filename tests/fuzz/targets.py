@@ -24,6 +24,7 @@ from mixkv.models.load import Model, load
 from mixkv.models.safetensors import open_safetensors
 from mixkv.models.tokenizer import Tokenizer, tokenizer_from_gguf, tokenizer_from_json
 
+from ..experiments.sweep.test_grid import WHOLE as GRID
 from . import mutators, seeds
 
 TEXT = "Hello he ll 12\n\u00e9 <im>"
@@ -122,14 +123,23 @@ def _template(data: bytes) -> None:
 
 def _policy(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
+    refusals = []
     for read in (CachePolicy.from_toml, CachePolicy.parse):
         try:
             policy = read(text)
-        except MixkvError:
+        except MixkvError as error:
+            refusals.append(error)
             continue
         assert CachePolicy.parse(str(policy)) == CachePolicy.from_toml(policy.to_toml()) == policy
         policy.check_model(3, 16)
-    grid.load(_file("grid.toml", data))
+    if len(refusals) == 2:
+        raise refusals[0]
+
+
+def _grid(data: bytes) -> None:
+    setting, policies, axes, lists = grid.load(_file("grid.toml", data))
+    named = [policy for policy in policies if not policy.endswith(".toml")]  # a file's name
+    grid.make(setting, named, axes, lists.get("documents", []), lists.get("seeds", []))
 
 
 def _golden(data: bytes) -> None:
@@ -165,14 +175,29 @@ _TOKENIZER_WORDS: list[Any] = [
 ]  # fmt: skip
 _ROW_WORDS: list[Any] = ["kind", "key", "eval", "bench", "needle", "window-curve", "counts", "edges", [1, 2, 3], 1e-9]
 
+_TEMPLATE_WORDS = (
+    b"{{ }} {% %} {%- -%} {# #} for if elif else endif endfor set endset macro endmacro call endcall filter endfilter with "
+    b"endwith break continue loop namespace range dict cycler joiner lipsum in is not and or recursive | ~ + - * ** // % == < "
+    b">= . , ( ) [ ] : 'a' \"b\" 0 1 9 -1 100000 99999999 0.5 1e308 true none messages m content role add_generation_prompt "
+    b"bos_token raise_exception strftime_now tojson trim join map select selectattr reject groupby batch slice sort unique "
+    b"replace split format upper center indent wordwrap repeat length list sum first last default items keys values attr "
+    b"__class__ __mro__ _a index0 previtem changed cycle 'x'*99999 [1]*9999 %s %9999d"
+).split()
+_POLICY_WORDS = (
+    b"sinks= recent= tile= old= rot= scales= rollback= layers= k_bits= v_bits= window= k4c/v4t64 k16/v16 k2t/v8c 128:f16 0:bf16 "
+    b"512: [ ] [[older]] [[overrides]] [[overrides.older]] after layers = \"0..1\" 0..1+-1 * kv none fit range 0 1 16 32 64 "
+    b"999999999 -1 1.5 nan true false 'f16' \"token\" \"channel\" k_axis k_group dense policies weights lengths \n # . .. +"
+).split() + [b" ", b"\n"]
+
 TARGETS = {
     "gguf": Target(_gguf, seeds.gguf_files, mutators.gguf),
     "session": Target(_session, lambda: seeds.session_files(toy()), mutators.safetensors(_SESSION_WORDS, digest=True)),
     "safetensors": Target(_safetensors, seeds.safetensors_files, mutators.safetensors(_SESSION_WORDS, digest=False)),
     "config": Target(_config, seeds.configs, mutators.json_text(_CONFIG_WORDS)),
     "tokenizer": Target(_tokenizer, seeds.tokenizers, mutators.json_text(_TOKENIZER_WORDS)),
-    "template": Target(_template, seeds.templates),
-    "policy": Target(_policy, seeds.policies),
+    "template": Target(_template, seeds.templates, mutators.of_words(_TEMPLATE_WORDS)),
+    "policy": Target(_policy, seeds.policies, mutators.of_words(_POLICY_WORDS)),
+    "grid": Target(_grid, lambda: [GRID.encode()], mutators.of_words(_POLICY_WORDS)),
     "golden": Target(_golden, seeds.golden_files, mutators.json_text(_ROW_WORDS)),
     "results": Target(_results, seeds.results, mutators.json_lines(_ROW_WORDS)),
     "journal": Target(_journal, seeds.results, mutators.json_lines(_ROW_WORDS)),
