@@ -6,13 +6,13 @@ Layers of packed weights that follow one another are one call of the kernels; la
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.chain import chain_table, rotation
 from ..kernels.project import OWN_BUFFERS, run_chain
 from ..kernels.rotary import rotate
+from ..kernels.threads import get_num_threads
 from .linear import Linear, PackedLinear
 
 Float32 = NDArray[np.float32]
@@ -28,7 +28,7 @@ class Buffers:
         self.arrays = [np.empty((rows, width), np.float32) for width in widths]
         self.cos, self.sin = np.ascontiguousarray(cos), np.ascontiguousarray(sin)
         self._room = np.empty(room_nbytes, np.uint8)
-        self.rows, self.threads = rows, numba.get_num_threads()
+        self.rows, self.threads = rows, get_num_threads()
         own = self._room.ctypes.data, self.cos.ctypes.data, self.sin.ctypes.data
         self.addresses = np.array([*own, *(x.ctypes.data for x in self.arrays)])
 

@@ -17,7 +17,9 @@ import time
 from pathlib import Path
 
 REGRESSIONS = Path(__file__).parents[1] / "data" / "regressions"
-NAMES = ("gguf", "session", "safetensors", "config", "tokenizer", "template", "policy", "grid", "golden", "results", "journal")
+NAMES = [
+    "gguf", "session", "safetensors", "config", "tokenizer", "template", "policy", "grid", "golden", "results", "journal",
+]  # fmt: skip  # of targets.py
 HANG_SECONDS = 30  # of the clock, when not even Python's own code runs; processor time is bounded in bounds.py
 
 
@@ -49,7 +51,7 @@ def _fuzz(target: str, corpus: Path, scratch: Path, seconds: float, seed: int) -
             if not line.startswith("INFO: Instrumenting"):
                 sys.stderr.write(line)
         code, text = done.wait(), "".join(lines[-4000:])
-        executed += sum(int(n) for n in re.findall(r"stat::number_of_executed_units: ([0-9]+)", text))
+        executed += max(map(int, re.findall(r"(?:\n#|_executed_units: )([0-9]+)", text)), default=0)
         found += text.count("\nfound: ")
         for artifact in scratch.glob("hard-*"):  # killed by a signal, or not to be stopped
             found += 1
@@ -58,7 +60,8 @@ def _fuzz(target: str, corpus: Path, scratch: Path, seconds: float, seed: int) -
         if code and time.monotonic() < end - 5 and not lines:
             raise SystemExit(f"the process that fuzzes ended with {code}")
     covered = [re.findall(r"cov: ([0-9]+)", line) for line in lines if " cov: " in line]
-    print(f"{target}: {executed} inputs in {seconds / 60:g} minutes, {covered[-1][0] if covered else 0} edges, {found} findings")
+    edges = covered[-1][0] if covered else 0
+    print(f"{target}: {executed} inputs in {seconds / 60:g} minutes, {edges} edges, {found} findings")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A mutator gets a file's bytes, a source of random numbers, and ``scramble``, which changes bytes without a plan.
 """
 
+import contextlib
 import hashlib
 import json
 import random
@@ -63,7 +64,9 @@ def of_words(words: list[bytes]) -> Mutator:
         for _ in range(rng.choice((1, 1, 2, 4))):
             at, some = rng.randrange(len(parts) + 1), rng.choice((0, 1, 1, 3, 9))
             start = rng.randrange(len(parts) + 1)
-            new = rng.choice(([], [rng.choice(words)], [rng.choice(words)], parts[start : start + rng.choice((1, 4, 20))]))
+            new = rng.choice(
+                ([], [rng.choice(words)], [rng.choice(words)], parts[start : start + rng.choice((1, 4, 20))])
+            )
             parts[at : at + some] = new
         return b"".join(parts)
 
@@ -106,7 +109,9 @@ def changed(value: Any, rng: random.Random, scramble: Scramble, words: list[Any]
         return value
     kind = rng.randrange(6)
     if isinstance(value, str) and kind < 3:
-        return scramble(value.encode("utf-8", "surrogatepass")).decode("utf-8", rng.choice(("replace", "surrogateescape")))
+        return scramble(value.encode("utf-8", "surrogatepass")).decode(
+            "utf-8", rng.choice(("replace", "surrogateescape"))
+        )
     if type(value) is int and kind < 3 and value.bit_length() < 2000:
         return rng.choice((value + 1, value - 1, -value, value * 2, value % 99 / 2, str(value), rng.choice(INTEGERS)))
     return rng.choice(_VALUES if kind < 5 else words)
@@ -138,7 +143,9 @@ def json_lines(words: list[Any]) -> Mutator:
         if rng.randrange(6) == 0 or not any(lines):
             return plain(data, rng, scramble)
         i = rng.randrange(len(lines))
-        lines[i : i + 1] = rng.choice(([], [lines[i]] * 2, [one(lines[i], rng, scramble)], [one(lines[i], rng, scramble)]))
+        lines[i : i + 1] = rng.choice(
+            ([], [lines[i]] * 2, [one(lines[i], rng, scramble)], [one(lines[i], rng, scramble)])
+        )
         return b"\n".join(lines)
 
     return mutate
@@ -158,7 +165,9 @@ def safetensors(words: list[Any], *, digest: bool) -> Mutator:
         length = int.from_bytes(data[:8], "little")
         try:
             header = json.loads(data[8 : 8 + length])
-            tensors = {name: _body(data[8 + length :], entry) for name, entry in header.items() if name != "__metadata__"}
+            tensors = {
+                name: _body(data[8 + length :], entry) for name, entry in header.items() if name != "__metadata__"
+            }
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return plain(data, rng, scramble)
         if rng.randrange(16) == 0:
@@ -208,7 +217,9 @@ def _change_file(
     return (header if isinstance(header, dict) else {"__metadata__": header}), tensors
 
 
-def _change_metadata(metadata: dict[str, Any], rng: random.Random, scramble: Scramble, words: list[Any]) -> dict[str, Any]:
+def _change_metadata(
+    metadata: dict[str, Any], rng: random.Random, scramble: Scramble, words: list[Any]
+) -> dict[str, Any]:
     """Metadata of which one value is otherwise; what is JSON inside of a text is changed as JSON."""
     metadata, key = dict(metadata), rng.choice(list(metadata))
     try:
@@ -266,7 +277,8 @@ def gguf(data: bytes, rng: random.Random, scramble: Scramble) -> bytes:
     if rng.randrange(6) == 0:
         return plain(data, rng, scramble)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        _change_gguf(file, rng, scramble)
+        with contextlib.suppress(struct.error):  # a value that a change before has put out of order
+            _change_gguf(file, rng, scramble)
     counts = [len(file.tensors), len(file.keys)]
     if rng.randrange(20) == 0:
         counts[rng.randrange(2)] = rng.choice(INTEGERS)
@@ -352,7 +364,8 @@ def _change_gguf(file: _Gguf, rng: random.Random, scramble: Scramble) -> None:
             name = rng.choice((scramble(name), rng.choice(file.tensors)[0]))
         elif what == 2:
             j = rng.randrange(len(dims)) if dims else 0
-            dims = [*dims[:j], rng.choice((*INTEGERS, *(d * k for d in dims for k in (2, 3)))), *dims[j + rng.randrange(2) :]]
+            other = rng.choice((*INTEGERS, *(d * k for d in dims for k in (2, 3))))
+            dims = [*dims[:j], other, *dims[j + rng.randrange(2) :]]
         elif what == 3:
             code = rng.choice(_TYPES)
         else:
@@ -367,7 +380,9 @@ def _changed_value(code: int, value: bytes, rng: random.Random, scramble: Scramb
     """Another metadata value: of its own type in most cases."""
     number = rng.choice(INTEGERS) & (1 << 64) - 1
     if rng.randrange(6) == 0:
-        return rng.choice(((10, struct.pack("<Q", number)), (4, struct.pack("<I", number & 0xFFFFFFFF)), (7, b"\1"))) + ()
+        return (
+            rng.choice(((10, struct.pack("<Q", number)), (4, struct.pack("<I", number & 0xFFFFFFFF)), (7, b"\1"))) + ()
+        )
     if code == _STRING:
         return code, rng.choice((_text(scramble(value[8:])), struct.pack("<Q", number) + value[8:]))
     if code == _ARRAY:
@@ -388,4 +403,4 @@ def _changed_value(code: int, value: bytes, rng: random.Random, scramble: Scramb
             texts[i : i + 1] = rng.choice(([], [texts[i]] * 2, [scramble(texts[i])], [rng.choice(texts)]))
             return code, struct.pack("<IQ", inner, len(texts)) + b"".join(map(_text, texts))
         return code, struct.pack("<IQ", inner, count) + scramble(items)
-    return code, rng.choice((struct.pack("<Q", number)[: len(value)], scramble(value)[: len(value)].ljust(len(value), b"\0")))
+    return code, rng.choice((struct.pack("<Q", number), scramble(value).ljust(8, b"\0")))[: len(value)]

@@ -48,7 +48,9 @@ def _model(path: Path, kind: str, template: str) -> None:
     writer.add_rope_freq_base(10_000.0)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<unk>", "<s>", "</s>", "h", "e", "l", "o", "1", "\u0120", "he", "ll", "hell", "<0x0A>", "<im>"])
+    writer.add_token_list(
+        ["<unk>", "<s>", "</s>", "h", "e", "l", "o", "1", "\u0120", "he", "ll", "hell", "<0x0A>", "<im>"]
+    )
     writer.add_token_types([2, 3, 3, *[1] * 9, 6, 4])
     writer.add_token_merges(["h e", "l l", "he ll"])
     writer.add_bos_token_id(1)
@@ -102,7 +104,8 @@ def configs() -> Iterator[bytes]:
     """config.json of the tiny model, and one with what else it may say."""
     plain = json.loads((TINY_LLAMA / "config.json").read_text())
     yield json.dumps(plain).encode()
-    yield json.dumps({**plain, "head_dim": 16, "rope_scaling": None, "attention_bias": True, "eos_token_id": [1, 2]}).encode()
+    more = {"head_dim": 16, "rope_scaling": None, "attention_bias": True, "eos_token_id": [1, 2]}
+    yield json.dumps({**plain, **more}).encode()
 
 
 def tokenizers() -> Iterator[bytes]:
@@ -124,7 +127,8 @@ def tokenizers() -> Iterator[bytes]:
     }  # fmt: skip
     yield json.dumps(whole).encode()
     template = {
-        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
         "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
     }  # fmt: skip
@@ -132,7 +136,8 @@ def tokenizers() -> Iterator[bytes]:
         {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
         {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}  # fmt: skip
     prepend = {"type": "Sequence", "normalizers": [
-        {"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]}  # fmt: skip
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]}  # fmt: skip
     yield json.dumps({
         **whole, "normalizer": prepend, "pre_tokenizer": None, "post_processor": template, "decoder": pieces,
         "model": {**model, "byte_fallback": True, "fuse_unk": True},
@@ -143,8 +148,11 @@ def templates() -> Iterator[bytes]:
     """Published chat templates, and expressions that use much of the language."""
     for path in TEMPLATES:
         yield path.read_bytes()
-    yield b"{% macro f(x, y=2) %}{{ x ~ y }}{% endmacro %}{% for m in messages if m.role == 'user' %}{{ f(m.content|trim) }}{% endfor %}"
-    yield b"{% set n = namespace(a=[1, 2]) %}{% set n.a = n.a + [3] %}{{ n.a|join(',') }}{{ '%s' % messages[0]['content'][:3] }}"
+    yield (
+        b"{% macro f(x, y=2) %}{{ x ~ y }}{% endmacro %}{% for m in messages if m.role == 'user' %}{{ f(m.content|trim) }}"
+        b"{% endfor %}"
+    )
+    yield b"{% set n = namespace(a=[1, 2]) %}{% set n.a = n.a + [3] %}{{ n.a|join(',') }}{{ '%s' % messages[0].role[:3] }}"
     yield b"{{ messages|tojson }}{{ messages|map(attribute='role')|list|length }}{{ range(3)|sum }}{{ 2 ** 9 // 3 }}"
 
 
@@ -162,6 +170,6 @@ def golden_files() -> Iterator[bytes]:
 
 def results() -> Iterator[bytes]:
     """A row of each kind."""
-    kinds = {row["kind"] if "kind" in row else "bench": row for row in make(1)}
+    kinds = {row.get("kind", "bench"): row for row in make(1)}
     yield from (json.dumps(row).encode() + b"\n" for row in kinds.values())
     yield b"".join(json.dumps(row).encode() + b"\n" for row in kinds.values())
