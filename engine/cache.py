@@ -43,6 +43,7 @@ from ..kernels.tables import (
     K_BLOCK,
     LEDGER,
     LOST,
+    MAX_N_REP,
     MAX_ROUNDS,
     N_HEADS,
     N_PARTS,
@@ -72,6 +73,8 @@ class View:
     def __init__(self, cache: "LayerCache", position: int, qkv: Float32) -> None:
         n_kv_heads, tile, n_tiers = cache.recent.layout.n_kv_heads, cache.policy.tile, len(cache.tiers)
         n_queries, heads = len(qkv), qkv.shape[1] - 2 * n_kv_heads
+        if heads > MAX_N_REP * n_kv_heads:  # the kernels would write beyond their tables
+            raise ValueError(f"at most {MAX_N_REP} query heads may share a KV head, found {heads} and {n_kv_heads}")
         self.position, self.n_queries, self.heads = position, n_queries, heads
         self.stop, self.threads = position + n_queries, get_num_threads()
         self.state = np.empty((heads, n_queries, 2), np.float32)

@@ -19,6 +19,7 @@ MAX_HIDDEN_SIZE = 1 << 20
 MAX_INTERMEDIATE_SIZE = 1 << 22
 MAX_VOCAB_SIZE = 1 << 24
 MAX_HEADS = 4_096
+MAX_HEADS_PER_KV_HEAD = 128  # what the kernels have room for (kernels/tables.py MAX_N_REP)
 MAX_HEAD_DIM = 256
 MAX_CONTEXT = 1 << 24
 
