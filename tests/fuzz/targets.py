@@ -1,6 +1,7 @@
 """The readers of foreign files that are fuzzed: what each does with bytes, what it begins with, how that is changed."""
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from mixkv.models.errors import MixkvError
 from mixkv.models.gguf import open_gguf
 from mixkv.models.load import Model, load
 from mixkv.models.safetensors import open_safetensors
+from mixkv.models.tiny import tiny_model
 from mixkv.models.tokenizer import Tokenizer, tokenizer_from_gguf, tokenizer_from_json
 
 from ..experiments.sweep.test_grid import WHOLE as GRID
@@ -67,7 +69,14 @@ def _gguf(data: bytes) -> None:
         file.forget(name)
     with contextlib.suppress(MixkvError):
         _use(tokenizer_from_gguf(file.metadata, "m.gguf"))
-    load(str(path), check_weights=True)
+    _run(load(str(path), check_weights=True))
+
+
+def _run(model: Model) -> None:
+    """A model of whatever dimensions reads three tokens, through codes and dense tiles."""
+    vocab = model.config.vocab_size
+    policy = CachePolicy.parse("sinks=1 recent=0:f16 tile=32 old=k4c/v2t")
+    Session(model, policy, context=min(model.config.max_position_embeddings, 64)).forward([0, vocab - 1, vocab // 2], "last")
 
 
 def _use(tokenizer: Tokenizer | None) -> None:
@@ -110,7 +119,12 @@ def _safetensors(data: bytes) -> None:
 
 
 def _config(data: bytes) -> None:
-    config_from_hf(_file("config/config.json", data).parent)
+    config = config_from_hf(_file("config/config.json", data).parent)
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    rows = config.vocab_size + config.num_hidden_layers * (3 * config.intermediate_size + 2 * heads * config.head_dim)
+    if config.hidden_size * rows < 1 << 20:  # a model of these dimensions is made at once
+        fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        _run(tiny_model(**fields))
 
 
 def _tokenizer(data: bytes) -> None:
