@@ -59,10 +59,11 @@ class ModelConfig:
                 f"num_attention_heads is {self.num_attention_heads}; it must be a multiple of "
                 f"num_key_value_heads, which is {self.num_key_value_heads}"
             )
-        if self.num_attention_heads > limits.MAX_HEADS_PER_KV_HEAD * self.num_key_value_heads:
+        most = limits.MAX_HEADS_PER_KV_HEAD * self.num_key_value_heads
+        if self.num_attention_heads > most:
             raise ModelError(
-                f"num_attention_heads is {self.num_attention_heads}; it must be at most {limits.MAX_HEADS_PER_KV_HEAD} times "
-                f"num_key_value_heads, which is {self.num_key_value_heads}"
+                f"num_attention_heads is {self.num_attention_heads}; it must be at most {most} for "
+                f"num_key_value_heads {self.num_key_value_heads}"
             )
         for field in ("rms_norm_eps", "rope_theta"):
             object.__setattr__(self, field, _positive_float(field, getattr(self, field)))

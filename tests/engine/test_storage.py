@@ -482,7 +482,7 @@ def test_metadata_that_no_load_would_take_are_not_saved(
     toy: Model, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = file.read_bytes()
-    monkeypatch.setattr(storage, "MAX_HEADER_NBYTES", 20_000)
+    monkeypatch.setattr(storage, "MAX_SESSION_HEADER_BYTES", 20_000)
     with pytest.raises(SessionFileError, match="at most 20000 are allowed"):
         read(toy, TINY, 3).save(file, {"note": "x" * 20_000})
     assert file.read_bytes() == before

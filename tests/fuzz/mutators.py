@@ -277,7 +277,7 @@ def gguf(data: bytes, rng: random.Random, scramble: Scramble) -> bytes:
     if rng.randrange(6) == 0:
         return plain(data, rng, scramble)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        with contextlib.suppress(struct.error):  # a value that a change before has put out of order
+        with contextlib.suppress(struct.error, OverflowError):  # a value that a change before has put out of order
             _change_gguf(file, rng, scramble)
     counts = [len(file.tensors), len(file.keys)]
     if rng.randrange(20) == 0:

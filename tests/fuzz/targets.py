@@ -76,7 +76,9 @@ def _run(model: Model) -> None:
     """A model of whatever dimensions reads three tokens, through codes and dense tiles."""
     vocab = model.config.vocab_size
     policy = CachePolicy.parse("sinks=1 recent=0:f16 tile=32 old=k4c/v2t")
-    Session(model, policy, context=min(model.config.max_position_embeddings, 64)).forward([0, vocab - 1, vocab // 2], "last")
+    Session(model, policy, context=min(model.config.max_position_embeddings, 64)).forward(
+        [0, vocab - 1, vocab // 2], "last"
+    )
 
 
 def _use(tokenizer: Tokenizer | None) -> None:
