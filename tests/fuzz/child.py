@@ -10,6 +10,7 @@ import traceback
 import atheris
 
 import mixkv.kernels
+from mixkv.kernels.warmup import warm_up
 
 for module in pkgutil.iter_modules(mixkv.kernels.__path__):
     importlib.import_module(f"mixkv.kernels.{module.name}")  # before: Numba cannot compile code with counters in it
@@ -24,6 +25,7 @@ def main() -> None:
     """Fuzz the target whose name comes first; the rest are a folder and options of libFuzzer."""
     name, corpus, *options = sys.argv[1:]
     target, seen = TARGETS[name], set[str]()
+    warm_up()
     for data in target.seeds():
         with open(f"{corpus}/{hashlib.sha256(data).hexdigest()[:16]}", "wb") as file:
             file.write(data)
