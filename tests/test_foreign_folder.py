@@ -16,8 +16,9 @@ import mixkv
 TINY_LLAMA = Path(__file__).parent / "data" / "tiny_llama"
 NAMES = (
     "__init__", "__main__", "configuration_evil", "modeling_evil", "tokenization_evil", "conftest", "setup",
-    "sitecustomize", "usercustomize", "numpy", "numba", "json", "random", "typer", "rich", "jinja2", "safetensors", "tokenizers", "gguf",
-    "ml_dtypes", "multiprocessing", "contextlib", "pickle", "yaml", "pip", "engine", "models", "kernels", "evil_locator",
+    "sitecustomize", "usercustomize", "numpy", "numba", "json", "random", "typer", "rich", "jinja2", "safetensors",
+    "tokenizers", "gguf", "ml_dtypes", "multiprocessing", "contextlib", "pickle", "yaml", "pip", "engine", "models",
+    "kernels", "evil_locator",
 )  # fmt: skip
 SCRIPT = Path(sysconfig.get_path("scripts")) / "mixkv"
 
