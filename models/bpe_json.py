@@ -11,6 +11,7 @@ from .bpe import BPETokenizer, byte_level_piece, guarded
 from .check import read_json_object, shown
 from .errors import ModelError
 from .limits import MAX_TEMPLATE_BYTES, MAX_VOCAB_SIZE
+from .tokenizer_growth import check_growth
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\u2581"  # SentencePiece writes spaces as this
@@ -28,6 +29,7 @@ def tokenizer_from_json(path: Path) -> BPETokenizer:
     kind = content["model"].get("type", "BPE") if isinstance(content.get("model"), dict) else None
     if kind != "BPE":
         raise ModelError(f"{file}: model.type is {shown(kind)}, only 'BPE' is supported")
+    check_growth(content, str(file))
     decoders = [_named(file, each) for each in _decoders(content.get("decoder"))]
     backend = _backend(file)
     strip_left = any(name in ("Strip", "Metaspace") for name in decoders)

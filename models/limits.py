@@ -31,6 +31,8 @@ MAX_CONTEXT = 1 << 24
 
 # Text
 MAX_PROMPT_BYTES = 16 << 20  # a prompt is refused beyond this before it is tokenized
+MAX_TOKENIZER_STEPS = 64  # of a tokenizer.json, before a text is cut into tokens
+MAX_TOKENIZER_GROWTH = 256  # times that these may make a text longer
 MAX_TEMPLATE_BYTES = 256 << 10  # the longest published chat templates have about 30 kB
 MAX_TEMPLATE_NODES = 20_000  # names, operators, tags: compiling takes a second for so many
 MAX_TEMPLATE_DEPTH = 100  # of lists in lists; Python's own recursion over deeper ones is not always guarded
