@@ -19,7 +19,7 @@ _GROWTH = {
 
 
 def check_growth(content: dict[str, Any], where: str) -> None:
-    """Raise ModelError, beginning with ``where``, if the steps of a tokenizer.json are too many or let a text grow too much."""
+    """Raise ModelError, beginning with ``where``, if a tokenizer.json has too many steps, or lets a text grow too much."""
     steps, growth = 0, 1
     for part, inside in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
         for step in _steps(content.get(part), inside):

@@ -79,7 +79,7 @@ def gguf_files() -> Iterator[bytes]:
 
 
 def session_files(model: Model) -> Iterator[bytes]:
-    """Sessions of toy with codes of all kinds, tiers, overrides; chats and raw texts."""
+    """Sessions of toy with codes of all kinds, wide scales, tiers, overrides; chats and raw texts."""
     ids = np.random.default_rng(1).integers(0, 256, 120)
     messages = json.dumps([{"role": "user", "content": "é"}, {"role": "assistant", "content": "yes"}])
     added = [
@@ -92,6 +92,14 @@ def session_files(model: Model) -> Iterator[bytes]:
             session.forward(ids[: (120, 70, 3, 40, 110, 90)[i]], None)
             session.save(path, added[i % 4])
             yield path.read_bytes()
+            if i in (1, 4):  # as if numbers beyond float16 had come
+                layer, tier = session.cache.layers[2], session.cache.layers[0].tiers[0]
+                layer.widen_dense()
+                tier.widen(tier.first, 0)
+                for scales in tier.wide_scales().values():
+                    scales[:] = 0.5
+                session.save(path)
+                yield path.read_bytes()
 
 
 def safetensors_files() -> Iterator[bytes]:
