@@ -35,7 +35,6 @@ from ..kernels.tables import (
     APPENDED,
     CALL_FIELDS,
     DENSE_KIND,
-    EXACT,
     FRESH,
     HEAD_DIM,
     JOB_STARTS,
@@ -54,13 +53,13 @@ from ..kernels.tables import (
     POSITION,
     Q_STRIDE,
     RANGES,
-    SCALE,
     SEGMENTS,
     STEP,
     V_BLOCK,
 )
 from ..kernels.threads import get_num_threads
 from ..models.errors import NumericalError, UsageError
+from ..models.transformer import Softmax
 from .ledger import MassLedger
 from .policy import DENSE, CachePolicy
 
@@ -166,7 +165,7 @@ class LayerCache:
         self._sink_addresses = segment.table.ctypes.data, segment.geometry.ctypes.data
 
     def attend(
-        self, qkv: Float32, position: int, scale: float, out: Float32 | None = None, view: View | None = None
+        self, qkv: Float32, position: int, softmax: Softmax, out: Float32 | None = None, view: View | None = None
     ) -> Float32:
         """Append keys and values at ``position``, and attend with the queries there.
 
@@ -174,7 +173,7 @@ class LayerCache:
             qkv: float32 (T, n_heads + 2 * n_kv_heads, head_dim), queries, keys and values of T tokens, C order. What the
                 policy rotates is rotated in place.
             position: of the first of them.
-            scale: softmax scale.
+            softmax: scale, soft-cap and sink logits.
             out: float32 (T, n_heads, head_dim), C order, to write to.
             view: what the queries see, where the caller has it already.
 
@@ -190,15 +189,18 @@ class LayerCache:
         if head_dim != width:
             padded, result = pad_last_axis(qkv), np.empty((view.n_queries, heads, width), np.float32)
         tiles = self._places_in_tiers(view)
-        call = self._describe(view, scale, tiles)
+        call = self._describe(view, softmax, tiles)
         while True:
+            call[FRESH] = softmax.sink_logits is None
+            if not call[FRESH]:  # go on from these instead of from nothing
+                view.state[...], result[...] = softmax.first_state(heads, view.n_queries), 0
             attend_segments(call, padded, result, view.state, view.threads)
             if call[LOST] and self._lost_any(padded[:, heads:]):
                 self.widen_dense()
             elif not (tiles and self._widened(tiles)):
                 break
             # Once more, with more room; what is rotated must not be so twice
-            call = self._describe(view, scale, tiles)
+            call = self._describe(view, softmax, tiles)
             call[APPENDED] = APPEND_AS_IS
         if result is not out:
             out[...] = result[..., :head_dim]
@@ -219,7 +221,7 @@ class LayerCache:
                     found.append((i, t))
         return found
 
-    def _describe(self, view: View, scale: float, tiles: list[tuple[int, int]]) -> Int64:
+    def _describe(self, view: View, softmax: Softmax, tiles: list[tuple[int, int]]) -> Int64:
         """The call of ``attend_segments``; places for new tokens are made."""
         recent = self.recent
         while recent.stop * recent.layout.tile < view.stop:
@@ -227,7 +229,7 @@ class LayerCache:
         if self._call is None or self._call[N_HEADS] != view.heads:
             self._call = self._begin_call(view.heads)
         call = self._call
-        self._options[SCALE], self._options[EXACT] = scale, self.exact
+        self._options[:] = softmax.scale, softmax.softcap, self.exact  # SCALE, SOFTCAP, EXACT
         call[STEP:] = view.fields
         stop = SEGMENTS + 2 + 2 * len(self._by_position)
         call[SEGMENTS + 2 : stop] = [x for store in self._by_position for x in store.addresses()]
@@ -253,7 +255,7 @@ class LayerCache:
         layouts = [tier.layout for tier in self.tiers]
         most = max(side.parts * side.limbs for layout in layouts for side in (layout.k, layout.v))
         call = empty_call(heads, layouts[0].n_kv_heads, layouts[0].width, most)
-        call[FRESH], call[N_SEGMENTS], call[N_SINKS] = 1, len(self.tiers) + 2, self.sinks
+        call[N_SEGMENTS], call[N_SINKS] = len(self.tiers) + 2, self.sinks
         call[HEAD_DIM], call[DENSE_KIND] = self.head_dim, DENSE[self.policy.dense]
         call[K_BLOCK], call[V_BLOCK] = (block_size(self.head_dim) * rotates for rotates in self.policy.rotates)
         call[OPTIONS] = self._options.ctypes.data
@@ -523,14 +525,14 @@ class Cache:
         self.ledger: MassLedger | None = None
         self._keys = [layer.view_key for layer in self.layers]
 
-    def attend(self, layer: int, qkv: Float32, position: int, scale: float, out: Float32 | None = None) -> Float32:
+    def attend(self, layer: int, qkv: Float32, position: int, softmax: Softmax, out: Float32 | None = None) -> Float32:
         """Append and attend in one layer; see ``LayerCache.attend``."""
         cache, key = self.layers[layer], self._keys[layer]
         view = self._views.get(key)
         if layer == 0 or view is None or (view.position, view.n_queries) != (position, len(qkv)):
             view = self._views[key] = cache.view(position, qkv)
         try:
-            return cache.attend(qkv, position, scale, out, view)
+            return cache.attend(qkv, position, softmax, out, view)
         except NumericalError as error:
             raise NumericalError(f"layer {layer}, position {position}: {error}") from None
 

@@ -78,7 +78,6 @@ def plan(
     tokens: int,
     *,
     context: int | None = None,
-    sliding_windows: Sequence[int | None] | None = None,
     chunk: int = CHUNK,
 ) -> Plan:
     """The bytes of a session that has read so many tokens, but for numbers that float16 cannot hold.
@@ -88,7 +87,6 @@ def plan(
         policy: of the cache.
         tokens: 0 or more.
         context: of the session, where there are fewer tokens than the policy has sinks; the model's limit unless given.
-        sliding_windows: of each layer, None where it sees everything.
         chunk: tokens read at once. What a sliding window leaves behind unwritten depends on it, nothing else.
 
     Raises:
@@ -98,8 +96,7 @@ def plan(
     n_layers, heads, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     policy.check_model(n_layers, head_dim)
     context = config.max_position_embeddings if context is None else context
-    windows = [None] * n_layers if sliding_windows is None else list(sliding_windows)
-    layers = [(policy.for_layer(i, n_layers), window) for i, window in enumerate(windows)]
+    layers = [(policy.for_layer(i, n_layers), window) for i, window in enumerate(config.sliding_windows)]
     sink, recent, tiers = 0, 0, list[int]()
     for own, window in dict.fromkeys(layers):
         times = layers.count((own, window))

@@ -63,7 +63,7 @@ class Session:
         config = self.model.config
         return Cache(
             policy, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.context,
-            layer_type=ShadowLayer if self.shadow else LayerCache,
+            config.sliding_windows, layer_type=ShadowLayer if self.shadow else LayerCache,
         )  # fmt: skip
 
     def forward(
@@ -177,7 +177,14 @@ class Session:
         return found
 
     def keep_ledger(self, on: bool = True) -> MassLedger | None:
-        """Begin a ledger of how much attention each segment gets (ledger.py), from the next token on; or end it."""
+        """Begin a ledger of how much attention each segment gets (ledger.py), from the next token on; or end it.
+
+        UsageError for a model with sink logits: they take a share of their own, which no segment has.
+        """
+        if on and self.model.config.sink_logits:
+            raise UsageError(
+                "a ledger counts the shares of segments, but this model's sink logits take one beside them"
+            )
         return self.cache.keep_ledger(on)
 
     def local_errors(self) -> dict[str, NDArray[np.float64]]:
@@ -238,6 +245,10 @@ class Session:
             least = max(saved.position, min(sinks, saved.context))
             if context < least or (context > saved.context < sinks):
                 raise UsageError(f"context must be {least} or more for this file, or as it was, {saved.context}")
+            if any(rope.stretch(context) != rope.stretch(saved.context) for rope in model.config.ropes):
+                raise UsageError(
+                    f"context must stay {saved.context}: the angles of this model's rotary embedding depend on it"
+                )
             session.context = context
         session.position, session._history, session.metadata = saved.position, saved.token_ids, saved.added
         return session
@@ -279,7 +290,7 @@ class Session:
         if stop > len(self._history):
             self._history = np.concatenate([self._history, np.empty(max(stop, 2 * len(self._history)), np.int64)])
         self._history[self.position : stop] = ids
-        step = Step(ids, np.arange(self.position, stop), [(self.cache, 0, len(ids))])
+        step = Step(ids, np.arange(self.position, stop), [(self.cache, 0, len(ids))], self.context)
         healthy = True
 
         def watch(layer: int, x: Float32) -> None:  # NaN in any layer is NaN in the last; the cache must not keep it

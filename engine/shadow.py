@@ -16,8 +16,9 @@ from ..kernels.hadamard import rotated
 from ..kernels.layout import V_CODES
 from ..kernels.quantize import Float32
 from ..kernels.segment import Segment, TileStore
-from ..kernels.state import empty_state, pad_last_axis
+from ..kernels.state import pad_last_axis
 from ..kernels.tables import FIRST_TILE, V_SIDE
+from ..models.transformer import Softmax
 from .cache import LayerCache, View
 
 Float64 = NDArray[np.float64]
@@ -64,27 +65,37 @@ class ShadowLayer(LayerCache):
         return other
 
     def attend(
-        self, qkv: Float32, position: int, scale: float, out: Float32 | None = None, view: View | None = None
+        self, qkv: Float32, position: int, softmax: Softmax, out: Float32 | None = None, view: View | None = None
     ) -> Float32:
         """As ``LayerCache.attend``; then the same queries over dense keys and values, over codes, and over one of each."""
         view = self.view(position, qkv) if view is None else view
         q = qkv[:, : view.heads].copy()
-        out = super().attend(qkv, position, scale, out, view)
+        out = super().attend(qkv, position, softmax, out, view)
         q = pad_last_axis(rotated(q) if self.policy.rotates[0] else q)
-        exact = self._answer(q, view, scale, False, False)
-        self.errors.add(exact, {part: self._answer(q, view, scale, *coded) for part, coded in PARTS.items()})
+        exact = self._answer(q, view, softmax, False, False)
+        self.errors.add(exact, {part: self._answer(q, view, softmax, *coded) for part, coded in PARTS.items()})
         return out
 
-    def _answer(self, q: Float32, view: View, scale: float, k_coded: bool, v_coded: bool) -> Float32:
+    def _answer(self, q: Float32, view: View, softmax: Softmax, k_coded: bool, v_coded: bool) -> Float32:
         """Outputs (T, H, D) over what the view's queries see, values as they are held (a rotation changes no norm)."""
-        result, state = np.zeros(q.shape, np.float32), empty_state(q.shape[1], len(q))
+        result, state = np.zeros(q.shape, np.float32), softmax.first_state(q.shape[1], len(q))
         stores = [(self.recent, self.recent)]
         stores += [(tier if k_coded else self.recent, tier if v_coded else self.recent) for tier in self.tiers]
         segments = [self._sink_segment, *(_segment(*pair, view.stop) for pair in reversed(stores))]
         for i, segment in enumerate(segments):
             starts, stops = (np.ascontiguousarray(x) for x in view.ranges[2 * i : 2 * i + 2])
             if (starts < stops).any():
-                attend(q, segment, starts, stops, result, state, scale=scale, exact=self.exact)
+                attend(
+                    q,
+                    segment,
+                    starts,
+                    stops,
+                    result,
+                    state,
+                    scale=softmax.scale,
+                    softcap=softmax.softcap,
+                    exact=self.exact,
+                )
         return result[..., : self.head_dim]  # behind it codes have copies of the last channel
 
 

@@ -174,7 +174,7 @@ class Bench:
 
 def weight_bytes(model: Model) -> int:
     """Bytes of all weights that a decode step reads."""
-    return sum(linear.nbytes for linear in model.transformer.weights.linears())
+    return model.transformer.weights.nbytes_a_token
 
 
 def _traffic(bytes_per_token: int, tokens_per_second: float, rate: float | None) -> Row:

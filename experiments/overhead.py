@@ -16,7 +16,8 @@ from ..kernels.chain import Projection, chain_table
 from ..kernels.project import OWN_BUFFERS, run_chain
 from ..kernels.weights import W8, empty_matrix
 from ..models.config import ModelConfig
-from ..models.load import Model, expected_tensors, read_weights
+from ..models.load import Model, read_weights
+from ..models.names import expected_tensors
 from ..models.toy import ToySource
 from ..models.transformer import Transformer
 

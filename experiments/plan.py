@@ -112,7 +112,8 @@ class Reference:
         """Of the positions that count, (positions, V)."""
         config, ids = self.model.config, self.token_ids
         shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-        step, x = Step(ids, np.arange(len(ids)), [(Cache(policy, *shape, len(ids)), 0, len(ids))]), []
+        cache = Cache(policy, *shape, len(ids), config.sliding_windows)
+        step, x = Step(ids, np.arange(len(ids)), [(cache, 0, len(ids))]), []
 
         def last(layer: int, out: Float32) -> None:
             if layer == config.num_hidden_layers - 1:
@@ -120,7 +121,7 @@ class Reference:
 
         transformer = self.model.transformer
         transformer.forward(step, None, on_layer=last, on_attention=on_attention, begin=begin)
-        return transformer.weights.head(x[0])
+        return transformer.logits(x[0])
 
     def divergence(self, policy: CachePolicy, layer: int = 0) -> float:
         """Mean KL(reference || policy) in nats, over the positions that count. It rounds nothing before ``layer``."""

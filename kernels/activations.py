@@ -42,7 +42,9 @@ from .simd import (
 VECTOR = 4 * LANES
 GROUP_NBYTES = TILE_ROWS * (GROUP + 4 * 4)  # of a tile: codes, and four arrays of 32 bits
 CODES, SCALES, OFFSETS, LESS_8, LESS_128 = range(5)
-PLAIN, NORM, GATE = range(3)  # what is done with a row before it is rounded
+PLAIN, NORM, SILU, GELU, CLAMPED = range(5)  # what is done with a row before it is rounded; the last three are gates
+_GELU = 2 * (2 / np.pi) ** 0.5  # GELU's tanh as a sigmoid of twice its argument
+CLAMP, CLAMPED_SLOPE = 7.0, 1.702
 
 
 def _at(builder: Any, address: Any, offset: int) -> Any:
@@ -115,19 +117,31 @@ def _norm(row, count, padded, weight, eps):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _gate(row, up, padded):  # type: ignore[no-untyped-def]
-    """SiLU(row) * up in place (https://arxiv.org/abs/2002.05202)."""
-    one, zero, most = simd.splat(np.float32(1)), simd.splat(np.float32(0)), simd.splat(np.float32(88))
+def _gate(row, up, padded, how):  # type: ignore[no-untyped-def]
+    """Gate * sigmoid(f(gate)) * up in place, gate being ``row`` (https://arxiv.org/abs/2002.05202).
+
+    SILU: f(x) = x. GELU, by its tanh (https://arxiv.org/abs/1606.08415): f(x) = 2 sqrt(2 / pi) (x + 0.044715 x^3). CLAMPED
+    is gpt-oss's: f(x) = 1.702 x, gate at most 7, up from -7 to 7, and then 1 more (https://github.com/openai/gpt-oss).
+    """
+    one, most = simd.splat(np.float32(1)), simd.splat(np.float32(88))
+    largest, smallest = simd.splat(np.float32(CLAMP)), simd.splat(np.float32(-CLAMP))
+    slope = np.float32(-CLAMPED_SLOPE) if how == CLAMPED else np.float32(-_GELU) if how == GELU else np.float32(-1)
+    bend = np.float32(-_GELU * 0.044715) if how == GELU else np.float32(0)
     for i in range(0, 4 * padded, VECTOR):
-        gate = simd.load_f32(row + i)
-        power = simd.exp(simd.smaller(most, simd.sub(zero, gate)))
-        value = simd.mul(simd.div(gate, simd.add(one, power)), simd.load_f32(up + i))
-        simd.store_f32(row + i, value)
+        gate, other = simd.load_f32(row + i), simd.load_f32(up + i)
+        if how == CLAMPED:
+            gate = simd.smaller(largest, gate)
+            other = simd.add(one, simd.smaller(largest, simd.larger(smallest, other)))
+        factor = simd.splat(slope)
+        if how == GELU:
+            factor = simd.fma(simd.mul(gate, gate), simd.splat(bend), factor)
+        power = simd.exp(simd.smaller(most, simd.mul(gate, factor)))
+        simd.store_f32(row + i, simd.mul(simd.div(gate, simd.add(one, power)), other))
 
 
 @inner
 def prepare_row(x, count, padded, how, weight, eps, row):  # type: ignore[no-untyped-def]
-    """One row of ``count`` float32 at ``x`` (two, gate and up, for GATE) into ``row``, normed or gated, padded with zeros.
+    """One row of ``count`` float32 at ``x`` (for a gate two, gate and up) into ``row``, normed or gated, zeros behind it.
 
     padded: ``count`` rounded up to 32. weight: the address of the norm's padded weight. row: room for two padded rows.
     """
@@ -135,9 +149,30 @@ def prepare_row(x, count, padded, how, weight, eps, row):  # type: ignore[no-unt
     _copy(x, count, row, padded)
     if how == NORM:
         _norm(row, count, padded, weight, eps)
-    elif how == GATE:
+    elif how >= SILU:
         _copy(x + 4 * count, count, row + 4 * padded, padded)
-        _gate(row, row + 4 * padded, padded)
+        _gate(row, row + 4 * padded, padded, how)
+
+
+@inner
+def normalize_segments(  # type: ignore[no-untyped-def]
+    source, target, count, size, weight, eps, onto, scratch
+):
+    """RMSNorm of ``count`` runs of ``size`` float32 that follow one another at ``source``, into or onto ``target``.
+
+    weight: the address of one padded weight for all. scratch: room for a padded run.
+    """
+    simd.never_inline()
+    padded = (size + GROUP - 1) // GROUP * GROUP
+    for run in range(count):
+        at = 4 * size * run
+        _copy(source + at, size, scratch, padded)
+        _norm(scratch, size, padded, weight, eps)
+        for i in range(0, 4 * size, 4):
+            value = simd.scalar_at(scratch + i)
+            if onto:
+                value += simd.scalar_at(target + at + i)
+            simd.store_scalar(target + at + i, value)
 
 
 @inner

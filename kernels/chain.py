@@ -5,13 +5,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .activations import GATE, GROUP_NBYTES
+from .activations import GROUP_NBYTES, SILU
 from .dots import GROUP, TILE_ROWS
 from .project import (
     ALL_BLOCKS,
     BIAS,
+    BY_ROW,
     COLUMNS,
     EPS,
+    FIRST_CHANNEL,
     HAS_CODES,
     HAS_FLOATS,
     HEAD_DIM,
@@ -25,11 +27,12 @@ from .project import (
     OUT_COLUMNS,
     OWN_BUFFERS,
     PREPARE_KERNEL,
-    ROTATE,
-    ROTATE_KERNEL,
+    ROTARY_DIM,
+    ROW_KERNEL,
     SOURCE,
     TARGET,
     multiply_blocks,
+    normalize_rows,
     prepare_rows,
     rotate_rows,
     run_chain,
@@ -47,12 +50,12 @@ class Projection:
     Args:
         parts: matrices of the same number of columns, whose rows follow one another.
         bias: float32, one for every row of all parts, or None.
-        how: PLAIN, NORM or GATE: what is done with the input first (activations.py).
+        how: what is done with the input first: PLAIN, NORM or a gate (activations.py).
         norm_weight: float32 (columns,), for NORM; eps: its epsilon.
 
     Attributes:
         rows, columns: of all parts together.
-        in_columns: of the input: twice the columns for GATE.
+        in_columns: of the input: twice the columns for a gate.
 
     """
 
@@ -60,10 +63,8 @@ class Projection:
         self, parts: Sequence[Matrix], bias: Float32 | None, how: int, norm_weight: Float32 | None, eps: float
     ) -> None:
         self.rows, self.columns = sum(part.rows for part in parts), parts[0].columns
-        self.in_columns = self.columns * (2 if how == GATE else 1)
-        padded = np.zeros(-(-self.columns // GROUP) * GROUP, np.float32)
-        if norm_weight is not None:
-            padded[: self.columns] = norm_weight
+        self.in_columns = self.columns * (2 if how >= SILU else 1)
+        padded = _padded(np.zeros(0, np.float32) if norm_weight is None else norm_weight, self.columns)
         bias = None if bias is None else np.ascontiguousarray(bias, np.float32)
         self._kept = list(parts), padded, bias
         first = np.cumsum([0, *(part.rows for part in parts)]).tolist()
@@ -104,7 +105,7 @@ class Projection:
         out = np.empty((len(x), self.rows), np.float32)
         room = np.empty(self.room_nbytes(len(x)) if len(x) > 1 else 1, np.uint8)
         if len(x):
-            addresses = np.array([room.ctypes.data, 0, 0, x.ctypes.data, out.ctypes.data])
+            addresses = np.array([room.ctypes.data, x.ctypes.data, out.ctypes.data])
             run_chain(self._alone, addresses, len(x), workers, workers, workers)
         return out
 
@@ -117,12 +118,51 @@ class Projection:
         take_rows(self._alone, ids, out)
 
 
-def rotation(buffer: int, heads: int, head_dim: int, all_heads: int) -> list[int]:
-    """A row of a chain's table: rotary embedding of the first of ``all_heads`` heads in a buffer."""
+def rotation(turns: int, buffer: int, heads: int, head_dim: int, rotary_dim: int, width: int) -> list[int]:
+    """A row of a chain's table: rotary embedding of the first heads in a buffer whose rows are ``width`` wide.
+
+    turns: the buffer of cosines and sines, rows of ``rotary_dim``.
+    """
     fields = [0] * LINK_FIELDS
-    fields[HOW], fields[TARGET], fields[COLUMNS] = ROTATE, buffer, head_dim * all_heads
-    fields[HEADS], fields[HEAD_DIM], fields[ROTATE_KERNEL] = heads, head_dim, rotate_rows.address()
+    fields[HOW], fields[SOURCE], fields[TARGET], fields[OUT_COLUMNS] = BY_ROW, turns, buffer, width
+    fields[HEADS], fields[HEAD_DIM], fields[ROTARY_DIM] = heads, head_dim, rotary_dim
+    fields[ROW_KERNEL] = rotate_rows.address()
     return fields
+
+
+class Normalization:
+    """RMSNorm of runs of channels, as a chain takes it: from one buffer into another of the same width, or onto it.
+
+    It keeps what its addresses point to.
+
+    Args:
+        weight: float32 (size,), the same for each run.
+        eps: its epsilon.
+        first: the channel that the first run begins at.
+        count: how many follow one another.
+        width: of the buffers' rows.
+
+    """
+
+    def __init__(self, weight: Float32, eps: float, first: int, count: int, width: int) -> None:
+        self._weight = _padded(weight, len(weight))
+        fields = [0] * LINK_FIELDS
+        fields[HOW], fields[HEADS], fields[HEAD_DIM], fields[FIRST_CHANNEL] = BY_ROW, count, len(weight), first
+        fields[OUT_COLUMNS], fields[NORM_WEIGHT] = width, self._weight.ctypes.data
+        fields[EPS], fields[ROW_KERNEL] = int(np.float32(eps).view(np.uint32)), normalize_rows.address()
+        self._fields = fields
+
+    def link(self, source: int, target: int, *, onto: bool = False) -> list[int]:
+        """A row of a chain's table: from one buffer into another, or added to what it holds."""
+        fields = self._fields.copy()
+        fields[SOURCE], fields[TARGET], fields[ONTO] = source, target, onto
+        return fields
+
+
+def _padded(weight: Float32, columns: int) -> Float32:
+    padded = np.zeros(-(-columns // GROUP) * GROUP, np.float32)
+    padded[: len(weight)] = weight
+    return padded
 
 
 def chain_table(links: Sequence[list[int]]) -> Int64:

@@ -9,7 +9,18 @@ import numpy as np
 from numba import prange, types
 
 from . import microkernel, simd
-from .activations import CODES, GATE, LESS_8, LESS_128, OFFSETS, SCALES, prepare_row, quantize_row, tile_nbytes
+from .activations import (
+    CODES,
+    LESS_8,
+    LESS_128,
+    OFFSETS,
+    SCALES,
+    SILU,
+    normalize_segments,
+    prepare_row,
+    quantize_row,
+    tile_nbytes,
+)
 from .dots import GROUP, TILE_ROWS, multiply_bytes4, multiply_bytes4m, multiply_bytes8, next_byte_rows
 from .jit import inner, kernel, parallel_kernel, standalone
 from .rotary import rotate_heads
@@ -20,15 +31,15 @@ from .weights import W4, W4M, W8, WBF16, WF16, WF32, codes_of, row_of
 VECTOR = 4 * LANES
 # A link of a chain: one array of int64, behind which the parts of its matrix follow. EPS is the bits of a float32
 HOW, SOURCE, TARGET, COLUMNS, OUT_COLUMNS, ONTO, NORM_WEIGHT, EPS, BIAS, HAS_CODES, HAS_FLOATS = range(11)
-N_PARTS, ALL_BLOCKS, HEADS, HEAD_DIM = range(11, 15)
-MULTIPLY_KERNEL, PREPARE_KERNEL, ROTATE_KERNEL = range(15, 18)  # addresses
-LINK_FIELDS = 18
+N_PARTS, ALL_BLOCKS, HEADS, HEAD_DIM, ROTARY_DIM, FIRST_CHANNEL = range(11, 17)
+MULTIPLY_KERNEL, PREPARE_KERNEL, ROW_KERNEL = range(17, 20)  # addresses
+LINK_FIELDS = 20
 KIND, DATA, BLOCK_NBYTES, BLOCKS, ROWS, FIRST = range(6)
 PART_FIELDS = 6
-ROTATE = 3  # a value of HOW besides those of activations.py: no product, but a rotation in place, of HEADS heads
-# The first of the buffers that a chain runs on: room for rows made ready, and the cosines and sines of rotations
-ROOM, COS, SIN = range(3)
-OWN_BUFFERS = 3
+# A value of HOW besides those of activations.py: no product, but what ROW_KERNEL does with each row, from SOURCE to TARGET
+BY_ROW = 16
+ROOM = 0  # the first of the buffers that a chain runs on: for rows made ready
+OWN_BUFFERS = 1
 
 
 @inner
@@ -135,7 +146,7 @@ def prepare_rows(call, x, first, stop, tiles, floats):  # type: ignore[no-untype
     padded = groups * GROUP
     own = np.empty(2 * padded + LANES, np.float32)
     scratch = (own.ctypes.data + 63) // 64 * 64
-    x_stride = 4 * columns * (2 if how == GATE else 1)
+    x_stride = 4 * columns * (2 if how >= SILU else 1)
     for row in range(first, stop):
         prepare_row(
             x + row * x_stride, columns, padded, how, simd.integer_at(call + 8 * NORM_WEIGHT),
@@ -149,16 +160,34 @@ def prepare_rows(call, x, first, stop, tiles, floats):  # type: ignore[no-untype
     own[0] = 0
 
 
-@standalone(types.void(*[types.int64] * 6))
-def rotate_rows(call, x, cos, sin, first, stop):  # type: ignore[no-untyped-def]
-    """Rotary embedding of the first HEADS heads of rows first .. stop (see rotary.py)."""
-    heads, stride = simd.integer_at(call + 8 * HEADS), 4 * simd.integer_at(call + 8 * COLUMNS)
-    half = simd.integer_at(call + 8 * HEAD_DIM) // 2
+@standalone(types.void(*[types.int64] * 5))
+def rotate_rows(call, source, target, first, stop):  # type: ignore[no-untyped-def]
+    """Rotary embedding of the first HEADS heads of rows first .. stop of ``target``, in place (see rotary.py).
+
+    source: for each row the cosines and then the sines of ROTARY_DIM / 2 angles.
+    """
+    heads, stride = simd.integer_at(call + 8 * HEADS), 4 * simd.integer_at(call + 8 * OUT_COLUMNS)
+    head_dim, rotary_dim = simd.integer_at(call + 8 * HEAD_DIM), simd.integer_at(call + 8 * ROTARY_DIM)
     for row in range(first, stop):
-        rotate_heads(x + row * stride, heads, half, cos + row * half * 4, sin + row * half * 4)
+        rotate_heads(target + row * stride, heads, head_dim, rotary_dim // 2, source + row * rotary_dim * 4)
 
 
-_multiply, _prepare, _rotate = multiply_blocks.call, prepare_rows.call, rotate_rows.call
+@standalone(types.void(*[types.int64] * 5))
+def normalize_rows(call, source, target, first, stop):  # type: ignore[no-untyped-def]
+    """RMSNorm of HEADS runs of HEAD_DIM channels from FIRST_CHANNEL on, of rows first .. stop, into or onto ``target``."""
+    count, size = simd.integer_at(call + 8 * HEADS), simd.integer_at(call + 8 * HEAD_DIM)
+    stride, at = 4 * simd.integer_at(call + 8 * OUT_COLUMNS), 4 * simd.integer_at(call + 8 * FIRST_CHANNEL)
+    own = np.empty(size + GROUP + LANES, np.float32)
+    scratch = (own.ctypes.data + 63) // 64 * 64
+    for row in range(first, stop):
+        normalize_segments(
+            source + row * stride + at, target + row * stride + at, count, size, simd.integer_at(call + 8 * NORM_WEIGHT),
+            simd.scalar_at(call + 8 * EPS), simd.integer_at(call + 8 * ONTO), scratch,
+        )  # fmt: skip
+    own[0] = 0
+
+
+_multiply, _prepare, _by_row = multiply_blocks.call, prepare_rows.call, rotate_rows.call
 
 
 @inner
@@ -177,10 +206,10 @@ def _one_row(call, x, out, worker, workers):  # type: ignore[no-untyped-def]
 
 
 @parallel_kernel
-def run_chain(table, addresses, rows, workers, multiplying, rotating):  # type: ignore[no-untyped-def]
+def run_chain(table, addresses, rows, workers, multiplying, by_row):  # type: ignore[no-untyped-def]
     """Run ``rows`` rows through the links of ``table``, one after the other.
 
-    table: int64 (links, LINK_FIELDS and more), addresses: int64, those of the buffers. workers, multiplying, rotating: the
+    table: int64 (links, LINK_FIELDS and more), addresses: int64, those of the buffers. workers, multiplying, by_row: the
     same number: Numba would make one loop of neighbours that count to the same variable.
     """
     for i in range(table.shape[0]):
@@ -190,16 +219,13 @@ def run_chain(table, addresses, rows, workers, multiplying, rotating):  # type: 
         n_tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
         tiles = (room + 63) // 64 * 64
         floats = tiles + n_tiles * tile_nbytes(groups) * get(call, HAS_CODES)
-        if get(call, HOW) == ROTATE:
+        if get(call, HOW) == BY_ROW:
             if rows == 1:
-                _rotate(get(call, ROTATE_KERNEL), call, target, addresses[COS], addresses[SIN], np.int64(0), rows)
+                _by_row(get(call, ROW_KERNEL), call, source, target, np.int64(0), rows)
             else:
-                for worker in prange(rotating):
+                for worker in prange(by_row):
                     w = np.int64(worker)
-                    _rotate(
-                        get(call, ROTATE_KERNEL), call, target, addresses[COS], addresses[SIN], rows * w // rotating,
-                        rows * (w + 1) // rotating,
-                    )  # fmt: skip
+                    _by_row(get(call, ROW_KERNEL), call, source, target, rows * w // by_row, rows * (w + 1) // by_row)
         elif rows == 1:
             for worker in prange(workers):
                 _one_row(call, source, target, np.int64(worker), workers)

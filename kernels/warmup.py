@@ -10,8 +10,7 @@ from .activations import PLAIN
 from .chain import Projection
 from .flash import flash_attention
 from .matmul import matvec
-from .project import rotate_rows
-from .rotary import rotate
+from .project import normalize_rows, rotate_rows
 from .segment import quantize
 from .threads import get_num_threads
 from .weights import W8, empty_matrix
@@ -27,7 +26,7 @@ def _linear() -> None:
     layer(np.ones((1, 32), np.float32), get_num_threads())
     layer.take(np.zeros(1, np.int64), np.empty((1, 32), np.float32))
     rotate_rows.address()
-    rotate(np.ones((1, 1, 2), np.float32), 1, np.ones((1, 1), np.float32), np.ones((1, 1), np.float32))
+    normalize_rows.address()
 
 
 STEPS: dict[str, Callable[[], object]] = {

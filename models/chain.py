@@ -1,19 +1,21 @@
-"""What happens between two attentions: linear layers, additions and rotations, on the buffers of one pass.
+"""What happens between two attentions: links from one buffer of a pass into another.
 
-Layers of packed weights that follow one another are one call of the kernels; layers of float32 go through NumPy.
+Links of packed weights, and what is done row by row, that follow one another are one call of the kernels; layers of float32
+go through NumPy, and experts choose their rows one layer at a time.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.chain import chain_table, rotation
+from ..kernels.chain import Normalization, chain_table, rotation
 from ..kernels.project import OWN_BUFFERS, run_chain
-from ..kernels.rotary import rotate
 from ..kernels.threads import get_num_threads
-from .linear import Linear, PackedLinear
+from .experts import Experts
+from .linear import Linear, Norm, PackedLinear
 
 Float32 = NDArray[np.float32]
 
@@ -21,29 +23,43 @@ Float32 = NDArray[np.float32]
 class Buffers:
     """The arrays of one pass of some rows: float32 (rows, width) for each of ``widths``, numbered from 0.
 
-    cos, sin: float32 (rows, head_dim / 2). room_nbytes: what the chains need besides.
+    room_nbytes: what the chains need besides.
     """
 
-    def __init__(self, rows: int, widths: Sequence[int], cos: Float32, sin: Float32, room_nbytes: int) -> None:
+    def __init__(self, rows: int, widths: Sequence[int], room_nbytes: int) -> None:
         self.arrays = [np.empty((rows, width), np.float32) for width in widths]
-        self.cos, self.sin = np.ascontiguousarray(cos), np.ascontiguousarray(sin)
         self._room = np.empty(room_nbytes, np.uint8)
         self.rows, self.threads = rows, get_num_threads()
-        own = self._room.ctypes.data, self.cos.ctypes.data, self.sin.ctypes.data
-        self.addresses = np.array([*own, *(x.ctypes.data for x in self.arrays)])
+        self.addresses = np.array([self._room.ctypes.data, *(x.ctypes.data for x in self.arrays)])
+
+
+class Link(Protocol):
+    """A step of a chain."""
+
+    def row(self) -> list[int] | None:
+        """It as the kernels take it (kernels/chain.py), or None where they cannot."""
+
+    def __call__(self, buffers: Buffers) -> None:
+        """Run it without them; of a link that they can run, never called."""
 
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """A linear layer from one buffer into another, or ``onto`` what it holds."""
+    """A linear layer, or experts, from one buffer into another, or ``onto`` what it holds."""
 
-    linear: Linear
+    linear: Linear | Experts
     source: int
     target: int
     onto: bool = False
 
+    def row(self) -> list[int] | None:
+        """See ``Link``."""
+        if not isinstance(self.linear, PackedLinear):
+            return None
+        return self.linear.projection.link(OWN_BUFFERS + self.source, OWN_BUFFERS + self.target, onto=self.onto)
+
     def __call__(self, buffers: Buffers) -> None:
-        """Run it in NumPy."""
+        """See ``Link``."""
         y, target = self.linear(buffers.arrays[self.source]), buffers.arrays[self.target]
         if self.onto:
             target += y
@@ -51,31 +67,47 @@ class Apply:
             target[:] = y
 
 
-@dataclass(frozen=True, slots=True)
-class Rotate:
-    """Rotary embedding of the first ``heads`` of ``all_heads`` heads in a buffer."""
+class ByRow:
+    """What the kernels do with each row by itself; links of this kind keep what their addresses point to."""
 
-    buffer: int
-    heads: int
-    all_heads: int
-    head_dim: int
+    def __init__(self, fields: list[int], kept: object = None) -> None:
+        self._fields, self._kept = fields, kept
+
+    def row(self) -> list[int] | None:
+        """See ``Link``."""
+        return self._fields
 
     def __call__(self, buffers: Buffers) -> None:
-        """Run it alone."""
-        x = buffers.arrays[self.buffer].reshape(buffers.rows, self.all_heads, self.head_dim)
-        rotate(x, self.heads, buffers.cos, buffers.sin)
+        """See ``Link``."""
+        raise AssertionError("the kernels run it")
+
+
+def rotate(turns: int, buffer: int, heads: int, head_dim: int, rotary_dim: int, width: int) -> ByRow:
+    """Rotary embedding of the first ``heads`` heads in a buffer, by the cosines and sines in another."""
+    return ByRow(rotation(OWN_BUFFERS + turns, OWN_BUFFERS + buffer, heads, head_dim, rotary_dim, width))
+
+
+def normalize(
+    norm: Norm, source: int, target: int, width: int, *, first: int = 0, count: int = 1, onto: bool = False
+) -> ByRow:
+    """A norm of ``count`` runs of channels from ``first`` on, each as long as its weight, into a buffer as wide."""
+    kept = Normalization(norm.weight, norm.eps, first, count, width)
+    return ByRow(kept.link(OWN_BUFFERS + source, OWN_BUFFERS + target, onto=onto), kept)
 
 
 class Chain:
     """Links that run one after the other on the same buffers."""
 
-    def __init__(self, links: Sequence[Apply | Rotate]) -> None:
-        self._packed = [link for link in links if _is_packed(link)]
-        self._runs: list[NDArray[np.int64] | Apply | Rotate] = []
+    def __init__(self, links: Sequence[Link]) -> None:
+        self._packed = [
+            link.linear for link in links if isinstance(link, Apply) and isinstance(link.linear, PackedLinear)
+        ]
+        self._runs: list[NDArray[np.int64] | Link] = []
+        self._links = list(links)  # what they keep
         rows: list[list[int]] = []
         for link in links:
-            if _is_packed(link) or (isinstance(link, Rotate) and rows):
-                rows.append(_row(link))
+            if (row := link.row()) is not None:
+                rows.append(row)
                 continue
             self._runs += [chain_table(rows), link] if rows else [link]
             rows = []
@@ -89,7 +121,7 @@ class Chain:
 
     def room_nbytes(self, rows: int) -> int:
         """Bytes that the buffers' room must have for so many rows."""
-        return max([1, *(link.linear.projection.room_nbytes(rows) for link in self._packed)])  # type: ignore[union-attr]
+        return max([1, *(linear.projection.room_nbytes(rows) for linear in self._packed)])
 
     def __call__(self, buffers: Buffers) -> None:
         """Run all links."""
@@ -99,15 +131,3 @@ class Chain:
                 run_chain(run, buffers.addresses, buffers.rows, threads, threads, threads)
             else:
                 run(buffers)
-
-
-def _is_packed(link: Apply | Rotate) -> bool:
-    return isinstance(link, Apply) and isinstance(link.linear, PackedLinear)
-
-
-def _row(link: Apply | Rotate) -> list[int]:
-    """The link as the kernels take it."""
-    if isinstance(link, Rotate):
-        return rotation(OWN_BUFFERS + link.buffer, link.heads, link.head_dim, link.all_heads)
-    assert isinstance(link.linear, PackedLinear)
-    return link.linear.projection.link(OWN_BUFFERS + link.source, OWN_BUFFERS + link.target, onto=link.onto)

@@ -1,6 +1,7 @@
 """Checks that every reader of model files shares: JSON without surprises, impostor files, tensors that fit."""
 
 import json
+import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -106,6 +107,24 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: larger than the {MAX_JSON_BYTES} bytes allowed for a JSON file")
     refuse_impostor(data[:64], str(path))
     return parse_json_object(data, str(path))
+
+
+def whole(field: str, value: object, smallest: int, largest: int) -> int:
+    """``value``, which must be a whole number in a range; ModelError names the field, what was found and the range."""
+    if type(value) is not int or not smallest <= value <= largest:  # bool is a subclass of int, hence type()
+        raise ModelError(f"{field} is {shown(value)}; it must be a whole number from {smallest} to {largest}")
+    return value
+
+
+def positive_float(field: str, value: object) -> float:
+    """``value`` as a float, which must be finite and above 0; ModelError names the field and what was found."""
+    try:
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and number > 0):
+        raise ModelError(f"{field} is {shown(value)}; it must be a finite number above 0")
+    return number
 
 
 def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:

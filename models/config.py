@@ -1,17 +1,31 @@
-"""What a model is: its dimensions and the choices of its architecture, from config.json or GGUF metadata."""
+"""What a model is: its dimensions and the choices of its architecture. All architectures are these fields, and no code."""
 
-import math
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from . import limits
-from .check import read_json_object, shown
+from .check import positive_float, shown, whole
 from .errors import ModelError
+from .linear import GATES
+from .rope import Rope
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM"}  # model_type -> the class of config.json's "architectures"
+ARCHITECTURES = {  # model_type -> the class of config.json's "architectures"
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+}
+QK_NORMS = ("none", "head", "all")
 
-_LARGEST = {
+LARGEST = {
     "vocab_size": limits.MAX_VOCAB_SIZE,
     "hidden_size": limits.MAX_HIDDEN_SIZE,
     "intermediate_size": limits.MAX_INTERMEDIATE_SIZE,
@@ -21,13 +35,44 @@ _LARGEST = {
     "head_dim": limits.MAX_HEAD_DIM,
     "max_position_embeddings": limits.MAX_CONTEXT,
 }
+_POSITIVE = ("rms_norm_eps", "embedding_multiplier", "residual_multiplier", "logits_scaling")
+_FLAGS = (
+    "tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias", "fused_projections", "pre_norms",
+    "post_norms", "sink_logits", "norm_topk_prob", "router_bias",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The dimensions and choices of one model; field names are Hugging Face's.
+    """The dimensions and choices of one model; where Hugging Face has a name for a field, it is that one.
 
     Every field is checked when the object is made; ModelError names the field, the value and what is allowed.
+
+    Attributes:
+        architecture: one of ``ARCHITECTURES``.
+        max_position_embeddings: the most tokens of a sequence.
+        rope: of all layers, or with ``rope_local`` of those that see everything.
+        rope_local: of the layers with a sliding window, where it is another.
+        rotary_dim: how many of a head's channels turn, the first ones; 0 for all.
+        no_rope_layers: layers whose queries and keys do not turn.
+        sliding_window, sliding_layers: how many positions a query sees in these layers, itself included.
+        attention_bias: of queries, keys and values; attention_out_bias: of the output projection.
+        fused_projections: q, k and v are one matrix in the file, gate and up another.
+        qk_norm: RMSNorm of queries and keys before they turn: "head" by head, or over "all" heads at once.
+        pre_norms, post_norms: RMSNorm of the inputs, and of the outputs, of attention and MLP.
+        norm_offset: what is added to the weights of norms as stored.
+        activation: of the gate, one of models/linear.py ``GATES``.
+        embedding_multiplier: embeddings are multiplied by it; residual_multiplier: so is what a layer adds.
+        logits_scaling: logits are divided by it.
+        attention_multiplier: the scale of the softmax; 0 for 1 / sqrt(head_dim).
+        attn_logit_softcapping, final_logit_softcapping: of attention's logits and of the model's, 0 for none.
+        sink_logits: each head has a logit without a value that takes part in its softmax.
+        num_experts: 0 for an MLP in every layer; num_experts_per_tok of them see a token.
+        moe_intermediate_size: of an expert.
+        norm_topk_prob: the weights of a token's experts add up to 1.
+        dense_layers: layers with an MLP in a model with experts.
+        router_bias: the router has biases, and so have the experts.
+
     """
 
     architecture: str
@@ -40,18 +85,43 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
+    rope: Rope = Rope()
+    rope_local: Rope | None = None
+    rotary_dim: int = 0
+    no_rope_layers: tuple[int, ...] = ()
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] = ()
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    attention_out_bias: bool = False
     mlp_bias: bool = False
+    fused_projections: bool = False
+    qk_norm: str = "none"
+    pre_norms: bool = True
+    post_norms: bool = False
+    norm_offset: float = 0.0
+    activation: str = "silu"
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    attention_multiplier: float = 0.0
+    attn_logit_softcapping: float = 0.0
+    final_logit_softcapping: float = 0.0
+    sink_logits: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    dense_layers: tuple[int, ...] = ()
+    router_bias: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.architecture, str) or self.architecture not in ARCHITECTURES:
             raise ModelError(f"architecture is {shown(self.architecture)}; supported: {', '.join(ARCHITECTURES)}")
-        for field, largest in _LARGEST.items():
-            _check_whole(field, getattr(self, field), 1, largest)
+        for field, largest in LARGEST.items():
+            whole(field, getattr(self, field), 1, largest)
         if self.head_dim % 2:
             raise ModelError(f"head_dim is {self.head_dim}; it must be even, from 2 to {limits.MAX_HEAD_DIM}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -65,153 +135,78 @@ class ModelConfig:
                 f"num_attention_heads is {self.num_attention_heads}; it must be at most {most} for "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
-        for field in ("rms_norm_eps", "rope_theta"):
-            object.__setattr__(self, field, _positive_float(field, getattr(self, field)))
-        for field in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        for field in _POSITIVE:
+            object.__setattr__(self, field, positive_float(field, getattr(self, field)))
+        for field in ("attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier", "norm_offset"):
+            if getattr(self, field) != 0:
+                object.__setattr__(self, field, positive_float(field, getattr(self, field)))
+        for field in _FLAGS:
             if not isinstance(getattr(self, field), bool):
                 raise ModelError(f"{field} is {shown(getattr(self, field))}; it must be true or false")
+        for field, allowed in (("activation", tuple(GATES)), ("qk_norm", QK_NORMS)):
+            if getattr(self, field) not in allowed:
+                raise ModelError(f"{field} is {shown(getattr(self, field))}; supported: {', '.join(allowed)}")
+        if not self.pre_norms and not self.post_norms:
+            raise ModelError("pre_norms and post_norms are both false; a model needs one of them")
+        self._check_positions()
+        self._check_experts()
         if self.bos_token_id is not None:
-            _check_whole("bos_token_id", self.bos_token_id, 0, self.vocab_size - 1)
+            whole("bos_token_id", self.bos_token_id, 0, self.vocab_size - 1)
         if not isinstance(self.eos_token_ids, tuple):
             raise ModelError(f"eos_token_ids is {shown(self.eos_token_ids)}; it must be a tuple of token ids")
         for token in self.eos_token_ids:
-            _check_whole("eos_token_id", token, 0, self.vocab_size - 1)
+            whole("eos_token_id", token, 0, self.vocab_size - 1)
 
+    def _check_positions(self) -> None:
+        if whole("rotary_dim", self.rotary_dim, 0, self.head_dim) % 2:
+            raise ModelError(
+                f"rotary_dim is {self.rotary_dim}; it must be even, from 2 to {self.head_dim}, or 0 for all"
+            )
+        for rope in self.ropes:
+            rope.check_dim(self.rotary_channels)
+        for field in ("no_rope_layers", "sliding_layers", "dense_layers"):
+            if not isinstance(getattr(self, field), tuple):
+                raise ModelError(f"{field} is {shown(getattr(self, field))}; it must be a tuple of numbers of layers")
+            for layer in getattr(self, field):
+                whole(f"a layer of {field}", layer, 0, self.num_hidden_layers - 1)
+        if self.sliding_window is not None:
+            whole("sliding_window", self.sliding_window, 1, limits.MAX_CONTEXT)
+        elif self.sliding_layers:
+            raise ModelError("sliding_layers names layers, but there is no sliding_window")
 
-def config_from_hf(path: Path) -> ModelConfig:
-    """Read config.json (``path`` is the file or its folder) of a Hugging Face Llama model.
-
-    Keys that mixkv does not know are ignored; those that would change the computation are refused. A
-    generation_config.json beside it may add end-of-text ids; one that is not valid JSON adds none. No code of the
-    folder is ever imported. Keys: https://huggingface.co/docs/transformers/model_doc/llama (LlamaConfig).
-
-    Raises:
-        ModelError: names the file, the key, what was found and what is allowed.
-
-    """
-    file = path / "config.json" if path.is_dir() else path
-    keys = read_json_object(file)
-    try:
-        config = _from_keys(keys)
-    except ModelError as error:
-        raise ModelError(f"{file}: {error}") from error
-    return _with_generation_config(config, file.with_name("generation_config.json"))
-
-
-def _from_keys(keys: dict[str, Any]) -> ModelConfig:
-    _refuse_unsupported(keys)
-    required = {*_LARGEST, "rms_norm_eps"} - {"num_key_value_heads", "head_dim"}
-    if missing := sorted(required - keys.keys()):
-        raise ModelError(f"missing {', '.join(missing)}")
-    heads = keys["num_attention_heads"]
-    kv_heads = keys.get("num_key_value_heads")
-    head_dim = keys.get("head_dim")
-    # Values go in as found: ModelConfig refuses those of a wrong type or range by name.
-    return ModelConfig(
-        architecture=keys["model_type"],
-        num_key_value_heads=heads if kv_heads is None else kv_heads,
-        head_dim=_derived_head_dim(keys["hidden_size"], heads) if head_dim is None else head_dim,
-        rope_theta=_rope_theta(keys),
-        tie_word_embeddings=keys.get("tie_word_embeddings", False),
-        attention_bias=keys.get("attention_bias", False),
-        mlp_bias=keys.get("mlp_bias", False),
-        bos_token_id=keys.get("bos_token_id"),
-        eos_token_ids=_token_ids(keys.get("eos_token_id")),
-        **{key: keys[key] for key in required},
-    )
-
-
-def _refuse_unsupported(keys: dict[str, Any]) -> None:
-    supported = ", ".join(f"{model_type} ({name})" for model_type, name in ARCHITECTURES.items())
-    if keys.get("auto_map"):
-        raise ModelError(
-            f"auto_map asks to run Python code that came with the model; mixkv never does: use {supported}"
+    def _check_experts(self) -> None:
+        if self.num_experts == 0:
+            return
+        whole(
+            "num_experts",
+            self.num_experts,
+            1,
+            min(limits.MAX_EXPERTS, limits.MAX_EXPERTS_IN_ALL // self.num_hidden_layers),
         )
-    model_type = keys.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise ModelError(f"model_type is {shown(model_type)}; supported: {supported}")
-    classes = keys.get("architectures")
-    if classes is not None and classes != [ARCHITECTURES[model_type]]:
-        raise ModelError(f"architectures is {shown(classes)}; supported: {supported}")
-    activation = keys.get("hidden_act", "silu")
-    if activation != "silu":
-        raise ModelError(f"hidden_act is {shown(activation)}; supported: silu")
-    for key in ("quantization_config", "compression_config", "quantization"):  # the last is what MLX writes
-        if keys.get(key) is not None:
-            raise ModelError(f"{key} is {shown(keys[key])}; only weights that are not quantized are supported")
+        whole("num_experts_per_tok", self.num_experts_per_tok, 1, self.num_experts)
+        whole("moe_intermediate_size", self.moe_intermediate_size, 1, limits.MAX_INTERMEDIATE_SIZE)
 
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """Every rotary embedding that there is."""
+        return (self.rope,) if self.rope_local is None else (self.rope, self.rope_local)
 
-def _rope_theta(keys: dict[str, Any]) -> Any:
-    """The rotary base, unchecked: top level (old form) or inside rope_parameters; only plain rotation passes."""
-    found = {}
-    places = {"": keys}
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = keys.get(key)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict):
-            raise ModelError(f"{key} is {shown(rope)}; it must be null or an object")
-        _check_rope_type(key, rope)
-        places[f"{key}."] = rope
-    for prefix, place in places.items():
-        if "rope_theta" in place:
-            found[f"{prefix}rope_theta"] = place["rope_theta"]
-        factor = place.get("partial_rotary_factor")
-        if factor is not None and (isinstance(factor, bool) or factor != 1):
-            raise ModelError(f"{prefix}partial_rotary_factor is {shown(factor)}; supported: 1")
-    values = list(found.values())
-    if any(value != values[0] for value in values):
-        raise ModelError("; ".join(f"{key} is {shown(value)}" for key, value in found.items()) + "; they must agree")
-    return values[0] if values else 10_000.0
+    @property
+    def rotary_channels(self) -> int:
+        """How many of a head's channels turn."""
+        return self.rotary_dim or self.head_dim
 
+    @property
+    def softmax_scale(self) -> float:
+        """By what q.k is multiplied."""
+        return self.attention_multiplier or self.head_dim**-0.5
 
-def _check_rope_type(key: str, rope: dict[str, Any]) -> None:
-    kinds = [rope[name] for name in ("rope_type", "type") if rope.get(name) is not None]
-    # Without a type, anything beyond the base (a factor, a table per kind of layer) has a meaning we would miss.
-    if not kinds and not rope.keys() <= {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
-        raise ModelError(f"{key} is {shown(rope)}, without a rope_type; supported: default")
-    for kind in kinds:
-        if kind != "default":
-            raise ModelError(f"{key} has the rope type {shown(kind)}; supported: default")
+    @property
+    def sliding_windows(self) -> tuple[int | None, ...]:
+        """How many positions a query sees in each layer; None for all."""
+        sliding = frozenset(self.sliding_layers)
+        return tuple(self.sliding_window if i in sliding else None for i in range(self.num_hidden_layers))
 
-
-def _with_generation_config(config: ModelConfig, file: Path) -> ModelConfig:
-    try:
-        extra = read_json_object(file).get("eos_token_id")
-    except ModelError:  # optional: absent or unreadable, it only means that it adds nothing
-        return config
-    try:
-        # The check comes before the union, which needs hashable ids.
-        replace(config, eos_token_ids=_token_ids(extra))
-        return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *_token_ids(extra)))))
-    except ModelError as error:
-        raise ModelError(f"{file}: {error}") from error
-
-
-def _token_ids(value: Any) -> tuple[Any, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
-
-
-def _derived_head_dim(hidden_size: Any, heads: Any) -> int:
-    _check_whole("hidden_size", hidden_size, 1, limits.MAX_HIDDEN_SIZE)
-    _check_whole("num_attention_heads", heads, 1, limits.MAX_HEADS)
-    if hidden_size % heads:
-        raise ModelError(f"hidden_size is {hidden_size}; without head_dim it must be a multiple of {heads} heads")
-    return int(hidden_size // heads)
-
-
-def _check_whole(field: str, value: object, smallest: int, largest: int) -> None:
-    if type(value) is not int or not smallest <= value <= largest:  # bool is a subclass of int, hence type()
-        raise ModelError(f"{field} is {shown(value)}; it must be a whole number from {smallest} to {largest}")
-
-
-def _positive_float(field: str, value: object) -> float:
-    try:
-        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    except OverflowError:
-        number = math.inf
-    if not (math.isfinite(number) and number > 0):
-        raise ModelError(f"{field} is {shown(value)}; it must be a finite number above 0")
-    return number
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts, and not an MLP."""
+        return self.num_experts > 0 and layer not in self.dense_layers

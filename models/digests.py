@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -11,18 +11,22 @@ from numpy.typing import NDArray
 from ..kernels.simd import LANES
 from ..kernels.weights import NAMES, Matrix
 from .config import ModelConfig
-from .linear import FloatLinear, Norm, PackedLinear
-from .load import expected_tensors
-from .transformer import Weights
+from .experts import Experts
+from .linear import FloatLinear, Linear, Norm, PackedLinear
+from .names import expected_tensors, expert_name, gate_up_names, layer_prefix, norm_names, qkv_names
+from .transformer import Layer, Weights
 
 DIGITS = 16  # hexadecimal, of SHA-256
-# The tensors whose rows a layer has one below the other, and the norm in front of it
-_TENSORS = {
-    "embedding": ["model.embed_tokens"], "head": ["lm_head"],
-    "qkv": [f"self_attn.{part}_proj" for part in "qkv"], "o": ["self_attn.o_proj"],
-    "gate_up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"],
-}  # fmt: skip
-_NORMS = {"head": "model.norm", "qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A linear layer: its own name, those of the tensors whose rows it has in turn, and that of the norm in front."""
+
+    name: str
+    tensors: list[str]
+    norm: str | None = None
+
 
 Rows = Matrix | NDArray[np.float32]  # some of a layer's, packed or not
 
@@ -35,16 +39,51 @@ def digests(config: ModelConfig, weights: Weights) -> dict[str, str]:
     not named again. TypeError for a layer that this does not know.
     """
     rows = {name: shape[0] for name, shape in expected_tensors(config).items()} | {"lm_head.weight": config.vocab_size}
-    layers = {"embedding": weights.embedding}
+    found = dict(_linear(_Place("embedding", ["model.embed_tokens"]), weights.embedding, rows))
     for i, layer in enumerate(weights.layers):
-        layers |= {f"model.layers.{i}.{field.name}": getattr(layer, field.name) for field in fields(layer)}
-    found: dict[str, str] = {}
-    for name, linear in layers.items():
-        found |= _linear(name, linear, rows)
-    head = dict(_linear("head", weights.head, rows))
+        for place, linear in _linears(config, layer_prefix(i), layer):
+            found |= _linear(place, linear, rows)
+        found |= _loose(config, layer_prefix(i), layer)
+    head = dict(_linear(_Place("head", ["lm_head"], "model.norm"), weights.head, rows))
     if [id(x) for x in _matrices(weights.head)] == [id(x) for x in _matrices(weights.embedding)]:
         del head["lm_head.weight"]
     return found | head
+
+
+def _linears(config: ModelConfig, prefix: str, layer: Layer) -> Iterator[tuple[_Place, Linear]]:
+    """Each linear layer of a layer, with the names of its tensors."""
+    norms = {place: prefix + name for place, name in norm_names(config).items()}
+
+    def place(name: str, tensors: list[str], norm: str | None = None) -> _Place:
+        return _Place(prefix + name, [prefix + tensor for tensor in tensors], norm)
+
+    yield place("qkv", qkv_names(config), norms.get("attention_in")), layer.qkv
+    yield place("o", ["self_attn.o_proj"]), layer.o
+    if not isinstance(layer.mlp, Experts):
+        yield place("gate_up", gate_up_names(config), norms.get("mlp_in")), layer.mlp.gate_up
+        yield place("down", ["mlp.down_proj"]), layer.mlp.down
+        return
+    yield place("router", ["mlp.gate"], norms.get("mlp_in")), layer.mlp.router
+    for i, expert in enumerate(layer.mlp.experts):
+        names = [expert_name(i, matrix) for matrix in ("gate_proj", "up_proj")]
+        yield place(f"experts.{i}.gate_up", names), expert.gate_up
+        yield place(f"experts.{i}.down", [expert_name(i, "down_proj")]), expert.down
+
+
+def _loose(config: ModelConfig, prefix: str, layer: Layer) -> Iterator[tuple[str, str]]:
+    """The digests of what belongs to no linear layer."""
+    norms = norm_names(config)
+    every = {
+        "self_attn.q_norm.weight": layer.q_norm,
+        "self_attn.k_norm.weight": layer.k_norm,
+        f"{norms.get('attention_out')}.weight": layer.attention_norm,
+        f"{norms.get('mlp_out')}.weight": layer.mlp_norm,
+    }
+    for name, norm in every.items():
+        if norm is not None:
+            yield prefix + name, _digest([norm.weight])
+    if layer.sink_logits is not None:
+        yield f"{prefix}self_attn.sinks", _digest([layer.sink_logits])
 
 
 def _matrices(linear: object) -> list[Rows]:
@@ -56,24 +95,22 @@ def _matrices(linear: object) -> list[Rows]:
     raise TypeError(f"a layer must be a FloatLinear or PackedLinear, found {type(linear).__name__}")
 
 
-def _linear(place: str, linear: object, rows: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+def _linear(place: _Place, linear: object, rows: Mapping[str, int]) -> Iterator[tuple[str, str]]:
     """The digests of one layer: matrices, biases, and the norm in front. rows: of every tensor by its name."""
-    prefix, dot, field = place.rpartition(".")
-    names = [prefix + dot + tensor for tensor in _TENSORS.get(field, [])]
+    names = place.tensors
     counts = [rows.get(f"{name}.weight", 0) for name in names]
     matrices = _matrices(linear)
     assert isinstance(linear, FloatLinear | PackedLinear)
     pieces = _split(matrices, counts)
     if pieces is None:
-        names, counts, pieces = [place], [linear.rows], [matrices]
+        names, counts, pieces = [place.name], [linear.rows], [matrices]
     for name, own in zip(names, pieces, strict=True):
         yield f"{name}.weight", _digest(own)
     if linear.bias is not None:
         for name, stop, count in zip(names, accumulate(counts), counts, strict=True):
             yield f"{name}.bias", _digest([linear.bias[stop - count : stop]])
     if isinstance(linear.before, Norm):
-        norm = _NORMS.get(field, f"{field}.before")
-        yield f"{prefix}{dot}{norm}.weight", _digest([linear.before.weight])
+        yield f"{place.norm or place.name + '.before'}.weight", _digest([linear.before.weight])
 
 
 def _split(matrices: Sequence[Rows], counts: Sequence[int]) -> list[list[Rows]] | None:

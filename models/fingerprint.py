@@ -20,8 +20,11 @@ def fingerprint(config: ModelConfig, weights: Weights) -> str:
     too, and done in milliseconds; no proof against somebody who wants to deceive.
     """
     digest = hashlib.sha256(repr(config).encode())
-    for linear in (weights.embedding, *weights.linears()):
-        for array in _arrays(linear):
+    linears = [_arrays(linear) for linear in (weights.embedding, *weights.linears())]
+    loose = [[norm.weight for norm in layer.norms()] for layer in weights.layers]
+    sinks = [layer.sink_logits for layer in weights.layers if layer.sink_logits is not None]
+    for arrays in (*linears, *loose, sinks):
+        for array in arrays:
             digest.update(f"{array.dtype} {array.shape}".encode())
             data = array.reshape(-1).view(np.uint8)
             if data.nbytes <= WINDOWS * WINDOW_NBYTES:

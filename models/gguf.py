@@ -76,6 +76,13 @@ class GGUFTensor:
     offset: int
     nbytes: int
 
+    def parts(self) -> list["GGUFTensor"]:
+        """The items along the first axis, each a tensor of its own."""
+        count, nbytes = self.shape[0], self.nbytes // self.shape[0]
+        return [
+            replace(self, shape=self.shape[1:], offset=self.offset + i * nbytes, nbytes=nbytes) for i in range(count)
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class GGUFFile:
@@ -86,20 +93,25 @@ class GGUFFile:
     tensors: Mapping[str, GGUFTensor]
     _data: mmap.mmap
 
-    def read(self, name: str) -> npt.NDArray[np.float32]:
+    def read(self, which: str | GGUFTensor) -> npt.NDArray[np.float32]:
         """The values of a tensor: float32, C order, of the shape in ``tensors``, owned by the caller.
 
         Raises ModelError if the file has no tensor of that name.
         """
-        if name not in self.tensors:
-            raise ModelError(f"{self.path}: there is no tensor {shown(name)}")
-        tensor = self.tensors[name]
+        tensor = self._tensor(which)
         stored = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
         return _dequantize(stored, _BY_NAME[tensor.type_name]).reshape(tensor.shape)
 
-    def blocks(self, name: str) -> CodedRows | None:
+    def _tensor(self, which: str | GGUFTensor) -> GGUFTensor:
+        if isinstance(which, GGUFTensor):
+            return which
+        if which not in self.tensors:
+            raise ModelError(f"{self.path}: there is no tensor {shown(which)}")
+        return self.tensors[which]
+
+    def blocks(self, which: str | GGUFTensor) -> CodedRows | None:
         """The rows of a matrix as the codes that the file holds, views into it; None for types that the kernels lack."""
-        tensor = self.tensors[name]
+        tensor = self._tensor(which)
         kind = _KERNEL_KINDS.get(tensor.type_name)
         if kind is None or len(tensor.shape) != 2:
             return None
@@ -110,9 +122,9 @@ class GGUFFile:
         scales, minima = (stored[..., 2 * i : 2 * i + 2].view(np.float16)[..., 0] for i in (0, numbers - 1))
         return CodedRows(kind, stored[..., 2 * numbers :].view(np.uint32), scales, minima if numbers == 2 else None)
 
-    def forget(self, name: str) -> None:
+    def forget(self, which: str | GGUFTensor) -> None:
         """Give back the memory that reading a tensor took up; reading it again is all right."""
-        tensor, page = self.tensors[name], mmap.PAGESIZE
+        tensor, page = self._tensor(which), mmap.PAGESIZE
         if hasattr(mmap, "MADV_DONTNEED"):
             start = tensor.offset // page * page
             self._data.madvise(mmap.MADV_DONTNEED, start, tensor.offset + tensor.nbytes - start)

@@ -1,6 +1,6 @@
-"""A GGUF file of the Llama architecture as the transformer sees it: its configuration and Hugging Face's tensor names.
+"""The tensors of a GGUF file under Hugging Face's names, their rows in Hugging Face's order, experts one by one.
 
-Keys and names of the file: docs/gguf.md of the ggml project. The order of rotary rows: see `unpermute_heads`.
+Names of the file: constants.py of ggml's ``gguf`` package. The order of rotary rows: see `unpermute_heads`.
 """
 
 import re
@@ -14,80 +14,51 @@ import numpy.typing as npt
 
 from ..kernels.weights import Stored
 from .check import listed, shown
-from .config import ARCHITECTURES, ModelConfig
+from .config import ModelConfig
 from .errors import ModelError
 from .gguf import GGUFFile, GGUFTensor
+from .gguf_config import rows_are_permuted
+from .names import expert_name, gate_up_names, norm_names
 
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+_FACTORS = {"rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"}  # are part of the config
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,3})\.([a-z_]+)\.(weight|bias)")
-_EMBEDDING = "token_embd.weight"
-_END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-
-# Keys that change the computation in ways we do not follow, with the values that leave it as it is.
-_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "expert_count": (0,),
-    "attention.causal": (True,),
-    "rope.scaling.type": ("none",),
-    "rope.scaling.factor": (0.0, 1.0),
-    "rope.scale_linear": (1.0,),
-}
+_EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 
 
-def config_from_gguf(file: GGUFFile) -> ModelConfig:
-    """The dimensions and choices of the model in ``file``; the architecture must be "llama".
-
-    Raises ModelError, naming the file, the key, what was found and what is allowed.
-    """
-    architecture = file.expect("general.architecture", str)
-    if architecture not in ARCHITECTURES:
-        raise ModelError(
-            f"{file.path}: general.architecture is {shown(architecture)}, supported: {', '.join(ARCHITECTURES)}"
-        )
-    _refuse_unsupported(file)
-    heads = file.expect("llama.attention.head_count", int)
-    kv_heads = file.optional("llama.attention.head_count_kv", int)
-    rope_theta = file.optional("llama.rope.freq_base", float)
-    end_ids = [file.optional(f"tokenizer.ggml.{key}", int) for key in _END_IDS]
-    fields: dict[str, Any] = {
-        "vocab_size": _vocab_size(file),
-        "hidden_size": file.expect("llama.embedding_length", int),
-        "intermediate_size": file.expect("llama.feed_forward_length", int),
-        "num_hidden_layers": file.expect("llama.block_count", int),
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads if kv_heads is None else kv_heads,
-        "head_dim": _head_dim(file, heads),
-        "max_position_embeddings": file.expect("llama.context_length", int),
-        "rms_norm_eps": file.expect("llama.attention.layer_norm_rms_epsilon", float),
-        "rope_theta": 10_000.0 if rope_theta is None else rope_theta,
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
-        "bos_token_id": file.optional("tokenizer.ggml.bos_token_id", int),
-        "eos_token_ids": tuple(dict.fromkeys(token for token in end_ids if token is not None)),
+def _block_names(config: ModelConfig) -> dict[str, str]:
+    """What the tensors of a block are called, without the ending."""
+    norms = norm_names(config)
+    names = {
+        "attn_norm": norms.get("attention_in"),
+        "ffn_norm": norms.get("mlp_in"),
+        "post_attention_norm": norms.get("attention_out", norms.get("mlp_in")),  # gpt-oss has it before its experts
+        "post_ffw_norm": norms.get("mlp_out"),
+        "attn_output": "self_attn.o_proj",
+        "ffn_down": "mlp.down_proj",
     }
-    try:
-        return ModelConfig(architecture=architecture, **fields)
-    except ModelError as error:
-        raise ModelError(f"{file.path}: {error}") from None
+    if config.architecture == "gpt_oss":
+        del names["ffn_norm"]
+    elif not config.post_norms:
+        del names["post_attention_norm"]
+    if config.fused_projections:
+        names |= {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+    else:
+        names |= {f"attn_{part}": f"self_attn.{part}_proj" for part in "qkv"}
+        names |= dict(zip(("ffn_gate", "ffn_up"), gate_up_names(config), strict=True))
+    if config.qk_norm != "none":
+        names |= {f"attn_{part}_norm": f"self_attn.{part}_norm" for part in "qk"}
+    if config.num_experts:
+        names["ffn_gate_inp"] = "mlp.gate"
+    return {name: own for name, own in names.items() if own is not None}
 
 
 class GGUFSource:
-    """The tensors of a GGUF file under Hugging Face's Llama names, their rows in Hugging Face's order.
+    """The tensors of a GGUF file under Hugging Face's names, their rows in Hugging Face's order.
 
     ``shapes`` and ``stored_types`` ("Q4_1", ...) are by those names; ``nbytes`` counts all tensors as stored.
     """
@@ -97,14 +68,18 @@ class GGUFSource:
     nbytes: int
 
     def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
-        """Raises ModelError for tensors without a role in a Llama model, or rotary ones unlike ``config``."""
+        """Raises ModelError for tensors without a role in such a model, or rotary ones unlike ``config``."""
         self._file = file
-        self._stored, unknown = _renamed(file.tensors, config.num_hidden_layers)
+        self._stored, unknown = _renamed(file.tensors, config)
         if unknown:
-            raise ModelError(f"{file.path}: tensors that a Llama model does not have: {listed(map(shown, unknown))}")
+            raise ModelError(
+                f"{file.path}: tensors that a model of the kind {config.architecture} does not have: "
+                f"{listed(map(shown, unknown))}"
+            )
         self._heads: dict[str, int] = {}
+        permuted = rows_are_permuted(file)
         for name, tensor in self._stored.items():
-            heads = _rotary_heads(name, config)
+            heads = _rotary_heads(name, config) if permuted else 0
             if heads and tensor.shape[0] != heads * config.head_dim:
                 raise ModelError(
                     f"{file.path}: {tensor.name} has the shape {tensor.shape}, "
@@ -122,14 +97,14 @@ class GGUFSource:
         """
         if name not in self._stored:
             raise ModelError(f"{self._file.path}: there is no tensor for {shown(name)}")
-        values = self._file.read(self._stored[name].name)
+        values = self._file.read(self._stored[name])
         heads = self._heads[name]
         return unpermute_heads(values, heads) if heads else values
 
     def stored(self, name: str) -> Stored:
         """Tensor ``name`` as the file holds it, where the kernels know the format; else float32."""
         tensor = self._stored[name]
-        coded = self._file.blocks(tensor.name)
+        coded = self._file.blocks(tensor)
         if coded is None:
             values = self.read(name)
             dtype = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}.get(tensor.type_name)
@@ -142,7 +117,7 @@ class GGUFSource:
 
     def forget(self, name: str) -> None:
         """Give back the memory that reading a tensor took up."""
-        self._file.forget(self._stored[name].name)
+        self._file.forget(self._stored[name])
 
 
 def unpermute_heads(values: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
@@ -157,19 +132,26 @@ def unpermute_heads(values: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
 
 
-def _renamed(tensors: Mapping[str, GGUFTensor], layers: int) -> tuple[dict[str, GGUFTensor], list[str]]:
+def _renamed(tensors: Mapping[str, GGUFTensor], config: ModelConfig) -> tuple[dict[str, GGUFTensor], list[str]]:
     """The tensors under Hugging Face's names, and the names that have none."""
     stored: dict[str, GGUFTensor] = {}
     unknown: list[str] = []
+    names = _block_names(config)
     for name, tensor in tensors.items():
-        new_name = _NAMES.get(name)
         match = _BLOCK_NAME.fullmatch(name)
-        if match and int(match[1]) < layers and match[2] in _BLOCK_NAMES:
-            new_name = f"model.layers.{match[1]}.{_BLOCK_NAMES[match[2]]}.{match[3]}"
-        if new_name is None:
+        prefix, part, kind = (f"model.layers.{match[1]}.", match[2], match[3]) if match else ("", "", "")
+        within = match is not None and int(match[1]) < config.num_hidden_layers
+        if within and part in _EXPERTS and tensor.shape[0] == config.num_experts:
+            for i, expert in enumerate(tensor.parts()):
+                stored[f"{prefix}{expert_name(i, _EXPERTS[part])}.{kind}"] = expert
+        elif within and part in names:
+            stored[f"{prefix}{names[part]}.{kind}"] = tensor
+        elif within and part == "attn_sinks" and config.sink_logits:
+            stored[f"{prefix}self_attn.sinks"] = tensor
+        elif name in _NAMES:
+            stored[_NAMES[name]] = tensor
+        elif name not in _FACTORS:
             unknown.append(name)
-        else:
-            stored[new_name] = tensor
     return stored, unknown
 
 
@@ -178,51 +160,3 @@ def _rotary_heads(name: str, config: ModelConfig) -> int:
     if ".q_proj." in name:
         return config.num_attention_heads
     return config.num_key_value_heads if ".k_proj." in name else 0
-
-
-def _refuse_unsupported(file: GGUFFile) -> None:
-    for key, neutral in _NEUTRAL.items():
-        value: Any = file.metadata.get(f"llama.{key}", neutral[0])
-        if value not in neutral:
-            allowed = " or ".join(map(repr, neutral))
-            raise ModelError(f"{file.path}: llama.{key} is {shown(value)}, supported: {allowed}")
-    if "rope_freqs.weight" in file.tensors:
-        raise ModelError(f"{file.path}: rope_freqs.weight scales the rotary frequencies, supported: files without it")
-    parts = file.optional("split.count", int)
-    if parts is not None and parts > 1:
-        raise ModelError(f"{file.path}: split.count is {parts}, supported: 1; join the parts with llama-gguf-split")
-
-
-def _vocab_size(file: GGUFFile) -> int:
-    embedding = file.tensors.get(_EMBEDDING)
-    if embedding is None or len(embedding.shape) != 2:
-        found = "there is none" if embedding is None else f"its shape is {embedding.shape}"
-        raise ModelError(f"{file.path}: {_EMBEDDING} must be a matrix with a row for each token, but {found}")
-    rows = embedding.shape[0]
-    tokens = file.optional("tokenizer.ggml.tokens", list[str])
-    if tokens is not None:
-        size, where = len(tokens), "tokenizer.ggml.tokens has"
-    else:
-        declared = file.optional("llama.vocab_size", int)
-        size, where = rows if declared is None else declared, "llama.vocab_size says"
-    if size != rows:
-        raise ModelError(f"{file.path}: {where} {size} tokens, but {_EMBEDDING} has {rows} rows; they must agree")
-    return size
-
-
-def _head_dim(file: GGUFFile, heads: int) -> int:
-    """The size of a head: stated, or the hidden size by the heads; queries, values and rotation must share it."""
-    hidden = file.expect("llama.embedding_length", int)
-    head_dim = file.optional("llama.attention.key_length", int)
-    if head_dim is None:
-        if heads < 1 or hidden % heads:
-            raise ModelError(
-                f"{file.path}: llama.embedding_length is {hidden} and llama.attention.head_count is {heads}; without "
-                f"llama.attention.key_length the first must be a multiple of the second"
-            )
-        head_dim = hidden // heads
-    for key in ("attention.value_length", "rope.dimension_count"):
-        other = file.optional(f"llama.{key}", int)
-        if other is not None and other != head_dim:
-            raise ModelError(f"{file.path}: llama.{key} is {other}, supported: the size of a head, {head_dim}")
-    return head_dim

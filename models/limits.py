@@ -26,6 +26,8 @@ MAX_INTERMEDIATE_SIZE = 1 << 22
 MAX_VOCAB_SIZE = 1 << 24
 MAX_HEADS = 4_096
 MAX_HEADS_PER_KV_HEAD = 128  # what the kernels have room for (kernels/tables.py MAX_N_REP)
+MAX_EXPERTS = 4_096  # of a layer
+MAX_EXPERTS_IN_ALL = 1 << 15  # of all layers; the largest published model has some 23,000
 MAX_HEAD_DIM = 256
 MAX_CONTEXT = 1 << 24
 

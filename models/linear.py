@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.activations import GATE, NORM, PLAIN
+from ..kernels.activations import CLAMP, CLAMPED, CLAMPED_SLOPE, GELU, NORM, PLAIN, SILU
 from ..kernels.chain import Projection
 from ..kernels.matmul import matvec
 from ..kernels.simd import LANES
@@ -29,8 +29,17 @@ class Norm:
     eps: float
 
 
+@dataclass(frozen=True, slots=True)
 class Gate:
-    """SiLU(gate) * up, of an input (T, 2 * in) whose first half is the gate."""
+    """act(gate) * up, of an input (T, 2 * in) whose first half is the gate. ``how``: one of ``GATES``."""
+
+    how: int = SILU
+
+
+GATES = {"silu": SILU, "gelu_tanh": GELU, "clamped": CLAMPED}
+
+
+Before = Norm | Gate | None  # what stands in front of a product
 
 
 class Linear(Protocol):
@@ -49,14 +58,14 @@ class Linear(Protocol):
     def take(self, ids: NDArray[np.int64]) -> Float32:
         """Rows of W as float32 (len(ids), in): W as an embedding."""
 
-    def behind(self, before: Norm | Gate) -> "Linear":
+    def behind(self, before: Before) -> "Linear":
         """The same weights, not copied, behind something else."""
 
 
 class FloatLinear:
     """A linear layer of float32 weights, row after row."""
 
-    def __init__(self, weight: Float32, bias: Float32 | None = None, before: Norm | Gate | None = None) -> None:
+    def __init__(self, weight: Float32, bias: Float32 | None = None, before: Before = None) -> None:
         self.weight, self.bias, self.before = weight, bias, before
         self.rows, self.columns = weight.shape
 
@@ -70,7 +79,7 @@ class FloatLinear:
         if isinstance(self.before, Norm):
             x = rms_norm(x, self.before.weight, self.before.eps)
         elif self.before is not None:
-            x = silu_gate(x)
+            x = gated(x, self.before.how)
         if len(x) == 1 and self.columns % LANES == 0:
             y = matvec(self.weight, np.ascontiguousarray(x[0]))[None]
         else:
@@ -83,7 +92,7 @@ class FloatLinear:
         """See ``Linear``."""
         return self.weight[ids]
 
-    def behind(self, before: Norm | Gate) -> "FloatLinear":
+    def behind(self, before: Before) -> "FloatLinear":
         """See ``Linear``."""
         return FloatLinear(self.weight, self.bias, before)
 
@@ -91,10 +100,10 @@ class FloatLinear:
 class PackedLinear:
     """A linear layer of packed matrices, one below the other, with float32 biases."""
 
-    def __init__(self, parts: Sequence[Matrix], bias: Float32 | None = None, before: Norm | Gate | None = None) -> None:
+    def __init__(self, parts: Sequence[Matrix], bias: Float32 | None = None, before: Before = None) -> None:
         self.parts, self.bias, self.before = list(parts), bias, before
         self.rows, self.columns = sum(part.rows for part in parts), parts[0].columns
-        how = PLAIN if before is None else NORM if isinstance(before, Norm) else GATE
+        how = PLAIN if before is None else NORM if isinstance(before, Norm) else before.how
         weight, eps = (before.weight, before.eps) if isinstance(before, Norm) else (None, 0.0)
         self.projection = Projection(self.parts, bias, how, weight, eps)
 
@@ -113,7 +122,7 @@ class PackedLinear:
         self.projection.take(ids, out)
         return out
 
-    def behind(self, before: Norm | Gate) -> "PackedLinear":
+    def behind(self, before: Before) -> "PackedLinear":
         """See ``Linear``."""
         return PackedLinear(self.parts, self.bias, before)
 
@@ -124,10 +133,15 @@ def rms_norm(x: Float32, weight: Float32, eps: float) -> Float32:
     return x * (1.0 / np.sqrt(square + np.float32(eps)))[:, None] * weight
 
 
-def silu_gate(gate_up: Float32) -> Float32:
-    """SiLU(gate) * up for gate_up (T, 2F), whose first half is the gate (https://arxiv.org/abs/2002.05202)."""
+def gated(gate_up: Float32, how: int) -> Float32:
+    """What kernels/activations.py makes of gate_up (T, 2F), whose first half is the gate."""
     half = gate_up.shape[1] // 2
     gate, up = gate_up[:, :half], gate_up[:, half:]
-    with np.errstate(over="ignore"):  # exp overflows to infinity for very negative gates, where SiLU is 0
-        denominator: Float32 = np.float32(1) + np.exp(-gate)
-    return gate / denominator * up
+    slope: float | Float32 = 1.0
+    if how == CLAMPED:
+        gate, up, slope = np.minimum(gate, CLAMP), np.clip(up, -CLAMP, CLAMP) + 1, CLAMPED_SLOPE
+    with np.errstate(over="ignore"):  # exp overflows to infinity for very negative gates, where the product is 0
+        if how == GELU:
+            slope = np.float32(2 * (2 / np.pi) ** 0.5) * (1 + np.float32(0.044715) * gate * gate)
+        denominator: Float32 = np.float32(1) + np.exp(-np.float32(1) * slope * gate)
+    return (gate / denominator * up).astype(np.float32, copy=False)

@@ -14,11 +14,16 @@ from ..kernels.weights import Stored
 from . import hub, toy
 from .chat import ChatTemplate
 from .check import check_tensors, listed, shown
-from .config import ModelConfig, config_from_hf
+from .config import ModelConfig
 from .errors import ModelError, UsageError
-from .gguf import open_gguf
-from .gguf_names import GGUFSource, config_from_gguf
-from .linear import Gate, Norm
+from .experts import MLP, Experts
+from .gguf import GGUFFile, open_gguf
+from .gguf_config import config_from_gguf
+from .gguf_names import GGUFSource
+from .hf_config import config_from_hf
+from .hf_experts import with_experts
+from .linear import GATES, Gate, Norm
+from .names import expected_tensors, expert_name, gate_up_names, layer_prefix, norm_names, qkv_names
 from .pack import Packer, check_weights_option
 from .safetensors import open_safetensors
 from .tokenizer import ByteTokenizer, Tokenizer, tokenizer_from_gguf, tokenizer_from_json
@@ -55,7 +60,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model ready to run. ``tokenizer`` is None for a folder without one: then it takes and gives ids only."""
+    """A model ready to run. ``tokenizer`` is None where its files have none: then it takes and gives ids only."""
 
     name: str
     config: ModelConfig
@@ -101,34 +106,6 @@ class Opened:
     read_tokenizer: Callable[[], Tokenizer | None]
 
 
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a model of this config has."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    matrices = {
-        "self_attn.q_proj": (q, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, q),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for i in range(config.num_hidden_layers):
-        prefix = f"model.layers.{i}."
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{prefix}{norm}.weight"] = (hidden,)
-        for name, shape in matrices.items():
-            shapes[f"{prefix}{name}.weight"] = shape
-            if config.attention_bias if name.startswith("self_attn") else config.mlp_bias:
-                shapes[f"{prefix}{name}.bias"] = shape[:1]
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
-
-
 def _local(name: str) -> Path:
     """The path that a name stands for; UsageError for one that the system cannot even look up."""
     try:
@@ -156,11 +133,13 @@ def _refuse_unexpected(expected: Mapping[str, object], found: Mapping[str, objec
 def open_model(name: str, *, progress: Progress | None = None) -> Opened:
     """Find a model by registry name, folder or file, and read its description. See ``load`` for the arguments."""
     if name == "toy":
-        source = toy.ToySource(expected_tensors(toy.CONFIG))
-        return Opened(name, None, toy.CONFIG, source, lambda: ByteTokenizer(toy.VOCAB))
+        made = toy.ToySource(expected_tensors(toy.CONFIG))
+        return Opened(name, None, toy.CONFIG, made, lambda: ByteTokenizer(toy.VOCAB))
     path = hub.pull(name, progress=progress) if name in hub.REGISTRY else _local(name)
     if path.is_dir():
-        return Opened(name, path, config_from_hf(path), open_safetensors(path), lambda: _folder_tokenizer(path))
+        config = config_from_hf(path)
+        source = with_experts(config, open_safetensors(path))
+        return Opened(name, path, config, source, lambda: _folder_tokenizer(path))
     if not path.is_file():
         known = ", ".join([*hub.REGISTRY, "toy"])
         raise UsageError(f"model {name!r}: neither a registry name ({known}) nor an existing folder or .gguf file")
@@ -168,12 +147,18 @@ def open_model(name: str, *, progress: Progress | None = None) -> Opened:
         raise ModelError(f"{path}: a model is a folder with config.json and .safetensors files, or one .gguf file")
     file = open_gguf(path)
     config = config_from_gguf(file)
-    return Opened(name, path, config, GGUFSource(file, config), lambda: tokenizer_from_gguf(file.metadata, str(path)))
+    return Opened(name, path, config, GGUFSource(file, config), lambda: _gguf_tokenizer(file))
 
 
 def _folder_tokenizer(path: Path) -> Tokenizer | None:
     """The tokenizer of a folder, which may have none."""
     return tokenizer_from_json(path) if (path / "tokenizer.json").exists() else None
+
+
+def _gguf_tokenizer(file: GGUFFile) -> Tokenizer | None:
+    """The tokenizer of a GGUF file, which may have none."""
+    has_one = any(key.startswith("tokenizer.ggml.") and not key.endswith("_token_id") for key in file.metadata)
+    return tokenizer_from_gguf(file.metadata, str(file.path)) if has_one else None
 
 
 def load(
@@ -224,23 +209,36 @@ def read_weights(
     total = config.num_hidden_layers + 1
     pack = Packer(source, source.stored_types.__getitem__, source.shapes.__getitem__, weights, checked)
 
-    def norm(name: str) -> Norm:
-        return Norm(pack.read(f"{name}.weight"), config.rms_norm_eps)
+    # What a layer adds would be multiplied by residual_multiplier, m. Instead all that it is added to is divided by m: as
+    # the model sees that only through norms, and these give the same if their epsilon is divided by m^2.
+    eps = config.rms_norm_eps / config.residual_multiplier**2
+
+    def norm(name: str, eps: float = eps) -> Norm:
+        weight = pack.read(f"{name}.weight")
+        return Norm(weight + np.float32(config.norm_offset) if config.norm_offset else weight, eps)
 
     def layer(i: int) -> Layer:
-        prefix = f"model.layers.{i}."
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        prefix = layer_prefix(i)
+        attention = f"{prefix}self_attn."
+        norms = {
+            place: norm(prefix + name, eps if place.endswith("_in") else config.rms_norm_eps)
+            for place, name in norm_names(config).items()
+        }
+        q_norm = k_norm = None
+        if config.qk_norm != "none":
+            q_norm, k_norm = (norm(f"{attention}{x}_norm", config.rms_norm_eps) for x in "qk")
         return Layer(
             qkv=pack.linear(
-                [f"{attention}{part}_proj" for part in "qkv"], biased=config.attention_bias,
-                before=norm(f"{prefix}input_layernorm"),
+                [prefix + name for name in qkv_names(config)], biased=config.attention_bias,
+                before=norms.get("attention_in"),
             ),
-            o=pack.linear([f"{attention}o_proj"], biased=config.attention_bias),
-            gate_up=pack.linear(
-                [f"{mlp}gate_proj", f"{mlp}up_proj"], biased=config.mlp_bias,
-                before=norm(f"{prefix}post_attention_layernorm"),
-            ),
-            down=pack.linear([f"{mlp}down_proj"], biased=config.mlp_bias, before=Gate()),
+            o=pack.linear([f"{attention}o_proj"], biased=config.attention_out_bias),
+            mlp=_experts(config, pack, prefix, norms) if config.has_experts(i) else _mlp(config, pack, prefix, norms),
+            q_norm=q_norm,
+            k_norm=k_norm,
+            attention_norm=norms.get("attention_out"),
+            mlp_norm=norms.get("mlp_out"),
+            sink_logits=pack.read(f"{attention}sinks") if config.sink_logits else None,
         )  # fmt: skip
 
     layers: list[Layer] = []
@@ -255,3 +253,27 @@ def read_weights(
     if progress is not None:
         progress(total, total)
     return Weights(embedding.result(), layers, head)
+
+
+def _mlp(config: ModelConfig, pack: Packer, prefix: str, norms: Mapping[str, Norm]) -> MLP:
+    return MLP(
+        gate_up=pack.linear(
+            [prefix + name for name in gate_up_names(config)], biased=config.mlp_bias, before=norms.get("mlp_in")
+        ),
+        down=pack.linear([f"{prefix}mlp.down_proj"], biased=config.mlp_bias, before=Gate(GATES[config.activation])),
+    )
+
+
+def _experts(config: ModelConfig, pack: Packer, prefix: str, norms: Mapping[str, Norm]) -> Experts:
+    def expert(i: int) -> MLP:
+        names = [prefix + expert_name(i, matrix) for matrix in ("gate_proj", "up_proj")]
+        return MLP(
+            pack.linear(names, biased=config.router_bias, before=norms.get("mlp_in")),
+            pack.linear(
+                [prefix + expert_name(i, "down_proj")], biased=config.router_bias, before=Gate(GATES[config.activation])
+            ),
+        )
+
+    router = pack.linear([f"{prefix}mlp.gate"], biased=config.router_bias, before=norms.get("mlp_in"), exact=True)
+    every = [expert(i) for i in range(config.num_experts)]
+    return Experts(router, every, config.num_experts_per_tok, config.norm_topk_prob)

@@ -32,7 +32,7 @@ from ..kernels.weights import (
 )
 from .check import check_finite, shown
 from .errors import ModelError, UsageError
-from .linear import FloatLinear, Gate, Linear, Norm, PackedLinear
+from .linear import Before, FloatLinear, Linear, PackedLinear
 
 Float32 = NDArray[np.float32]
 WEIGHTS = ("auto", "f32", "bf16", "q8", "q4")
@@ -114,12 +114,20 @@ class Packer:
         self._source.forget(name)
         return array
 
-    def linear(self, names: Sequence[str], *, biased: bool = False, before: Norm | Gate | None = None) -> Linear:
-        """The layer whose rows are those of some matrices, one after the other."""
+    def linear(
+        self, names: Sequence[str], *, biased: bool = False, before: Before = None, exact: bool = False
+    ) -> Linear:
+        """The layer whose rows are those of some matrices, one after the other.
+
+        ``exact``: as float32 in the kernels' layout, whatever was asked for: no number is rounded, and a row's bits depend
+        on no other row.
+        """
         weights = [f"{name}.weight" for name in names]
         bias = np.concatenate([self.read(f"{name}.bias") for name in names]) if biased else None
         kinds = [_kind(self._weights, self._type(name)) for name in weights]
-        if set(kinds) == {None}:
+        if exact:
+            kinds = [WF32] * len(kinds)
+        elif set(kinds) == {None}:
             return FloatLinear(self._floats(weights), bias, before)
         parts: list[Matrix] = []
         for kind, run in _runs([WF32 if kind is None else kind for kind in kinds], weights, self._shape):

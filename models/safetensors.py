@@ -53,17 +53,22 @@ class SafetensorsSource:
         """Like ``read``, but float16 and bfloat16 stay what they are."""
         return self._read(name, widened=False)
 
+    def part(self, name: str, place: int) -> npt.NDArray[np.float32]:
+        """One item along the first axis of tensor ``name``, as ``read`` gives the whole."""
+        return self._read(name, widened=True, place=place)
+
     def forget(self, name: str) -> None:
         """Nothing to do: what was read is a copy."""
 
-    def _read(self, name: str, *, widened: bool) -> npt.NDArray[Any]:
+    def _read(self, name: str, *, widened: bool, place: int | None = None) -> npt.NDArray[Any]:
         if name not in self.shapes:
             raise ModelError(f"{self.where}: no tensor named {shown(name)}")
         kind = self.stored_types[name]
         if kind not in _READABLE:
             raise ModelError(f"{self.where}: tensor {shown(name)} is {kind}; supported: {', '.join(_READABLE)}")
         try:
-            values = self._opened[name].get_tensor(name)  # already a copy of the file's bytes
+            opened = self._opened[name]  # both are a copy of the file's bytes already
+            values = opened.get_tensor(name) if place is None else opened.get_slice(name)[place]
             if not widened and kind in ("F16", "BF16"):
                 return values
             with np.errstate(over="raise"):

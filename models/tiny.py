@@ -8,7 +8,8 @@ from .check import shown
 from .config import ARCHITECTURES, ModelConfig
 from .errors import UsageError
 from .limits import MAX_TINY_SEED
-from .load import Model, expected_tensors, read_weights
+from .load import Model, read_weights
+from .names import expected_tensors
 from .pack import check_weights_option
 from .tokenizer import ByteTokenizer
 from .transformer import Transformer
@@ -24,7 +25,7 @@ def tiny_model(architecture: str = "llama", seed: int = 0, *, weights: str = "q8
         architecture: one of models/config.py ``ARCHITECTURES``.
         seed: of the weights, from 0 to 2^32 - 1.
         weights: how they are kept, as for ``load``. With codes, bits depend neither on threads nor on chunks.
-        config: fields of ``ModelConfig``: num_hidden_layers=1, rope_theta=50_000.0, ...
+        config: fields of ``ModelConfig``: num_hidden_layers=1, rope=Rope(theta=50_000.0), ...
 
     Raises:
         UsageError: an architecture, a seed, a weight format or a field that there is not.

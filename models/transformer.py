@@ -12,18 +12,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels import forks
-from .chain import Apply, Buffers, Chain, Rotate
+from ..kernels.state import empty_state
+from .chain import Apply, Buffers, Chain, Link, normalize, rotate
 from .config import ModelConfig
 from .errors import MixkvError
-from .linear import Linear
+from .experts import MLP, Experts
+from .linear import Linear, Norm
 
 Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Softmax:
+    """What a layer's attention does with its logits. See ``flash_attention``.
+
+    Attributes:
+        scale: by which q.k is multiplied.
+        softcap: 0 for none.
+        sink_logits: float32 (n_heads,), C order, or None.
+
+    """
+
+    scale: float
+    softcap: float = 0.0
+    sink_logits: Float32 | None = None
+
+    def first_state(self, n_heads: int, n_queries: int) -> Float32:
+        """The state before any key, (n_heads, n_queries, 2): nothing, or the sink logits as partials with O = 0."""
+        state = empty_state(n_heads, n_queries)
+        if self.sink_logits is not None:
+            state[..., 0], state[..., 1] = self.sink_logits[:, None], 1
+        return state
 
 
 class AttentionCache(Protocol):
     """What a layer needs of the cache of a sequence."""
 
-    def attend(self, layer: int, qkv: Float32, position: int, scale: float, out: Float32) -> object:
+    def attend(self, layer: int, qkv: Float32, position: int, softmax: Softmax, out: Float32) -> object:
         """Append keys and values from ``position`` on, and attend with the queries there.
 
         qkv: (T, n_heads + 2 * n_kv_heads, head_dim), the queries, keys and values of each token, C order. out: (T, n_heads,
@@ -33,24 +58,48 @@ class AttentionCache(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One pass: ``token_ids`` (T,) at ``positions`` (T,); rows start .. stop of each span belong to that span's cache."""
+    """One pass: ``token_ids`` (T,) at ``positions`` (T,); rows start .. stop of each span belong to that span's cache.
+
+    context: the most tokens that these sequences may hold, which some rotary embeddings depend on (rope.py); 0 for the most
+    that the model allows.
+    """
 
     token_ids: NDArray[np.int64]
     positions: NDArray[np.int64]
     spans: list[tuple[AttentionCache, int, int]]
+    context: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
     """The weights of one layer. qkv and gate_up are fused: their rows follow one another.
 
-    The norms belong to the layers that they stand in front of, qkv and gate_up, and the gate to down.
+    Norms of inputs belong to the linear layers that they stand in front of; those of queries, of keys, and of what
+    attention and MLP give, are there if the architecture has them. sink_logits: float32 (n_heads,).
     """
 
     qkv: Linear
     o: Linear
-    gate_up: Linear
-    down: Linear
+    mlp: MLP | Experts
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    attention_norm: Norm | None = None
+    mlp_norm: Norm | None = None
+    sink_logits: Float32 | None = None
+
+    def linears(self) -> Iterator[Linear]:
+        """All its matrices."""
+        yield from (self.qkv, self.o)
+        if isinstance(self.mlp, Experts):
+            yield self.mlp.router
+            for expert in self.mlp.experts:
+                yield from (expert.gate_up, expert.down)
+        else:
+            yield from (self.mlp.gate_up, self.mlp.down)
+
+    def norms(self) -> Iterator[Norm]:
+        """The norms that stand in front of no matrix."""
+        yield from (x for x in (self.q_norm, self.k_norm, self.attention_norm, self.mlp_norm) if x is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +111,22 @@ class Weights:
     head: Linear  # with the last norm in front
 
     def linears(self) -> Iterator[Linear]:
-        """Every matrix that a decode step reads whole."""
+        """Every matrix but the embedding."""
         for layer in self.layers:
-            yield from (layer.qkv, layer.o, layer.gate_up, layer.down)
+            yield from layer.linears()
         yield self.head
 
+    @property
+    def nbytes_a_token(self) -> int:
+        """Bytes of matrices that a decode step reads: all but the embedding, and the experts that do not see the token."""
+        parts = [part for layer in self.layers for part in (layer.qkv, layer.o)]
+        mlps = [layer.mlp.nbytes_a_token for layer in self.layers]
+        return sum(part.nbytes for part in (*parts, self.head)) + sum(mlps)
 
-X, QKV, ATTENDED, GATE_UP = range(4)  # the buffers of a pass
+
+# The buffers of a pass. BRANCH is what attention or an MLP gives where a norm comes before it is added to X. From TURNS on
+# there are the cosines and sines of each rotary embedding
+X, QKV, ATTENDED, GATE_UP, BRANCH, TURNS = range(6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,32 +139,57 @@ class Midway:
 
 
 class Transformer:
-    """A decoder-only transformer of the Llama family."""
+    """A decoder-only transformer."""
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.config = config
         self.weights = weights
-        half = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-        self._inverse_frequencies = (1.0 / np.float32(config.rope_theta) ** half).astype(np.float32)
         self._heads = config.num_attention_heads, config.num_attention_heads + 2 * config.num_key_value_heads
         self._widths = (
             config.hidden_size, self._heads[1] * config.head_dim, self._heads[0] * config.head_dim,
-            2 * config.intermediate_size,
+            2 * config.intermediate_size, config.hidden_size * config.post_norms,
+            *[config.rotary_channels] * len(config.ropes),
         )  # fmt: skip
         # What comes before the first attention, between two, and behind the last
-        before = [self._queries(layer) for layer in weights.layers]
-        after = [
-            [Apply(layer.o, ATTENDED, X, True), Apply(layer.gate_up, X, GATE_UP), Apply(layer.down, GATE_UP, X, True)]
-            for layer in weights.layers
+        before = [self._queries(i, layer) for i, layer in enumerate(weights.layers)]
+        after = [self._attended(layer) + self._mlp(layer) for layer in weights.layers]
+        self.chains = [Chain([*behind, *ahead]) for behind, ahead in zip([[], *after], [*before, []], strict=True)]
+        self._softmax = [
+            Softmax(config.softmax_scale, config.attn_logit_softcapping, layer.sink_logits) for layer in weights.layers
         ]
-        self.chains = [
-            Chain([*behind, *ahead]) for behind, ahead in zip([[], *after], [*before, []], strict=True)
-        ]  # fmt: skip
+        self._embedding_scale = np.float32(config.embedding_multiplier / config.residual_multiplier)
 
-    def _queries(self, layer: Layer) -> list[Apply | Rotate]:
-        config, all_heads = self.config, self._heads[1]
-        rotated = config.num_attention_heads + config.num_key_value_heads
-        return [Apply(layer.qkv, X, QKV), Rotate(QKV, rotated, all_heads, config.head_dim)]
+    def _queries(self, i: int, layer: Layer) -> list[Link]:
+        """From X to the queries, keys and values of a layer, normed and turned."""
+        config, width = self.config, self._widths[QKV]
+        links: list[Link] = [Apply(layer.qkv, X, QKV)]
+        first = 0
+        for norm, heads in ((layer.q_norm, self._heads[0]), (layer.k_norm, config.num_key_value_heads)):
+            if norm is not None:
+                count = heads * config.head_dim // len(norm.weight)
+                links.append(normalize(norm, QKV, QKV, width, first=first, count=count))
+            first += heads * config.head_dim
+        if i not in config.no_rope_layers:
+            turns = TURNS + (config.rope_local is not None and i in config.sliding_layers)
+            turned = self._heads[0] + config.num_key_value_heads
+            links.append(rotate(turns, QKV, turned, config.head_dim, config.rotary_channels, width))
+        return links
+
+    def _attended(self, layer: Layer) -> list[Link]:
+        return self._added(lambda target, onto: Apply(layer.o, ATTENDED, target, onto), layer.attention_norm)
+
+    def _mlp(self, layer: Layer) -> list[Link]:
+        mlp = layer.mlp
+        if isinstance(mlp, Experts):
+            return self._added(lambda target, onto: Apply(mlp, X, target, onto), layer.mlp_norm)
+        down = self._added(lambda target, onto: Apply(mlp.down, GATE_UP, target, onto), layer.mlp_norm)
+        return [Apply(mlp.gate_up, X, GATE_UP), *down]
+
+    def _added(self, apply: Callable[[int, bool], Apply], norm: Norm | None) -> list[Link]:
+        """A link onto X, by way of a norm if there is one."""
+        if norm is None:
+            return [apply(X, True)]
+        return [apply(BRANCH, False), normalize(norm, BRANCH, X, self._widths[X], onto=True)]
 
     def forward(
         self,
@@ -127,12 +210,16 @@ class Transformer:
         if not forks.usable():
             raise MixkvError(forks.MESSAGE)
         weights, n_rows = self.weights, len(step.token_ids)
-        buffers = Buffers(n_rows, self._widths, *self._rotary(step.positions), self._room_nbytes(n_rows))
+        buffers = Buffers(n_rows, self._widths, self._room_nbytes(n_rows))
+        for rope, turns in zip(self.config.ropes, buffers.arrays[TURNS:], strict=True):
+            rope.turns(step.positions, step.context or self.config.max_position_embeddings, turns)
         x = buffers.arrays[X]
         qkv = buffers.arrays[QKV].reshape(n_rows, self._heads[1], -1)
         attended = buffers.arrays[ATTENDED].reshape(n_rows, self._heads[0], -1)
         if begin is None:
             x[:] = weights.embedding.take(step.token_ids)
+            if self._embedding_scale != 1:
+                x *= self._embedding_scale
             self.chains[0](buffers)
         else:
             x[:], qkv[:] = begin.x, begin.qkv
@@ -141,20 +228,24 @@ class Transformer:
                 on_attention(Midway(i, x, qkv))
             for cache, start, stop in step.spans:
                 position = int(step.positions[start])
-                cache.attend(i, qkv[start:stop], position, self.config.head_dim**-0.5, attended[start:stop])
+                cache.attend(i, qkv[start:stop], position, self._softmax[i], attended[start:stop])
             self.chains[i + 1](buffers)
             if on_layer is not None:
                 on_layer(i, x)
         if logits is None:
             return None
-        if logits == "last":
-            x = x[[stop - 1 for _, _, stop in step.spans]]
-        return weights.head(x)
+        return self.logits(x if logits == "all" else x[[stop - 1 for _, _, stop in step.spans]])
+
+    def logits(self, x: Float32) -> Float32:
+        """From the last layer's output, x (T, E), to logits (T, V): the output head, and what is done with them."""
+        logits, config = self.weights.head(x), self.config
+        if config.logits_scaling != 1:
+            logits /= np.float32(config.logits_scaling)
+        if config.final_logit_softcapping:
+            logits /= np.float32(config.final_logit_softcapping)
+            np.tanh(logits, out=logits)
+            logits *= np.float32(config.final_logit_softcapping)
+        return logits
 
     def _room_nbytes(self, rows: int) -> int:
         return 1 if rows == 1 else max(chain.room_nbytes(rows) for chain in self.chains)
-
-    def _rotary(self, positions: NDArray[np.int64]) -> tuple[Float32, Float32]:
-        """Cos and sin (T, head_dim / 2), from float32 angles, as the models were trained."""
-        angles = positions.astype(np.float32)[:, None] * self._inverse_frequencies
-        return np.cos(angles), np.sin(angles)

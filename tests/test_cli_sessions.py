@@ -20,7 +20,8 @@ from mixkv.commands import shell
 from mixkv.engine import conversation
 from mixkv.models import toy
 from mixkv.models.bpe import BYTE_OF_CHARACTER
-from mixkv.models.load import Model, expected_tensors
+from mixkv.models.load import Model
+from mixkv.models.names import expected_tensors
 
 CHATML = (Path(__file__).parent / "data" / "chat_templates" / "chatml.jinja").read_text()
 CONTROL = ["<|im_start|>", "<|im_end|>"]
@@ -61,10 +62,15 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = toy.CONFIG
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
-        "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
+        "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
     )  # fmt: skip
     keys = {name: getattr(config, name) for name in names}
-    keys |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "eos_token_id": 257}
+    keys |= {
+        "rope_theta": config.rope.theta,
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "eos_token_id": 257,
+    }
     (folder / "config.json").write_text(json.dumps(keys))
     source = toy.ToySource(expected_tensors(config))
     tensors = {name: np.ascontiguousarray(source.read(name)) for name in source.shapes}

@@ -25,7 +25,7 @@ NOTHING = (
 
 def describe(model: Model, policy: CachePolicy, *, weights: str | None = None, chat: bool = False) -> About:
     """What a model is, tensor by tensor, and what else decides over its bits. ``weights``: the format asked for."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     code = {name: hashlib.sha256() for name in CODE}
     for name, digest in code.items():
         for file in sorted((root / name).glob("*.py")):
@@ -47,7 +47,7 @@ def _plain(value: Any) -> Any:
 
 
 def reasons(then: About, now: About) -> dict[str, list[str]]:
-    """What differs, by where: {"config": ["rope_theta 100000.0 -> 50000.0"], "tensors": [...]}; empty for nothing."""
+    """What differs, by where: {"config": ["rope.theta 100000.0 -> 50000.0"], "tensors": [...]}; empty for nothing."""
     found = {
         "model": _changes({"name": then.model}, {"name": now.model}),
         "weights": _changes({"format": then.weights}, {"format": now.weights}) if then.weights and now.weights else [],

@@ -21,10 +21,10 @@ from ...models.check import shown
 from ...models.config import ModelConfig
 from ...models.errors import NumericalError, UsageError
 from ...models.load import Model
-from ...models.transformer import Step
+from ...models.transformer import Softmax, Step
 from .layer import Float32, Float64, LayerWindows, room_nbytes
 
-Look = Callable[[int, Float32, float, Float32], None]
+Look = Callable[[int, Float32, Softmax, Float32], None]
 
 POINTS = 64  # windows unless somebody says which, at most
 
@@ -169,10 +169,11 @@ class _Measuring:
         shape = len(windows), config.num_hidden_layers, config.num_attention_heads
         self.squares, self.outputs = np.zeros(shape), np.zeros(shape[1:])
         self._find = LayerWindows(policy, np.array(windows), config.num_key_value_heads, config.head_dim)
+        self._sliding_windows = config.sliding_windows
 
-    def look(self, layer: int, qkv: Float32, scale: float, out: Float32) -> None:
-        """Fill in what belongs to a layer; ``qkv``, ``scale`` and ``out`` as of ``LayerWindows``."""
-        self.squares[:, layer], self.outputs[layer] = self._find(qkv, scale, out)
+    def look(self, layer: int, qkv: Float32, softmax: Softmax, out: Float32) -> None:
+        """Fill in what belongs to a layer; ``qkv``, ``softmax`` and ``out`` as of ``LayerWindows``."""
+        self.squares[:, layer], self.outputs[layer] = self._find(qkv, softmax, out, self._sliding_windows[layer])
         if not (np.isfinite(self.squares[:, layer]).all() and np.isfinite(self.outputs[layer]).all()):
             raise NumericalError(f"layer {layer}: outputs are NaN, or their squares beyond float32")
 
@@ -184,15 +185,16 @@ class _WholeText:
     """
 
     def __init__(self, config: ModelConfig, look: Look | None) -> None:
-        self._shape = config.num_key_value_heads, config.head_dim
+        self._shape, self._sliding_windows = (config.num_key_value_heads, config.head_dim), config.sliding_windows
         self._look = look
 
-    def attend(self, layer: int, qkv: Float32, position: int, scale: float, out: Float32) -> None:
+    def attend(self, layer: int, qkv: Float32, position: int, softmax: Softmax, out: Float32) -> None:
         """As the models' ``AttentionCache``."""
         if self._look is None:
-            LayerCache(CachePolicy.full(), *self._shape, len(qkv)).attend(qkv, position, scale, out)
+            cache = LayerCache(CachePolicy.full(), *self._shape, len(qkv), self._sliding_windows[layer])
+            cache.attend(qkv, position, softmax, out)
         else:
-            self._look(layer, qkv, scale, out)
+            self._look(layer, qkv, softmax, out)
 
 
 def _pass(

@@ -24,6 +24,7 @@ from ...kernels.segment import Int64, Segment, segment_of_arrays
 from ...kernels.state import empty_state, merge_partials, pad_last_axis
 from ...kernels.tables import N_PARTS, RANGES, STEP
 from ...kernels.threads import get_num_threads, set_num_threads
+from ...models.transformer import Softmax
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -52,13 +53,16 @@ class LayerWindows:
         self._room = room_nbytes(self._threads) // self._threads  # of a thread
         self._rooms = [np.zeros(self._room // 4, np.float32) for _ in range(self._threads)]
 
-    def __call__(self, qkv: Float32, scale: float, out: Float32 | None = None) -> tuple[Float64, Float64]:
+    def __call__(
+        self, qkv: Float32, softmax: Softmax, out: Float32 | None = None, sliding_window: int | None = None
+    ) -> tuple[Float64, Float64]:
         """Sums of squares over the queries of a text: of errors (W, H), and of the outputs over dense keys (H,).
 
         Args:
             qkv: float32 (T, H + 2 * n_kv_heads, head_dim), queries, keys and values from position 0 on. It may be changed.
-            scale: softmax scale.
+            softmax: scale, soft-cap and sink logits.
             out: float32 (T, H, head_dim), where the outputs over dense keys go.
+            sliding_window: how many positions a query sees, itself included; None for all.
 
         Raises:
             NumericalError: keys or values that the codes cannot hold.
@@ -73,10 +77,12 @@ class LayerWindows:
         def of_block(span: tuple[int, int]) -> tuple[Float64, Float64]:
             q = np.ascontiguousarray(qkv[span[0] : span[1], :n_heads])
             seen = np.arange(span[0] + 1, span[1] + 1)
+            lowest = np.zeros_like(seen) if sliding_window is None else np.maximum(seen - sliding_window, 0)
             room = self._rooms.pop()
             try:
                 with np.errstate(invalid="ignore", over="ignore"):
-                    return _Block(cache, q, seen, self._tiles(seen), scale).squares(room, out[slice(*span)])
+                    block = _Block(cache, q, (lowest, seen), self._tiles(seen), softmax)
+                    return block.squares(room, out[slice(*span)])
             finally:
                 self._rooms.append(room)
 
@@ -121,16 +127,19 @@ class _Block:
     Args:
         cache: the layer's dense tiles, and codes.
         q: float32 (T, H, width), as the cache's keys are rotated.
-        seen: (T,) positions that each query sees, itself included.
+        seen: (T,) each, the first position that each query sees, and one past the last, itself.
         tiles: (W, T) how many of the tiles are codes, for each window.
-        scale: softmax scale.
+        softmax: scale, soft-cap and sink logits.
 
     """
 
-    def __init__(self, cache: LayerCache, q: Float32, seen: Int64, tiles: Int64, scale: float) -> None:
-        self._cache, self._q, self._seen, self._tiles, self._scale = cache, q, seen, tiles, scale
+    def __init__(
+        self, cache: LayerCache, q: Float32, seen: tuple[Int64, Int64], tiles: Int64, softmax: Softmax
+    ) -> None:
+        self._cache, self._q, self._tiles, self._softmax = cache, q, tiles, softmax
+        self._lowest, self._seen = seen
         self._most, self._steps = tiles.max(axis=0), _steps(tiles)
-        self._tile, last = cache.policy.tile, int(seen[-1])
+        self._tile, last = cache.policy.tile, int(self._seen[-1])
         self._dense, self._coded = cache.recent.segment(0, last), cache.old.segment(0, cache.old.stop * self._tile)
 
     def squares(self, room: Float32, out_dense: Float32) -> tuple[Float64, Float64]:
@@ -143,7 +152,7 @@ class _Block:
         """
         (n_queries, n_heads, _), head_dim = self._q.shape, self._cache.head_dim
         outs, states = self._down(room)
-        out, state = np.zeros_like(self._q), empty_state(n_heads, n_queries)
+        out, state = np.zeros_like(self._q), self._softmax.first_state(n_heads, n_queries)
         self._see_sinks(out, state)
         merge_partials(out[None], state[None], outs[0], states[0])
         exact = outs[0, ..., :head_dim]  # behind it codes have copies of the last channel
@@ -185,12 +194,17 @@ class _Block:
         """Continue over the sinks."""
         stops = np.minimum(self._seen, self._cache.sinks)
         segment = segment_of_arrays(self._cache.sink_k, self._cache.sink_v)
-        attend(self._q, segment, np.zeros_like(stops), stops, out, state, scale=self._scale)
+        self._attend(segment, self._lowest, stops, out, state)
 
     def _see(self, segment: Segment, first_tile: int, stops: Int64, out: Float32, state: Float32) -> None:
         """Continue over the positions from a tile on, without sinks, up to ``stops`` (T,)."""
-        starts = np.full(len(stops), max(first_tile * self._tile, self._cache.sinks))
-        attend(self._q, segment, starts, np.maximum(stops, starts), out, state, scale=self._scale)
+        self._attend(
+            segment, np.maximum(self._lowest, max(first_tile * self._tile, self._cache.sinks)), stops, out, state
+        )
+
+    def _attend(self, segment: Segment, starts: Int64, stops: Int64, out: Float32, state: Float32) -> None:
+        scale, softcap = self._softmax.scale, self._softmax.softcap
+        attend(self._q, segment, starts, np.maximum(stops, starts), out, state, scale=scale, softcap=softcap)
 
 
 # --- tiles, as a session makes them ------------------------------------------------------------------------------
@@ -213,5 +227,5 @@ def _stored(policy: CachePolicy, qkv: Float32, n_kv_heads: int, head_dim: int) -
     So it stays without a ``commit``, which would forget dense tiles that are out of sight.
     """
     cache = LayerCache(replace(policy, window=0), n_kv_heads, head_dim, len(qkv))
-    cache.attend(qkv, 0, 1.0, view=_Unseeing(cache, 0, qkv))
+    cache.attend(qkv, 0, Softmax(1.0), view=_Unseeing(cache, 0, qkv))
     return cache

@@ -7,6 +7,8 @@ import pytest
 import threadpoolctl
 from numpy.typing import NDArray
 
+from mixkv.models.transformer import Softmax
+
 Float32 = NDArray[np.float32]
 QKV = tuple[Float32, Float32, Float32]
 
@@ -39,7 +41,7 @@ def feed() -> Callable[..., Float32]:
         outs = []
         for start, stop in zip(cuts, cuts[1:], strict=False):
             rows = np.concatenate([x[start:stop] for x in qkv], axis=1)
-            outs.append(cache.attend(rows, start, rows.shape[2] ** -0.5))  # type: ignore[attr-defined]
+            outs.append(cache.attend(rows, start, Softmax(rows.shape[2] ** -0.5)))  # type: ignore[attr-defined]
             cache.commit(stop)  # type: ignore[attr-defined]
         return np.concatenate(outs)
 

@@ -13,7 +13,7 @@ from mixkv.engine.cache import Cache, LayerCache
 from mixkv.engine.policy import CachePolicy, Override, Tier
 from mixkv.kernels.hadamard import rotated
 from mixkv.kernels.segment import TileStore
-from mixkv.models.transformer import Step
+from mixkv.models.transformer import Softmax, Step
 
 from ..kernels.oracle import DTYPES, Format, store_row
 from ..kernels.plain import plain
@@ -157,7 +157,7 @@ class StubTransformer:
             qkv[:, first_v:] *= np.float32(shape.sizes[1])
             position, scale = int(step.positions[0]), shape.head_dim**-0.5
             if self.plain_model is None:
-                outs.append(cache.attend(layer, qkv, position, scale))
+                outs.append(cache.attend(layer, qkv, position, Softmax(scale)))
             else:
                 outs.append(self.plain_model.attend(cache, layer, qkv, position, scale))
         rows = np.concatenate(outs, axis=1).reshape(len(step.token_ids), -1)
@@ -508,7 +508,7 @@ class PlainModel:
         q, k, v = (x.copy() for x in np.split(qkv, [heads, heads + shape.kv_heads], axis=1))
         self.jobs.clear()
         quantized, sealed, counted = book.quantized, book.sealed, store.tiles_quantized
-        out = cache.attend(layer, qkv, position, scale)
+        out = cache.attend(layer, qkv, position, Softmax(scale))
         assert len(book.k) == position
         book.append(k, v)
         stores = [store.recent, *store.tiers]

@@ -12,6 +12,7 @@ from mixkv.engine.policy import CachePolicy
 from mixkv.kernels.layout import F32, LANES
 from mixkv.kernels.segment import TileStore
 from mixkv.models.errors import NumericalError
+from mixkv.models.transformer import Softmax
 
 from .stored import held_tiles
 
@@ -269,7 +270,7 @@ def test_values_beyond_float16_are_kept_wider_and_only_these(
     other = once.fork()
     for cache in (once, other):
         rows = np.concatenate([x[220:] for x in wild], axis=1)
-        assert cache.attend(rows, 220, DIM**-0.5).tobytes() == expected[220:].tobytes()
+        assert cache.attend(rows, 220, Softmax(DIM**-0.5)).tobytes() == expected[220:].tobytes()
 
 
 def test_a_value_beyond_float16_that_a_tier_of_float16_is_to_hold_names_layer_and_position(draw_qkv: Draw) -> None:
@@ -279,7 +280,7 @@ def test_a_value_beyond_float16_that_a_tier_of_float16_is_to_hold_names_layer_an
 
     def steps(cache: Cache, data: tuple[NDArray[np.float32], ...], position: int, stop: int) -> list[bytes]:
         rows = np.concatenate([x[position:stop] for x in data], axis=1)
-        outs = [cache.attend(i, rows, position, 0.2).tobytes() for i in range(3)]
+        outs = [cache.attend(i, rows, position, Softmax(0.2)).tobytes() for i in range(3)]
         cache.commit(stop)
         return outs
 
@@ -287,9 +288,9 @@ def test_a_value_beyond_float16_that_a_tier_of_float16_is_to_hold_names_layer_an
     expected = Cache(policy, 3, HEADS, DIM)
     wanted = [steps(expected, qkv, 0, 120)]
     cache = Cache(policy, 3, HEADS, DIM)
-    cache.attend(0, np.concatenate(qkv, axis=1), 0, 0.2)
+    cache.attend(0, np.concatenate(qkv, axis=1), 0, Softmax(0.2))
     with pytest.raises(NumericalError) as caught:
-        cache.attend(1, np.concatenate(broken, axis=1), 0, 0.2)
+        cache.attend(1, np.concatenate(broken, axis=1), 0, Softmax(0.2))
     message = str(caught.value)
     assert message.startswith("layer 1, position 0: tile 0 cannot be quantized: ") and "\n" not in message
     assert "dense='f32'" in message
@@ -297,7 +298,7 @@ def test_a_value_beyond_float16_that_a_tier_of_float16_is_to_hold_names_layer_an
     assert steps(cache, qkv, 0, 120) == wanted[0]
     # What the message proposes works.
     wide = LayerCache(small(dense="f32", k_bits=32, v_bits=32), HEADS, DIM)
-    out = wide.attend(np.concatenate(broken, axis=1), 0, 0.2)
+    out = wide.attend(np.concatenate(broken, axis=1), 0, Softmax(0.2))
     assert np.isfinite(out).all()
 
 

@@ -16,6 +16,7 @@ from mixkv.engine.cache import Cache, LayerCache
 from mixkv.engine.policy import CachePolicy
 from mixkv.kernels.layout import TileLayout
 from mixkv.kernels.segment import TileStore
+from mixkv.models.transformer import Softmax
 
 Float32 = NDArray[np.float32]
 Feed = Callable[..., Float32]
@@ -135,7 +136,7 @@ def test_a_cache_sums_its_layers(draw_qkv: Draw) -> None:
     cache = Cache(CachePolicy(), 3, 2, 32)
     assert cache.nbytes() == {"sink": 3 * 2 * 4 * 2 * 32 * 2, "old": 0, "recent": 0, "total": 1536 * 2}
     for layer in range(3):
-        cache.attend(layer, np.concatenate(qkv, axis=1), 0, 0.1)
+        cache.attend(layer, np.concatenate(qkv, axis=1), 0, Softmax(0.1))
     cache.commit(300)
     one = cache.layers[0].nbytes()
     assert cache.nbytes() == {**{name: 3 * size for name, size in one.items()}, "total": 3 * sum(one.values())}

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 import mixkv
 from mixkv.engine.policy import CachePolicy
 from mixkv.engine.session import Session
-from mixkv.models.transformer import Step
+from mixkv.models.transformer import Softmax, Step
 
 from .stored import held_tiles
 
@@ -49,7 +49,7 @@ class StubTransformer:
         phase = np.cos(step.positions).astype(np.float32)[:, None, None]
         for layer, (q, k, v) in enumerate(self.tables[:, :, step.token_ids]):
             qkv = np.concatenate((q + phase, k + phase, v - phase), axis=1)
-            outs.append(cache.attend(layer, qkv, int(step.positions[0]), 0.25))
+            outs.append(cache.attend(layer, qkv, int(step.positions[0]), Softmax(0.25)))
         rows = np.concatenate(outs, axis=1).reshape(len(step.token_ids), -1)
         return None if logits is None else rows[-1:] if logits == "last" else rows
 
@@ -61,6 +61,7 @@ def new_session(policy: CachePolicy, chunk: int) -> Session:
         num_hidden_layers=LAYERS,
         num_key_value_heads=HEADS,
         head_dim=DIM,
+        sliding_windows=(None,) * LAYERS,
     )
     model: Any = SimpleNamespace(config=config, transformer=StubTransformer())
     return Session(model, policy, chunk=chunk)

@@ -12,6 +12,7 @@ from mixkv.engine.policy import CachePolicy, Override, Tier
 from mixkv.engine.session import Session
 from mixkv.engine.shadow import ShadowLayer
 from mixkv.models.errors import UsageError
+from mixkv.models.transformer import Softmax
 
 Float32 = NDArray[np.float32]
 
@@ -55,7 +56,7 @@ def test_shares_are_the_sums_of_the_softmax_weights_of_each_segment(size: int) -
     rows = np.random.default_rng(1).standard_normal((2, 200, 8, 16)).astype(np.float32)  # 4 query heads, 2 KV heads
     for start in range(0, 200, size):
         for layer in range(2):
-            cache.attend(layer, rows[layer, start : start + size].copy(), start, 0.25)
+            cache.attend(layer, rows[layer, start : start + size].copy(), start, Softmax(0.25))
         cache.commit(min(start + size, 200))
     shares = ledger.shares()
     assert shares.shape == (200, 2, 4, 4) and ledger.positions.tolist() == list(range(200))
@@ -145,10 +146,10 @@ def test_local_errors_are_those_of_attention_in_float64(rotate: bool, head_dim: 
     cache = ShadowLayer(policy, 2, head_dim)
     rows = np.random.default_rng(3).standard_normal((150, 8, head_dim)).astype(np.float32)
     for start, stop in ((0, 90), (90, 91), (91, 150)):
-        cache.attend(rows[start:stop].copy(), start, head_dim**-0.5)
+        cache.attend(rows[start:stop].copy(), start, Softmax(head_dim**-0.5))
         cache.commit(stop)
     plain = LayerCache(policy, 2, head_dim)
-    plain.attend(rows.copy(), 0, head_dim**-0.5)
+    plain.attend(rows.copy(), 0, Softmax(head_dim**-0.5))
     coded_k, coded_v = np.zeros((2, 150, 2, head_dim))
     plain.commit(150)
     coded_k, coded_v, coded = plain.values(0, 150)

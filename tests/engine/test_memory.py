@@ -22,6 +22,7 @@ from mixkv.engine.policy import CachePolicy
 from mixkv.kernels.append import store_rows_of
 from mixkv.kernels.quantize import quantize_share
 from mixkv.kernels.tables import JOB_STARTS, MAX_ROUNDS
+from mixkv.models.transformer import Softmax
 
 CHUNK, CHUNKS, LAYERS, HEADS, DIM = 512, 230, 4, 8, 128
 
@@ -44,7 +45,7 @@ def fill(chunks):
     cache = Cache(CachePolicy(window=128, dense="f32"), LAYERS, HEADS, DIM)
     for i in range(chunks):
         for layer in range(LAYERS):
-            cache.attend(layer, np.concatenate((q, k, v), axis=1), i * CHUNK, DIM**-0.5)
+            cache.attend(layer, np.concatenate((q, k, v), axis=1), i * CHUNK, Softmax(DIM**-0.5))
         cache.commit((i + 1) * CHUNK)
     return cache
 

@@ -20,6 +20,7 @@ from mixkv.engine.memory import available_nbytes, check_fits, plan
 from mixkv.models.errors import UsageError
 from mixkv.models.load import Model
 from mixkv.models.toy import CONFIG
+from mixkv.models.transformer import Softmax
 
 SMALL = replace(CONFIG, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, head_dim=24)
 
@@ -52,7 +53,7 @@ def filled(policy: CachePolicy, cuts: list[int], context: int, windows: list[int
     draw = np.random.default_rng(0)
     for start, stop in zip(cuts, cuts[1:], strict=False):
         for layer in range(3):
-            cache.attend(layer, draw.standard_normal((stop - start, 6, 24), np.float32), start, 0.2)
+            cache.attend(layer, draw.standard_normal((stop - start, 6, 24), np.float32), start, Softmax(0.2))
         cache.commit(stop)
     return cache.nbytes()
 
@@ -70,12 +71,13 @@ def without_the_kernel() -> Any:
 def test_a_plan_is_what_a_cache_says_behind_so_many_tokens(
     policy: CachePolicy, tokens: int, chunk: int, context: int, data: st.DataObject
 ) -> None:
-    windows = data.draw(st.none() | st.lists(st.none() | st.integers(1, 900), min_size=3, max_size=3))
+    window, sliding = data.draw(st.integers(1, 900)), data.draw(st.sets(st.integers(0, 2)))
+    config = replace(SMALL, sliding_window=window, sliding_layers=tuple(sorted(sliding)))
     if chunk == 1:
         tokens = min(tokens, 400)
     cuts = [*range(0, tokens, chunk), tokens]
-    found = plan(SMALL, policy, tokens, context=context, sliding_windows=windows, chunk=chunk)
-    assert found.nbytes() == filled(policy, cuts, context, windows)
+    found = plan(config, policy, tokens, context=context, chunk=chunk)
+    assert found.nbytes() == filled(policy, cuts, context, list(config.sliding_windows))
     assert found.total == found.sink + sum(found.tiers) + found.recent and found.old == sum(found.tiers)
 
 

@@ -53,7 +53,9 @@ def poisoned(linear: FloatLinear, row: int, value: float) -> FloatLinear:
 @pytest.mark.parametrize("number", [0, 1, 2])
 @pytest.mark.parametrize("rows", ["all", "last", None])
 def test_nan_in_the_weights_of_a_layer_names_positions_and_layer(toy: Model, number: int, rows: Any) -> None:
-    broken = with_layer(toy, number, lambda layer: replace(layer, down=poisoned(layer.down, 5, np.nan)))
+    broken = with_layer(
+        toy, number, lambda layer: replace(layer, mlp=replace(layer.mlp, down=poisoned(layer.mlp.down, 5, np.nan)))
+    )
     session = Session(broken, chunk=32)
     with pytest.raises(NumericalError) as caught:
         session.forward(ids_for(toy, 20), rows)

@@ -28,6 +28,7 @@ from mixkv.engine import storage
 from mixkv.models.errors import SessionFileError, UsageError
 from mixkv.models.linear import FloatLinear
 from mixkv.models.load import Model
+from mixkv.models.rope import Rope
 from mixkv.models.toy import CONFIG
 from mixkv.models.transformer import Transformer
 
@@ -416,7 +417,7 @@ def test_an_absurd_length_of_the_header_is_refused(toy: Model, file: Path, lengt
 def test_another_model_or_its_weights_in_another_format_is_refused(toy: Model, file: Path) -> None:
     refuses(mixkv.load("toy", "q8"), file, "another model, or with its weights in another format")
     refuses(loud(toy), file, "another model")
-    refuses(replace(toy, config=replace(CONFIG, rope_theta=5.0)), file, "another model")
+    refuses(replace(toy, config=replace(CONFIG, rope=Rope(5.0))), file, "another model")
 
 
 @pytest.mark.parametrize("make", ["empty", "folder", "null", "zero", "fifo", "none", "loop", "nul", "long"])

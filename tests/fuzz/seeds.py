@@ -16,11 +16,14 @@ from mixkv.engine.policy import CachePolicy
 from mixkv.engine.session import Session
 from mixkv.experiments.golden.file import text_of
 from mixkv.models.config import ModelConfig
-from mixkv.models.load import Model, expected_tensors
+from mixkv.models.load import Model
+from mixkv.models.names import expected_tensors
 
 from ..experiments.golden.test_golden_file import GOLDEN
 from ..experiments.report.make_results import make
 from ..models.small_gguf import file_name
+from ..models.test_gguf_architectures import WITHOUT, write
+from ..models.tiny_models import FOLDER, NAMES
 
 DATA = Path(__file__).parents[1] / "data"
 TEMPLATES = sorted((DATA / "chat_templates").glob("*.jinja"))
@@ -70,12 +73,16 @@ def _model(path: Path, kind: str, template: str) -> None:
 
 
 def gguf_files() -> Iterator[bytes]:
-    """Whole models of one layer, their matrices in one stored type each."""
+    """Whole models of one layer, their matrices in one stored type each; and one of every architecture."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.gguf"
         for i, kind in enumerate(("Q8_0", "Q4_0", "Q4_1", "Q5_0", "F16", "BF16", "F32")):
             _model(path, kind, TEMPLATES[i].read_text())
             yield path.read_bytes()
+        for name in NAMES:
+            if name not in WITHOUT:
+                write(name, path)
+                yield path.read_bytes()
 
 
 def session_files(model: Model) -> Iterator[bytes]:
@@ -109,9 +116,10 @@ def safetensors_files() -> Iterator[bytes]:
 
 
 def configs() -> Iterator[bytes]:
-    """config.json of the tiny model, and one with what else it may say."""
+    """config.json of a tiny model of every architecture, and one with what else it may say."""
+    for name in NAMES:
+        yield (FOLDER / name / "config.json").read_bytes()
     plain = json.loads((TINY_LLAMA / "config.json").read_text())
-    yield json.dumps(plain).encode()
     more = {"head_dim": 16, "rope_scaling": None, "attention_bias": True, "eos_token_id": [1, 2]}
     yield json.dumps({**plain, **more}).encode()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from mixkv.experiments.report import results
 from mixkv.experiments.sweep import grid
 from mixkv.experiments.sweep.journal import Journal
 from mixkv.models.chat import ChatTemplate
-from mixkv.models.config import config_from_hf
 from mixkv.models.errors import MixkvError
 from mixkv.models.gguf import open_gguf
+from mixkv.models.hf_config import config_from_hf
 from mixkv.models.load import Model, load
+from mixkv.models.names import expected_tensors
 from mixkv.models.safetensors import open_safetensors
 from mixkv.models.tiny import tiny_model
 from mixkv.models.tokenizer import Tokenizer, tokenizer_from_gguf, tokenizer_from_json
@@ -122,9 +124,8 @@ def _safetensors(data: bytes) -> None:
 
 def _config(data: bytes) -> None:
     config = config_from_hf(_file("config/config.json", data).parent)
-    heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    rows = config.vocab_size + config.num_hidden_layers * (3 * config.intermediate_size + 2 * heads * config.head_dim)
-    if config.hidden_size * rows < 1 << 20:  # a model of these dimensions is made at once
+    shapes = expected_tensors(config).values()
+    if len(shapes) < 500 and sum(map(math.prod, shapes)) < 1 << 20:  # a model of these dimensions is made at once
         fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
         _run(tiny_model(**fields))
 
@@ -185,7 +186,10 @@ _SESSION_WORDS: list[Any] = [
 ]  # fmt: skip
 _CONFIG_WORDS: list[Any] = [
     "llama", "LlamaForCausalLM", "model_type", "architectures", "auto_map", "rope_scaling", "rope_theta", "rope_parameters",
-    "linear", "default", "silu", "gelu", "head_dim", "eos_token_id", "quantization_config", 4096, 1 << 20, 10_000.0, [1, 2],
+    "linear", "default", "yarn", "longrope", "llama3", "dynamic", "factor", "short_factor", "original_max_position_embeddings",
+    "silu", "gelu", "gelu_pytorch_tanh", "head_dim", "eos_token_id", "quantization_config", "layer_types", "sliding_window",
+    "full_attention", "sliding_attention", "num_local_experts", "num_experts", "num_experts_per_tok", "gemma2", "gpt_oss",
+    4096, 1 << 20, 10_000.0, [1, 2], 128, 129, 1e-30, 1e30,
 ]  # fmt: skip
 _TOKENIZER_WORDS: list[Any] = [
     "ByteLevel", "Sequence", "Split", "Regex", "String", "Replace", "Metaspace", "NFC", "NFKD", "Strip", "Lowercase", "BPE",

@@ -13,7 +13,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from mixkv.kernels.activations import GATE, NORM, PLAIN
+from mixkv.kernels.activations import CLAMPED, GELU, NORM, PLAIN, SILU
 from mixkv.kernels.chain import Projection
 from mixkv.kernels.dots import next_byte_rows
 from mixkv.kernels.jit import kernel
@@ -38,7 +38,25 @@ KINDS = {"q8": W8, "q4": W4, "q4m": W4M, "bf16": WBF16, "f16": WF16, "f32": WF32
 CODES = ("q8", "q4", "q4m")
 LOWEST = {"q8": -128, "q4": -8, "q4m": 0}  # of the codes less their middle
 LEVELS = {"q8": 256, "q4": 16, "q4m": 16}
-HOWS = {"plain": PLAIN, "norm": NORM, "gate": GATE}
+
+
+def silu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return gate / (1 + np.exp(-gate)) * up
+
+
+def gelu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    return 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+
+
+def clamped(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+    with np.errstate(over="ignore"):
+        return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+
+
+GATES = {"gate": silu, "gelu": gelu, "clamped": clamped}
+HOWS = {"plain": PLAIN, "norm": NORM, "gate": SILU, "gelu": GELU, "clamped": CLAMPED}
 GROUP = 32
 
 # Largest difference from float64, of the largest output of the row: sums of codes are exact within a group of 32, numbers
@@ -139,17 +157,15 @@ class Layer:
         return Projection([packed(part) for part in self.parts], self.bias, HOWS[self.how], self.norm_weight, self.eps)
 
     def input(self, rng: np.random.Generator, rows: int) -> np.ndarray:
-        return normal(rng, rows, self.columns * (2 if self.how == "gate" else 1))
+        return normal(rng, rows, self.columns * (2 if self.how in GATES else 1))
 
     def before(self, x: np.ndarray) -> np.ndarray:
         """What is multiplied, in float64."""
         x = x.astype(np.float64)
         if self.how == "norm":
             return x / np.sqrt((x * x).mean(axis=1, keepdims=True) + self.eps) * self.norm_weight
-        if self.how == "gate":
-            gate, up = x[:, : self.columns], x[:, self.columns :]
-            with np.errstate(over="ignore"):
-                return gate / (1 + np.exp(-gate)) * up
+        if self.how in GATES:
+            return GATES[self.how](x[:, : self.columns], x[:, self.columns :])
         return x
 
     def expected(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

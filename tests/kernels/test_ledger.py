@@ -7,6 +7,7 @@ import pytest
 from mixkv.engine.cache import LayerCache
 from mixkv.engine.policy import CachePolicy, Tier
 from mixkv.kernels.tables import N_PARTS, STEP
+from mixkv.models.transformer import Softmax
 
 from .oracle import expected, normal, read_store
 
@@ -54,11 +55,11 @@ def test_the_state_after_each_segment(queries: int, threads: int) -> None:
         cache, plain = LayerCache(POLICY, KV_HEADS, D), LayerCache(POLICY, KV_HEADS, D)
         cache.exact = plain.exact = True
         for own in (cache, plain):
-            own.attend(qkv[: N - queries].copy(), 0, D**-0.5)
+            own.attend(qkv[: N - queries].copy(), 0, Softmax(D**-0.5))
         cache.keeps_ledger = True
         rows = qkv[N - queries :].copy()
-        out = cache.attend(rows, N - queries, D**-0.5)
-        np.testing.assert_array_equal(out, plain.attend(rows.copy(), N - queries, D**-0.5))
+        out = cache.attend(rows, N - queries, Softmax(D**-0.5))
+        np.testing.assert_array_equal(out, plain.attend(rows.copy(), N - queries, Softmax(D**-0.5)))
     finally:
         numba.set_num_threads(before)
     assert plain.ledger is None and cache.ledger is not None
@@ -81,12 +82,12 @@ def test_a_ledger_that_is_not_kept_any_more_is_not_written_to() -> None:
     rng = np.random.default_rng(1)
     cache = LayerCache(POLICY, KV_HEADS, D)
     cache.keeps_ledger = True
-    cache.attend(normal(rng, 1, HEADS + 2 * KV_HEADS, D), 0, 0.2)
+    cache.attend(normal(rng, 1, HEADS + 2 * KV_HEADS, D), 0, Softmax(0.2))
     ledger = cache.ledger
     assert ledger is not None
     ledger[:] = 7
     cache.keeps_ledger = False
-    cache.attend(normal(rng, 1, HEADS + 2 * KV_HEADS, D), 1, 0.2)
+    cache.attend(normal(rng, 1, HEADS + 2 * KV_HEADS, D), 1, Softmax(0.2))
     assert cache.ledger is None and (ledger == 7).all()
 
 
@@ -94,9 +95,9 @@ def test_the_ledger_of_a_fork_is_its_own() -> None:
     rng = np.random.default_rng(2)
     cache = LayerCache(POLICY, KV_HEADS, D)
     cache.keeps_ledger = True
-    cache.attend(normal(rng, 3, HEADS + 2 * KV_HEADS, D), 0, 0.2)
+    cache.attend(normal(rng, 3, HEADS + 2 * KV_HEADS, D), 0, Softmax(0.2))
     before = cache.ledger.copy()
     other = cache.fork()
-    other.attend(normal(rng, 1, HEADS + 2 * KV_HEADS, D), 3, 0.2)
+    other.attend(normal(rng, 1, HEADS + 2 * KV_HEADS, D), 3, Softmax(0.2))
     np.testing.assert_array_equal(cache.ledger, before)
     assert other.ledger.shape == (4, HEADS, 1, 2)

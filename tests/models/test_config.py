@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from mixkv.models import limits
 from mixkv.models.check import check_finite, check_tensors, parse_json_object
-from mixkv.models.config import ModelConfig, config_from_hf
+from mixkv.models.config import ModelConfig
 from mixkv.models.errors import ModelError
+from mixkv.models.hf_config import config_from_hf
 
 LLAMA = {
     "model_type": "llama",
@@ -73,7 +74,7 @@ def test_defaults_are_those_of_llama(tmp_path):
         ABSENT,
     )
     config = config_from_hf(write(tmp_path, absent))
-    assert (config.num_key_value_heads, config.head_dim, config.rope_theta) == (6, 16, 10_000.0)
+    assert (config.num_key_value_heads, config.head_dim, config.rope.theta) == (6, 16, 10_000.0)
     assert (config.tie_word_embeddings, config.attention_bias, config.mlp_bias) == (False, False, False)
     assert (config.bos_token_id, config.eos_token_ids) == (None, ())
 
@@ -100,7 +101,7 @@ def test_head_dim_may_be_free_of_hidden_size(tmp_path):
     ],
 )
 def test_rotary_base_is_read_in_the_old_and_the_new_form(tmp_path, changes):
-    theta = config_from_hf(write(tmp_path, changes)).rope_theta
+    theta = config_from_hf(write(tmp_path, changes)).rope.theta
     assert theta == 500_000.0
     assert isinstance(theta, float)
 
@@ -266,7 +267,9 @@ def test_unknown_activation_is_refused_with_the_supported_one(tmp_path, value):
 @pytest.mark.parametrize(
     "rope",
     [
-        {"type": "linear", "factor": 2.0},
+        {"type": "proportional", "factor": 2.0},
+        {"type": "linear"},
+        {"type": "linear", "factor": 2.0, "beta_fast": 3},
         {"rope_type": "llama3", "factor": 8.0},
         {"rope_type": "default", "type": "yarn"},
         {"rope_type": 3},

@@ -11,14 +11,24 @@ import mixkv
 from mixkv.models.config import ModelConfig
 from mixkv.models.digests import digests
 from mixkv.models.linear import FloatLinear
-from mixkv.models.load import expected_tensors, read_weights
+from mixkv.models.load import read_weights
+from mixkv.models.names import expected_tensors
 from mixkv.models.tiny import tiny_model
 from mixkv.models.toy import CONFIG, ToySource
 from mixkv.models.transformer import Weights
 
 # Rows of q, k and v that end in the midst of a block of 16, biases everywhere
 SMALL = replace(CONFIG, num_hidden_layers=1)
-ODD = replace(SMALL, head_dim=12, num_attention_heads=3, num_key_value_heads=1, attention_bias=True, mlp_bias=True)
+BIASED = dict.fromkeys(("attention_bias", "attention_out_bias", "mlp_bias"), True)
+ODD = replace(
+    SMALL,
+    head_dim=12,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+    attention_bias=True,
+    attention_out_bias=True,
+    mlp_bias=True,
+)
 TIED = replace(CONFIG, tie_word_embeddings=True, num_hidden_layers=2)
 
 

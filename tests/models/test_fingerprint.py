@@ -7,6 +7,7 @@ import numpy as np
 import mixkv
 from mixkv.models.fingerprint import WINDOW_NBYTES, WINDOWS, fingerprint
 from mixkv.models.linear import FloatLinear
+from mixkv.models.rope import Rope
 from mixkv.models.transformer import Weights
 
 
@@ -24,7 +25,7 @@ def test_a_model_loaded_twice_is_the_same_and_in_another_format_another() -> Non
 
 def test_another_config_is_another_model() -> None:
     model = mixkv.load("toy")
-    other = replace(model.config, rope_theta=model.config.rope_theta * 2)
+    other = replace(model.config, rope=Rope(model.config.rope.theta * 2))
     assert fingerprint(other, model.transformer.weights) != fingerprint(model.config, model.transformer.weights)
 
 

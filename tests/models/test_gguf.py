@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from mixkv.models import gguf as reader
 from mixkv.models.errors import ModelError
 from mixkv.models.gguf import TENSOR_TYPES, open_gguf
-from mixkv.models.gguf_names import GGUFSource, config_from_gguf, unpermute_heads
+from mixkv.models.gguf_config import config_from_gguf
+from mixkv.models.gguf_names import GGUFSource, unpermute_heads
 
 UINT8, UINT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 0, 4, 6, 7, 8, 9, 10
 F32, Q8_0 = 0, 8
@@ -505,7 +506,7 @@ def test_configuration_with_defaults(tmp_path: Path) -> None:
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (VOCAB, HIDDEN, INNER)
     assert (config.num_hidden_layers, config.max_position_embeddings) == (LAYERS, 128)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (HEADS, HEADS, HEAD_DIM)
-    assert (config.rms_norm_eps, config.rope_theta) == (0.5, 10_000.0)
+    assert (config.rms_norm_eps, config.rope.theta) == (0.5, 10_000.0)
     assert config.tie_word_embeddings and config.attention_bias and not config.mlp_bias
     assert (config.bos_token_id, config.eos_token_ids) == (None, (2,))
 
@@ -525,7 +526,7 @@ def test_configuration_with_everything_stated(tmp_path: Path) -> None:
     }
     head = np.ones((VOCAB, HIDDEN), np.float32)
     config = config_from_gguf(open_gguf(write_model(tmp_path / "llama.gguf", changes, {"output.weight": head})))
-    assert (config.head_dim, config.rope_theta, config.tie_word_embeddings) == (16, 500_000.0, False)
+    assert (config.head_dim, config.rope.theta, config.tie_word_embeddings) == (16, 500_000.0, False)
     assert (config.bos_token_id, config.eos_token_ids) == (1, (2, 5, 7))
 
 
@@ -548,11 +549,15 @@ def test_configuration_with_everything_stated(tmp_path: Path) -> None:
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps is nan"),
         ({"llama.attention.value_length": 4}, "value_length is 4, supported: the size of a head, 8"),
         ({"llama.rope.dimension_count": 4}, "dimension_count is 4, supported: the size of a head, 8"),
-        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type is 'yarn', supported: 'none'"),
-        ({"llama.rope.scaling.factor": 4.0}, "rope.scaling.factor is 4.0"),
+        ({"llama.rope.scaling.type": "yarn"}, "no llama.rope.scaling.factor"),
+        (
+            {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0},
+            "is 'longrope', supported: none, linear, yarn",
+        ),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.5}, "rope factor is 0.5"),
         ({"llama.rope.scale_linear": 2.0}, "rope.scale_linear is 2.0, supported: 1.0"),
         ({"llama.attention.causal": False}, "attention.causal is False, supported: True"),
-        ({"llama.expert_count": 8}, "expert_count is 8"),
+        ({"llama.expert_count": 8}, "no llama.expert_used_count"),
         ({"split.count": 3}, "split.count is 3"),
         ({"llama.vocab_size": 11}, "llama.vocab_size says 11 tokens, but token_embd.weight has 10 rows"),
         ({"tokenizer.ggml.tokens": ["a"] * 9}, "has 9 tokens, but token_embd.weight has 10 rows"),
@@ -570,10 +575,12 @@ def test_unsupported_and_absurd_metadata_is_refused_by_name(
     assert str(caught.value).count("llama.gguf: ") == 1 and str(caught.value).startswith(str(file.path))
 
 
-def test_rope_frequency_tensor_and_missing_embedding_are_refused(tmp_path: Path) -> None:
+def test_rope_frequencies_of_another_length_and_a_missing_embedding_are_refused(tmp_path: Path) -> None:
     ones = np.ones(4, np.float32)
-    with pytest.raises(ModelError, match="rope_freqs.weight"):
-        config_from_gguf(open_gguf(write_model(tmp_path / "rope.gguf", extra={"rope_freqs.weight": ones})))
+    with pytest.raises(
+        ModelError, match=r"rope_freqs.weight must have a number for each of 4 pairs.*its shape is \(3,\)"
+    ):
+        config_from_gguf(open_gguf(write_model(tmp_path / "rope.gguf", extra={"rope_freqs.weight": ones[:3]})))
     for extra, message in (([], "there is none"), ([tensor("token_embd.weight", (4,))], r"its shape is \(4,\)")):
         path = tmp_path / "vocabulary.gguf"
         keys = [key("general.architecture", STRING, text("llama"))]

@@ -19,7 +19,8 @@ import mixkv
 from mixkv import CachePolicy, Session
 from mixkv.kernels.weights import WBF16
 from mixkv.models.errors import ModelError, UsageError
-from mixkv.models.load import Model, expected_tensors, load, open_model
+from mixkv.models.load import Model, load, open_model
+from mixkv.models.names import expected_tensors
 from mixkv.models.toy import CONFIG
 
 TINY_LLAMA = Path(__file__).parents[1] / "data" / "tiny_llama"
@@ -280,7 +281,7 @@ def test_tiny_llama_as_a_gguf_file_gives_the_same_logits(tmp_path: Path, expecte
     write_gguf(path)
     model = load(str(path))
     theirs = load(str(TINY_LLAMA))
-    assert model.config.eos_token_ids == (2,) and model.config.rope_theta == 5000
+    assert model.config.eos_token_ids == (2,) and model.config.rope.theta == 5000
     assert model.tokenizer is not None and model.encode("BAAB") == [36, 35, 96]
     for ours, other in zip(model.transformer.weights.linears(), theirs.transformer.weights.linears(), strict=True):
         assert np.array_equal(ours.weight, other.weight)

@@ -9,6 +9,7 @@ from mixkv.models.config import ARCHITECTURES
 from mixkv.models.digests import digests
 from mixkv.models.errors import ModelError, UsageError
 from mixkv.models.load import Model
+from mixkv.models.rope import Rope
 from mixkv.models.tiny import tiny_model
 
 
@@ -27,8 +28,8 @@ def test_one_of_every_architecture_speaks_and_is_the_same_every_time(architectur
 def test_seeds_and_fields_make_other_models() -> None:
     one, two = tensors(tiny_model(seed=0)), tensors(tiny_model(seed=1))
     assert one.keys() == two.keys() and all(one[name] != two[name] for name in one)
-    deep = tiny_model(num_hidden_layers=5, hidden_size=96, tie_word_embeddings=True, rope_theta=500.0)
-    assert (deep.config.num_hidden_layers, deep.config.hidden_size, deep.config.rope_theta) == (5, 96, 500.0)
+    deep = tiny_model(num_hidden_layers=5, hidden_size=96, tie_word_embeddings=True, rope=Rope(500.0))
+    assert (deep.config.num_hidden_layers, deep.config.hidden_size, deep.config.rope.theta) == (5, 96, 500.0)
     assert "lm_head.weight" not in tensors(deep) and len(tensors(deep)) == 2 + 5 * 9
 
 

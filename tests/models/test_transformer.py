@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 import mixkv
 from mixkv import CachePolicy, Session, generate
-from mixkv.kernels.rotary import rotate
-from mixkv.models.linear import rms_norm, silu_gate
+from mixkv.kernels.activations import SILU
+from mixkv.models.linear import gated, rms_norm
 from mixkv.models.load import Model
 
 DATA = Path(__file__).parents[1] / "data"
@@ -70,19 +70,10 @@ def test_rms_norm_divides_by_the_root_of_the_mean_square() -> None:
     assert found.dtype == np.float32
 
 
-def test_rotation_turns_channel_i_with_channel_i_plus_half() -> None:
-    x = np.arange(1, 9, dtype=np.float32).reshape(1, 1, 8)
-    angles = np.array([[0.0, np.pi / 2, np.pi, 0.3]], np.float32)
-    rotate(x, 1, np.cos(angles), np.sin(angles))
-    found = x[0, 0]
-    c, s = np.cos(0.3), np.sin(0.3)
-    np.testing.assert_allclose(found, [1, -6, -3, 4 * c - 8 * s, 5, 2, -7, 8 * c + 4 * s], rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.filterwarnings("error")
 def test_the_gate_is_silu_and_survives_the_ends_of_float32() -> None:
     gate, up = [0.0, 1.0, -1000.0, 1000.0], [5.0, 2.0, 3.0, 0.5]
-    found = silu_gate(np.array([gate + up], np.float32))
+    found = gated(np.array([gate + up], np.float32), SILU)
     np.testing.assert_allclose(found, [[0, 2 / (1 + np.exp(-1)), 0, 500]], rtol=1e-6)
 
 

@@ -16,6 +16,7 @@ import mixkv
 from mixkv import CachePolicy, Session, cli
 from mixkv.kernels.weights import NAMES, W4, W4M, W8, WBF16, WF16, WF32
 from mixkv.models.errors import ModelError, NumericalError
+from mixkv.models.experts import MLP
 from mixkv.models.linear import FloatLinear, Linear, Norm, PackedLinear
 from mixkv.models.load import Model, load
 from mixkv.models.pack import WEIGHTS, kept_as
@@ -87,8 +88,8 @@ def linears(model: Model) -> Iterator[tuple[list[str], Linear]]:
         place = f"model.layers.{i}."
         yield [f"{place}self_attn.{part}_proj.weight" for part in "qkv"], layer.qkv
         yield [f"{place}self_attn.o_proj.weight"], layer.o
-        yield [f"{place}mlp.{part}_proj.weight" for part in ("gate", "up")], layer.gate_up
-        yield [f"{place}mlp.down_proj.weight"], layer.down
+        yield [f"{place}mlp.{part}_proj.weight" for part in ("gate", "up")], layer.mlp.gate_up
+        yield [f"{place}mlp.down_proj.weight"], layer.mlp.down
 
 
 def all_rows(linear: Linear) -> Float32:
@@ -223,7 +224,7 @@ def oracle(model: Model, *, rounds: bool) -> Model:
         return Oracle(linear, rounds)
 
     held = model.transformer.weights
-    layers = [replace(x, qkv=of(x.qkv), o=of(x.o), gate_up=of(x.gate_up), down=of(x.down)) for x in held.layers]
+    layers = [replace(x, qkv=of(x.qkv), o=of(x.o), mlp=MLP(of(x.mlp.gate_up), of(x.mlp.down))) for x in held.layers]
     weights = Weights(of(held.embedding), layers, of(held.head))
     return replace(model, transformer=Transformer(model.config, weights))
 

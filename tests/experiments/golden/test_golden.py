@@ -23,6 +23,7 @@ from mixkv.experiments.golden.text import render, summary
 from mixkv.models.errors import PromptError, UsageError
 from mixkv.models.linear import FloatLinear
 from mixkv.models.load import Model
+from mixkv.models.rope import Rope
 from mixkv.models.tiny import tiny_model
 from mixkv.models.transformer import Transformer, Weights
 
@@ -137,7 +138,7 @@ def checked(then: Model, now: Model, policy: CachePolicy = POLICY, **options: An
 def test_a_changed_tensor_is_named() -> None:
     then, now = tiny_model(), tiny_model()
     assert checked(then, now)[0].failed == 0
-    part = now.transformer.weights.layers[1].down.parts[0]  # type: ignore[attr-defined]
+    part = now.transformer.weights.layers[1].mlp.down.parts[0]  # type: ignore[attr-defined]
     part.data[-16:] ^= 0x40  # codes of the last columns of the last rows
     found, text = checked(then, now)
     assert found.failed > 0
@@ -154,9 +155,9 @@ def test_many_changed_tensors_are_counted_and_five_named() -> None:
 
 
 def test_a_changed_config_is_named() -> None:
-    then, now = tiny_model(rope_theta=100_000.0), tiny_model(rope_theta=50_000.0)
+    then, now = tiny_model(rope=Rope(100_000.0)), tiny_model(rope=Rope(50_000.0))
     found, text = checked(then, now)
-    assert found.failed == 2 and "config:   rope_theta 100000.0 -> 50000.0" in text and "tensors:" not in text
+    assert found.failed == 2 and "config:   rope.theta 100000.0 -> 50000.0" in text and "tensors:" not in text
 
 
 def test_a_changed_policy_is_named_and_changes_only_what_is_kept_as_codes() -> None:

@@ -163,7 +163,7 @@ def test_a_changed_rope_theta_fails_and_is_named(tiny: Path, folder: Callable[..
     def change(tensors: dict[str, Any], config: dict[str, Any]) -> None:
         config["rope_parameters"]["rope_theta"] = 50_000.0
 
-    text = failed(mixkv("check", tiny, "-m", folder(change)), "config:   rope_theta 5000.0 -> 50000.0")
+    text = failed(mixkv("check", tiny, "-m", folder(change)), "config:   rope.theta 5000.0 -> 50000.0")
     assert "tensors:" not in text and "policy:" not in text
 
 

@@ -30,7 +30,8 @@ from mixkv.models import toy as toys
 from mixkv.models.bpe import BYTE_OF_CHARACTER
 from mixkv.models.config import ModelConfig
 from mixkv.models.errors import MixkvError, ModelError
-from mixkv.models.load import Model, expected_tensors, open_model
+from mixkv.models.load import Model, open_model
+from mixkv.models.names import expected_tensors
 
 from ...refusals import refused
 
@@ -372,9 +373,10 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
         )
         described = {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "float32",
+            "rope_theta": config.rope.theta,
             **{name: getattr(config, name) for name in (
                 "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta",
+                "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
                 "tie_word_embeddings", "attention_bias", "mlp_bias",
             )},
         }  # fmt: skip

@@ -22,6 +22,7 @@ from mixkv.experiments.window import layer as window_layer
 from mixkv.experiments.window.curve import check_memory, default_windows, measure
 from mixkv.experiments.window.layer import LayerWindows
 from mixkv.models.errors import NumericalError, PromptError, UsageError
+from mixkv.models.transformer import Softmax
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -53,7 +54,7 @@ def relative(squares: Float64, outputs: Float64) -> Float64:
 def held(policy: CachePolicy, qkv: Float32) -> tuple[Float64, Float64]:
     """Keys and values (N, Hkv, D) that a cache of one layer holds in the end."""
     cache = LayerCache(policy, N_KV_HEADS, qkv.shape[2])
-    cache.attend(qkv.copy(), 0, 1.0)
+    cache.attend(qkv.copy(), 0, Softmax(1.0))
     cache.commit(len(qkv))
     k, v, _ = cache.values(0, len(qkv))
     return k.astype(float), v.astype(float)
@@ -106,7 +107,7 @@ def test_every_window_is_that_of_attention_in_float64(head_dim: int, fields: dic
 
 def shadow(policy: CachePolicy, qkv: Float32) -> Float64:
     layer = ShadowLayer(policy, N_KV_HEADS, qkv.shape[2])
-    layer.attend(qkv.copy(), 0, qkv.shape[2] ** -0.5)
+    layer.attend(qkv.copy(), 0, Softmax(qkv.shape[2] ** -0.5))
     return layer.errors.relative("both")
 
 
@@ -262,7 +263,7 @@ def test_memory_is_planned_before(toy: Any) -> None:
 
 def test_weights_that_are_no_numbers_are_named() -> None:
     model = mixkv.load("toy")
-    weight = model.transformer.weights.layers[1].down.weight
+    weight = model.transformer.weights.layers[1].mlp.down.weight
     weight[0, 0] = np.nan
     with pytest.raises(NumericalError, match="layer 1 gives NaN"):
         measure(model, tokens(50), CachePolicy())
