@@ -186,10 +186,10 @@ _SESSION_WORDS: list[Any] = [
 ]  # fmt: skip
 _CONFIG_WORDS: list[Any] = [
     "llama", "LlamaForCausalLM", "model_type", "architectures", "auto_map", "rope_scaling", "rope_theta", "rope_parameters",
-    "linear", "default", "yarn", "longrope", "llama3", "dynamic", "factor", "short_factor", "original_max_position_embeddings",
-    "silu", "gelu", "gelu_pytorch_tanh", "head_dim", "eos_token_id", "quantization_config", "layer_types", "sliding_window",
-    "full_attention", "sliding_attention", "num_local_experts", "num_experts", "num_experts_per_tok", "gemma2", "gpt_oss",
-    4096, 1 << 20, 10_000.0, [1, 2], 128, 129, 1e-30, 1e30,
+    "linear", "default", "yarn", "longrope", "llama3", "dynamic", "factor", "short_factor", "layer_types", "silu", "gelu",
+    "original_max_position_embeddings", "gelu_pytorch_tanh", "head_dim", "eos_token_id", "quantization_config", "gemma2",
+    "full_attention", "sliding_attention", "sliding_window", "num_local_experts", "num_experts", "num_experts_per_tok",
+    "gpt_oss", 4096, 1 << 20, 10_000.0, [1, 2], 128, 129, 1e-30, 1e30,
 ]  # fmt: skip
 _TOKENIZER_WORDS: list[Any] = [
     "ByteLevel", "Sequence", "Split", "Regex", "String", "Replace", "Metaspace", "NFC", "NFKD", "Strip", "Lowercase", "BPE",
