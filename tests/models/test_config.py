@@ -137,7 +137,7 @@ def test_a_switch_that_is_not_true_or_false_is_refused(tmp_path, key, value):
 
 
 @pytest.mark.fault("config-values")
-@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, 10**400, "1e-5", True, None])
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, 10**400, 1e39, 1e-39, "1e-5", True, None])
 @pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
 def test_a_float_that_is_not_finite_and_positive_is_refused(tmp_path, key, value):
     assert f"{key} is " in refusal(tmp_path, {key: value})
