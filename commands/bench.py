@@ -52,9 +52,10 @@ def bench(
     """
     from ..experiments import bench as speed
     from ..experiments import startup as start
-    from ..experiments.bench_plan import MAX_THREADS, Plan, parse_cases, parse_policies
+    from ..experiments.bench_plan import Plan, parse_cases, parse_policies
     from ..experiments.ranges import parse_numbers, split_words
     from ..experiments.tables import make_writer
+    from ..models.limits import MAX_THREADS
 
     idle = {"-p": prompts, "-n": generated, "-pg": pairs, "-d": depths, "--kv": kv}
     if startup and any(idle.values()):

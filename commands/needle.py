@@ -49,13 +49,14 @@ def needle(
 
     A right answer does not mean that nothing is lost: how likely it was, and the divergence along it, stand beside it.
     """
-    from ..experiments.bench_plan import MAX_TOKENS, parse_policies
+    from ..experiments.bench_plan import parse_policies
     from ..experiments.needle.plan import Plan
     from ..experiments.needle.report import writer
     from ..experiments.needle.run import Needle
     from ..experiments.needle.task import Task
     from ..experiments.ranges import parse_fractions, parse_numbers
     from ..experiments.texts import document
+    from ..models.limits import MAX_TOKENS
 
     if keys is not None and task == "passkey":
         raise UsageError("--keys has no effect with --task passkey")

@@ -113,17 +113,18 @@ class Bars:
 
 def set_threads(threads: int | None) -> int:
     """Limit the kernels and NumPy's BLAS to so many threads; returns the number in force."""
-    import numba
     import threadpoolctl
 
+    from ..kernels.threads import most_threads, set_num_threads
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = min(cores, numba.config.NUMBA_NUM_THREADS)
+    most = min(cores, most_threads())
     if threads is None:
         threads = most
     if not 1 <= threads <= most:
         why = "the cores of this machine" if most == cores else "NUMBA_NUM_THREADS in the environment"
         raise UsageError(f"--threads must be from 1 to {most}, {why}, found {threads}")
-    numba.set_num_threads(threads)
+    set_num_threads(threads)
     threadpoolctl.threadpool_limits(threads)
     return threads
 

@@ -70,6 +70,7 @@ def sweep(
     """
     from ..experiments.ranges import parse_numbers
     from ..experiments.sweep import grid as grids
+    from ..models.limits import MAX_SWEEP_SEED
 
     setting, policies, lists, pieces = grids.load(file) if file is not None else ({}, [], {}, {})
     given = {
@@ -79,7 +80,7 @@ def sweep(
     setting |= {name: x for name, x in given.items() if x is not None}
     setting.setdefault("reference_weights", setting.get("weights", "f32"))
     lists |= {name: grids.parse_axis(name, texts) for name, texts in axes.items()}
-    chosen = pieces.get("seeds", [0]) if seeds is None else parse_numbers("--seeds", seeds, 0, grids.MAX_SEED)
+    chosen = pieces.get("seeds", [0]) if seeds is None else parse_numbers("--seeds", seeds, 0, MAX_SWEEP_SEED)
     grid = grids.make(setting, policy or policies, lists, text or pieces.get("documents", []), chosen)
     if grid.merged:
         say(f"mixkv: {grid.merged} of the combinations are the same policy as another, and are measured once")

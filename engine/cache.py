@@ -18,7 +18,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,6 +42,7 @@ from ..kernels.tables import (
     K_BLOCK,
     LEDGER,
     LOST,
+    MAX_N_REP,
     MAX_ROUNDS,
     N_HEADS,
     N_PARTS,
@@ -57,6 +57,7 @@ from ..kernels.tables import (
     STEP,
     V_BLOCK,
 )
+from ..kernels.threads import get_num_threads
 from ..models.errors import NumericalError, UsageError
 from ..models.transformer import Softmax
 from .ledger import MassLedger
@@ -71,8 +72,10 @@ class View:
     def __init__(self, cache: "LayerCache", position: int, qkv: Float32) -> None:
         n_kv_heads, tile, n_tiers = cache.recent.layout.n_kv_heads, cache.policy.tile, len(cache.tiers)
         n_queries, heads = len(qkv), qkv.shape[1] - 2 * n_kv_heads
+        if heads > MAX_N_REP * n_kv_heads:  # the kernels would write beyond their tables
+            raise ValueError(f"at most {MAX_N_REP} query heads may share a KV head, found {heads} and {n_kv_heads}")
         self.position, self.n_queries, self.heads = position, n_queries, heads
-        self.stop, self.threads = position + n_queries, numba.get_num_threads()
+        self.stop, self.threads = position + n_queries, get_num_threads()
         self.state = np.empty((heads, n_queries, 2), np.float32)
         seen = np.arange(position + 1, self.stop + 1, dtype=np.int64)
         boundaries = np.maximum((seen - cache.ages) // tile, 0)  # (tiers, T), in tiles

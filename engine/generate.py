@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..models.errors import UsageError
+from ..models.limits import MAX_STOPS, MAX_TOKENS
 from .sampler import Sampler, SamplingParams
 from .session import Session
 
 FinishReason = Literal["stop", "length", "context"]
-MAX_TOKENS = 1 << 24
-MAX_STOPS = 16
 
 
 @dataclass(frozen=True, slots=True)

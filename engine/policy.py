@@ -11,14 +11,10 @@ from ..kernels.layout import BF16, F16, F32, KIND_OF_BITS, PAGE, TileLayout
 from ..kernels.routes import route
 from ..models.check import shown
 from ..models.errors import UsageError
-from ..models.limits import MAX_LAYERS, MAX_OVERRIDES
+from ..models.limits import MAX_LAYERS, MAX_OVERRIDES, MAX_ROLLBACK, MAX_SINKS, MAX_TIERS, MAX_WINDOW
 from .policy_fields import (
     BITS,
     DENSE_BITS,
-    MAX_ROLLBACK,
-    MAX_SINKS,
-    MAX_TIERS,
-    MAX_WINDOW,
     SCALARS,
     SIDE_AXES,
     SIDES,

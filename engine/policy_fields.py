@@ -9,15 +9,11 @@ from ..kernels.layout import AXES, MAX_HEAD_DIM, TILES
 from ..kernels.simd import LANES
 from ..models.check import shown
 from ..models.errors import UsageError
-from ..models.limits import MAX_LAYER_ITEMS, MAX_LAYERS
+from ..models.limits import MAX_LAYER_ITEMS, MAX_LAYERS, MAX_ROLLBACK, MAX_SINKS, MAX_TIERS, MAX_WINDOW
 
 BITS = (2, 3, 4, 8, 16, 32)
 DENSE_BITS = (16, 32)  # float16 or bfloat16, and float32: without scales
 DENSE_NAMES = ("f16", "bf16", "f32")
-MAX_WINDOW = 1 << 24
-MAX_SINKS = 1 << 16
-MAX_ROLLBACK = 1 << 24
-MAX_TIERS = 4
 SCALES = ("fit", "range")
 ROTATIONS = {"none": (False, False), "k": (True, False), "v": (False, True), "kv": (True, True)}
 

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..models.errors import UsageError
+from ..models.limits import MAX_SEED, MAX_TOP_K
 
-MAX_SEED = (1 << 64) - 1
 _RANGES: dict[str, tuple[float, float, bool, str]] = {  # lowest, highest, lowest is allowed, in words
     "temperature": (0.0, 100.0, True, "from 0 to 100"),
     "top_p": (0.0, 1.0, False, "above 0 and at most 1"),
@@ -49,7 +49,7 @@ class SamplingParams:
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not (low <= value <= high) or (value == low and not closed):
                 raise UsageError(f"{name} must be a number {words}, found {value!r}")
-        for name, most in (("top_k", 1 << 31), ("seed", MAX_SEED)):
+        for name, most in (("top_k", MAX_TOP_K), ("seed", MAX_SEED)):
             value = getattr(self, name)
             if name == "seed" and value is None:
                 continue

@@ -38,11 +38,11 @@ from ..kernels.layout import DENSE_DTYPES, Bytes, Side
 from ..kernels.segment import TileStore
 from ..models.check import parse_json_object, shown
 from ..models.errors import ModelError, SessionFileError, UsageError
+from ..models.limits import MAX_SESSION_HEADER_BYTES
 from .cache import Cache, LayerCache
 from .policy import CachePolicy
 
 FORMAT = "mixkv session 1"
-MAX_HEADER_NBYTES = 1 << 26
 _NO_DIGEST = "0" * 64
 _TYPES = {
     np.dtype(np.uint8): "U8", np.dtype(np.int64): "I64", np.dtype(np.float32): "F32", np.dtype(np.float16): "F16",
@@ -91,8 +91,10 @@ def save(
     tensors = [("token_ids", np.dtype(np.int64), token_ids.shape), *_tensors(cache, _spans(cache), wide)]
     header = _header(metadata, tensors)
     try:
-        if len(header) - 8 > MAX_HEADER_NBYTES:
-            raise ValueError(f"the header would have {len(header) - 8} bytes, at most {MAX_HEADER_NBYTES} are allowed")
+        if len(header) - 8 > MAX_SESSION_HEADER_BYTES:
+            raise ValueError(
+                f"the header would have {len(header) - 8} bytes, at most {MAX_SESSION_HEADER_BYTES} are allowed"
+            )
         _write(path, header, _arrays(cache, token_ids))
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
@@ -349,7 +351,7 @@ def _read(
 def _checked(data: Bytes, where: str) -> tuple[dict[str, Any], Bytes]:
     """The header's entries and the bytes behind it, of a file in which no bit has changed."""
     length = int.from_bytes(data[:8].tobytes(), "little")
-    if len(data) < 8 or not 2 <= length <= min(len(data) - 8, MAX_HEADER_NBYTES):
+    if len(data) < 8 or not 2 <= length <= min(len(data) - 8, MAX_SESSION_HEADER_BYTES):
         raise SessionFileError(f"{where}: no session file, or cut off: {len(data)} bytes")
     header = data[8 : 8 + length].tobytes()
     try:

@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from ..engine import memory
 from ..engine.policy import CachePolicy
 from ..models.errors import UsageError
+from ..models.limits import MAX_REPETITIONS, MAX_TOKENS
 from ..models.load import Model
 from ..models.pack import check_weights_option
 from .ranges import parse_numbers, parse_pairs, split_words
-
-MAX_REPETITIONS = 10_000
-MAX_TOKENS = 1 << 24
-MAX_THREADS = 1 << 16  # no machine has more; how many this one has is looked up elsewhere
 
 
 @dataclass(frozen=True, slots=True)

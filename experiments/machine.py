@@ -52,7 +52,8 @@ def bandwidth(threads: int) -> float:
 
 def run_python(*arguments: str) -> str:
     """What a new Python process prints; MixkvError with the last line of what went wrong where it fails."""
-    done = subprocess.run([sys.executable, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    command = [sys.executable, "-P", *arguments]  # -P: nothing is imported from the current folder
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise MixkvError(failure(done.returncode, done.stderr))
     return done.stdout

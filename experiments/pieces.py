@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..models.errors import PromptError, UsageError
+from ..models.limits import MAX_CONTINUATION
 from .evaluate import REGIMES
 from .keys import ids_digest
 
@@ -44,8 +45,8 @@ class Setting:
             raise UsageError(f"--first must be 0 or more, found {self.first}")
         if self.regime not in (*REGIMES, "both"):
             raise UsageError(f"--regime must be one of {', '.join(REGIMES)}, both, found {self.regime}")
-        if not 0 <= self.continuation <= 1 << 16:
-            raise UsageError(f"--continue must be from 0 to {1 << 16}, found {self.continuation}")
+        if not 0 <= self.continuation <= MAX_CONTINUATION:
+            raise UsageError(f"--continue must be from 0 to {MAX_CONTINUATION}, found {self.continuation}")
 
 
 @dataclass(frozen=True, slots=True)

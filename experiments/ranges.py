@@ -6,8 +6,8 @@ from decimal import Decimal
 
 from ..models.check import shown
 from ..models.errors import UsageError
+from ..models.limits import MAX_VALUES
 
-MAX_VALUES = 1_000  # numbers of one option
 _COLONS = re.compile(r"([0-9]{1,9}):([0-9]{1,9})(?::([0-9]{1,9}))?")
 _RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9})(?:([+*])([0-9]{1,9}))?)?")
 _FRACTION = re.compile(r"[0-9](?:\.[0-9]{1,9})?|\.[0-9]{1,9}")

@@ -36,19 +36,18 @@ def stages() -> None:
     functions that were compiled because the cache did not have them.
     """
     given = json.loads(sys.argv[1])
-    import numba
     import threadpoolctl
-    from numba.core import event
 
     from ..engine.generate import generate
     from ..engine.session import Session
-    from ..kernels.warmup import warm_up
+    from ..kernels.threads import set_num_threads
+    from ..kernels.warmup import compilations, warm_up
     from ..models.load import load
 
-    numba.set_num_threads(given["threads"])
+    set_num_threads(given["threads"])
     threadpoolctl.threadpool_limits(given["threads"])
     marks = [given["started"], time.perf_counter_ns()]
-    with event.install_recorder("numba:compile") as compiled:
+    with compilations() as compiled:
         model = load(given["model"], given["weights"])
         marks.append(time.perf_counter_ns())
         warm_up()
@@ -56,8 +55,7 @@ def stages() -> None:
         next(generate(Session(model), model.encode(given["prompt"]), max_tokens=ANSWER_TOKENS))
         marks.append(time.perf_counter_ns())
     spans = [stop - start for start, stop in zip(marks, marks[1:], strict=False)]
-    starts = [record for _, record in compiled.buffer if record.is_start]
-    sys.stdout.write(json.dumps({**dict(zip(PARTS, spans, strict=True)), "compiled": len(starts)}))
+    sys.stdout.write(json.dumps({**dict(zip(PARTS, spans, strict=True)), "compiled": compiled()}))
 
 
 def find_prompt(model: str, *, progress: Callable[[int, int], None] | None = None) -> tuple[str, int]:
@@ -89,7 +87,7 @@ def first_character(arguments: Sequence[str]) -> int:
     """
     begun = time.perf_counter_ns()
     process = subprocess.Popen(
-        [sys.executable, "-m", "mixkv", *arguments], bufsize=0,
+        [sys.executable, "-P", "-m", "mixkv", *arguments], bufsize=0,  # -P: nothing is imported from the current folder
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:

@@ -1,9 +1,10 @@
 """Compiling the kernels that a session runs, step by step, so that somebody can watch. Later runs load them from disk."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
-import numba
 import numpy as np
+from numba.core import event
 
 from .activations import PLAIN
 from .chain import Projection
@@ -11,6 +12,7 @@ from .flash import flash_attention
 from .matmul import matvec
 from .project import normalize_rows, rotate_rows
 from .segment import quantize
+from .threads import get_num_threads
 from .weights import W8, empty_matrix
 
 
@@ -21,7 +23,7 @@ def _attention(n_queries: int, n_keys: int) -> None:
 
 def _linear() -> None:
     layer = Projection([empty_matrix(W8, 16, 32)], None, PLAIN, None, 0.0)
-    layer(np.ones((1, 32), np.float32), numba.get_num_threads())
+    layer(np.ones((1, 32), np.float32), get_num_threads())
     layer.take(np.zeros(1, np.int64), np.empty((1, 32), np.float32))
     rotate_rows.address()
     normalize_rows.address()
@@ -46,3 +48,10 @@ def warm_up(progress: Callable[[int, int, str], None] | None = None) -> None:
         STEPS[name]()
     if progress is not None:
         progress(len(names), len(names), "")
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[Callable[[], int]]:
+    """Counts the functions that are compiled meanwhile, because the cache does not have them."""
+    with event.install_recorder("numba:compile") as recorder:
+        yield lambda: sum(record.is_start for _, record in recorder.buffer)

@@ -12,6 +12,7 @@ from .bpe import SPACE, BPETokenizer, byte_level_piece, guarded, sentencepiece_p
 from .check import read_json_object, shown
 from .errors import ModelError
 from .limits import MAX_TEMPLATE_BYTES, MAX_VOCAB_SIZE
+from .tokenizer_growth import check_growth
 
 
 def tokenizer_from_json(path: Path, vocab_size: int | None = None) -> BPETokenizer:
@@ -27,6 +28,7 @@ def tokenizer_from_json(path: Path, vocab_size: int | None = None) -> BPETokeniz
     kind = content["model"].get("type", "BPE") if isinstance(content.get("model"), dict) else None
     if kind != "BPE":
         raise ModelError(f"{file}: model.type is {shown(kind)}, only 'BPE' is supported")
+    check_growth(content, str(file))
     decoders = list(_decoders(content.get("decoder")))
     names = [_checked(file, each) for each in decoders]
     backend = _backend(file, content, vocab_size)

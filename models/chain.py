@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.chain import Normalization, chain_table, rotation
 from ..kernels.project import OWN_BUFFERS, run_chain
+from ..kernels.threads import get_num_threads
 from .experts import Experts
 from .linear import Linear, Norm, PackedLinear
 
@@ -29,7 +29,7 @@ class Buffers:
     def __init__(self, rows: int, widths: Sequence[int], room_nbytes: int) -> None:
         self.arrays = [np.empty((rows, width), np.float32) for width in widths]
         self._room = np.empty(room_nbytes, np.uint8)
-        self.rows, self.threads = rows, numba.get_num_threads()
+        self.rows, self.threads = rows, get_num_threads()
         self.addresses = np.array([self._room.ctypes.data, *(x.ctypes.data for x in self.arrays)])
 
 

@@ -14,11 +14,9 @@ from typing import Any
 from jinja2 import Undefined
 
 from .errors import PromptError
-from .limits import MAX_TEMPLATE_STEPS, MAX_TEMPLATE_WORK
+from .limits import MAX_TEMPLATE_DEPTH, MAX_TEMPLATE_INT_BITS, MAX_TEMPLATE_STEPS, MAX_TEMPLATE_WORK
 
 ITEM = 32
-_MAX_DEPTH = 100  # of lists in lists; Python's own recursion over deeper ones is not always guarded
-_MAX_INT_BITS = 4_096
 _SCALARS = (int, float, bool, type(None))
 _SIMPLE_FORMAT = re.compile(r"%(?:(?:\.\d)?[sdifr]|%)")
 
@@ -88,8 +86,8 @@ class Budget:
                 elif closed and not isinstance(each, (*_SCALARS, Undefined)):
                     raise refused(f"a {type(each).__name__} cannot be written as text")
                 if inside is not None:
-                    if len(stack) > _MAX_DEPTH:
-                        raise refused(f"a value is nested deeper than {_MAX_DEPTH}")
+                    if len(stack) > MAX_TEMPLATE_DEPTH:
+                        raise refused(f"a value is nested deeper than {MAX_TEMPLATE_DEPTH}")
                     stack.append(inside)
                     break
             else:
@@ -186,5 +184,5 @@ def _units(value: Any) -> int:
 
 
 def _check_bits(bits: int) -> None:
-    if bits > _MAX_INT_BITS:
-        raise refused(f"an integer of {bits} bits, at most {_MAX_INT_BITS} are allowed")
+    if bits > MAX_TEMPLATE_INT_BITS:
+        raise refused(f"an integer of {bits} bits, at most {MAX_TEMPLATE_INT_BITS} are allowed")

@@ -11,9 +11,7 @@ from jinja2.tests import TESTS
 
 from .chat_budget import ITEM, Budget, refused
 from .chat_methods import LINE_ENDS, replaced_text, whole_text
-
-_MAX_INDENT = 16
-
+from .limits import MAX_TEMPLATE_INDENT
 
 # Filters
 
@@ -149,9 +147,11 @@ def _own_filters(budget: Budget) -> dict[str, Callable[..., Any]]:
         x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
     ) -> str:
         for option in (indent, *(separators or ())):
-            if not (option is None or (isinstance(option, int) and option <= _MAX_INDENT) or _short(option)):
-                raise refused(f"the filter 'tojson' takes at most {_MAX_INDENT} spaces of indentation or separation")
-        budget.weigh(x, 4, 0 if indent is None else _MAX_INDENT)
+            if not (option is None or (isinstance(option, int) and option <= MAX_TEMPLATE_INDENT) or _short(option)):
+                raise refused(
+                    f"the filter 'tojson' takes at most {MAX_TEMPLATE_INDENT} spaces of indentation or separation"
+                )
+        budget.weigh(x, 4, 0 if indent is None else MAX_TEMPLATE_INDENT)
         written = json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
         budget.charge(len(written))
         return written
@@ -171,7 +171,7 @@ def _own_filters(budget: Budget) -> dict[str, Callable[..., Any]]:
 
 
 def _short(option: object) -> bool:
-    return isinstance(option, str) and len(option) <= _MAX_INDENT
+    return isinstance(option, str) and len(option) <= MAX_TEMPLATE_INDENT
 
 
 # Tests

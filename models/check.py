@@ -14,6 +14,7 @@ from .errors import ModelError
 from .limits import MAX_JSON_BYTES
 
 _LISTED = 20  # names that one error message lists before it only counts the rest
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
@@ -117,13 +118,15 @@ def whole(field: str, value: object, smallest: int, largest: int) -> int:
 
 
 def positive_float(field: str, value: object) -> float:
-    """``value`` as a float, which must be finite and above 0; ModelError names the field and what was found."""
+    """``value`` as a float, which must be above 0 and no more or less than float32 can hold; ModelError names the field."""
     try:
         number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     except OverflowError:
         number = math.inf
-    if not (math.isfinite(number) and number > 0):
-        raise ModelError(f"{field} is {shown(value)}; it must be a finite number above 0")
+    if not _SMALLEST <= number <= _LARGEST:
+        raise ModelError(
+            f"{field} is {shown(value)}; it must be a finite number above 0, from {_SMALLEST:.3g} to {_LARGEST:.3g}"
+        )
     return number
 
 

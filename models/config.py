@@ -129,6 +129,12 @@ class ModelConfig:
                 f"num_attention_heads is {self.num_attention_heads}; it must be a multiple of "
                 f"num_key_value_heads, which is {self.num_key_value_heads}"
             )
+        most = limits.MAX_HEADS_PER_KV_HEAD * self.num_key_value_heads
+        if self.num_attention_heads > most:
+            raise ModelError(
+                f"num_attention_heads is {self.num_attention_heads}; it must be at most {most} for "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
         for field in _POSITIVE:
             object.__setattr__(self, field, positive_float(field, getattr(self, field)))
         for field in ("attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier", "norm_offset"):
@@ -171,7 +177,12 @@ class ModelConfig:
     def _check_experts(self) -> None:
         if self.num_experts == 0:
             return
-        whole("num_experts", self.num_experts, 1, limits.MAX_EXPERTS)
+        whole(
+            "num_experts",
+            self.num_experts,
+            1,
+            min(limits.MAX_EXPERTS, limits.MAX_EXPERTS_IN_ALL // self.num_hidden_layers),
+        )
         whole("num_experts_per_tok", self.num_experts_per_tok, 1, self.num_experts)
         whole("moe_intermediate_size", self.moe_intermediate_size, 1, limits.MAX_INTERMEDIATE_SIZE)
 

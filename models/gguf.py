@@ -19,11 +19,10 @@ from ..kernels.weights import W4, W4M, W8, CodedRows
 from .check import refuse_impostor, shown
 from .errors import ModelError
 from .gguf_metadata import Cursor, Kind, MetaValue, kind_name, of_kind
-from .limits import MAX_GGUF_ALIGNMENT, MAX_GGUF_KEYS, MAX_GGUF_TENSORS
+from .limits import MAX_GGUF_ALIGNMENT, MAX_GGUF_DIMS, MAX_GGUF_KEYS, MAX_GGUF_TENSORS, MIN_GGUF_ALIGNMENT
 
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
-_MAX_DIMENSIONS = 4
 _VALUES_AT_ONCE = 1 << 17  # a chunk and its temporaries stay in the L2 cache: 0.3 s for the default model, not 0.75
 
 
@@ -217,8 +216,10 @@ def _read_header(data: mmap.mmap) -> tuple[dict[str, MetaValue], dict[str, GGUFT
 def _alignment(metadata: Mapping[str, MetaValue]) -> int:
     key = "general.alignment"
     alignment = of_kind(key, metadata.get(key, _DEFAULT_ALIGNMENT), int)
-    if not 8 <= alignment <= MAX_GGUF_ALIGNMENT or alignment & (alignment - 1):
-        raise ModelError(f"{key} is {alignment}, expected a power of two from 8 to {MAX_GGUF_ALIGNMENT}")
+    if not MIN_GGUF_ALIGNMENT <= alignment <= MAX_GGUF_ALIGNMENT or alignment & (alignment - 1):
+        raise ModelError(
+            f"{key} is {alignment}, expected a power of two from {MIN_GGUF_ALIGNMENT} to {MAX_GGUF_ALIGNMENT}"
+        )
     return alignment
 
 
@@ -227,8 +228,8 @@ def _read_tensor(cursor: Cursor, index: int, alignment: int) -> GGUFTensor:
     name = cursor.name(f"the name of tensor {index}")
     what = f"tensor {shown(name)}"
     dimensions = cursor.uint32(f"the number of dimensions of {what}")
-    if not 1 <= dimensions <= _MAX_DIMENSIONS:
-        raise ModelError(f"{what} has {dimensions} dimensions, expected 1 to {_MAX_DIMENSIONS}")
+    if not 1 <= dimensions <= MAX_GGUF_DIMS:
+        raise ModelError(f"{what} has {dimensions} dimensions, expected 1 to {MAX_GGUF_DIMS}")
     shape = tuple(cursor.uint64(f"the shape of {what}") for _ in range(dimensions))[::-1]
     code = cursor.uint32(f"the type of {what}")
     offset = cursor.uint64(f"the offset of {what}")

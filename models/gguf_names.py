@@ -108,7 +108,8 @@ class GGUFSource:
         if coded is None:
             values = self.read(name)
             dtype = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}.get(tensor.type_name)
-            return values if dtype is None else values.astype(dtype)
+            with np.errstate(invalid="ignore"):  # NaN stays NaN
+                return values if dtype is None else values.astype(dtype)
         if self._heads[name]:
             order = unpermute_heads(np.arange(tensor.shape[0]), self._heads[name])
             coded = coded.take(order)

@@ -14,7 +14,7 @@ Float32 = NDArray[np.float32]
 Found = tuple[str, int | None, Callable[[Float32], Float32]]  # a tensor, the expert's place in it, what becomes of that
 
 _MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-_LAYER = re.compile(r"(model\.layers\.\d{1,4}\.)(.+)")
+_LAYER = re.compile(r"(model\.layers\.(0|[1-9][0-9]{0,3})\.)(.+)")
 _EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d{1,4})\.(w[123])\.weight")
 _GPT_OSS: Mapping[str, tuple[tuple[str, Callable[[Float32], Float32]], ...]] = {
     # inputs are rows, and the columns of gate and up alternate
@@ -30,12 +30,12 @@ _GPT_OSS: Mapping[str, tuple[tuple[str, Callable[[Float32], Float32]], ...]] = {
 class ExpertSource:
     """The tensors of a folder, experts one by one. Attributes and methods are those of ``SafetensorsSource``."""
 
-    def __init__(self, source: SafetensorsSource, n_experts: int) -> None:
+    def __init__(self, source: SafetensorsSource, n_layers: int, n_experts: int) -> None:
         self._source = source
         self._found: dict[str, Found] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in source.shapes.items():
-            for own, found in _renamed(name, shape, n_experts).items():
+            for own, found in _renamed(name, shape, n_layers, n_experts).items():
                 self._found[own] = found
                 example = np.broadcast_to(np.float32(0), shape if found[1] is None else shape[1:])
                 shapes[own] = found[2](example).shape
@@ -59,10 +59,10 @@ class ExpertSource:
         self._source.forget(self._found[name][0])
 
 
-def _renamed(name: str, shape: tuple[int, ...], n_experts: int) -> dict[str, Found]:
-    """What a tensor of the file is under our names."""
+def _renamed(name: str, shape: tuple[int, ...], n_layers: int, n_experts: int) -> dict[str, Found]:
+    """What a tensor of the file is under our names; one of a layer that there is not keeps its own."""
     match = _LAYER.fullmatch(name)
-    prefix, rest = match.groups() if match else ("", name)
+    prefix, rest = (match[1], match[3]) if match and int(match[2]) < n_layers else ("", name)
     if expert := _EXPERT.fullmatch(rest):
         return {f"{prefix}mlp.experts.{expert[1]}.{_MIXTRAL[expert[2]]}.weight": (name, None, _same)}
     if rest in _GPT_OSS and len(shape) == (2 if rest.endswith("bias") else 3) and shape[0] == n_experts:
@@ -84,4 +84,4 @@ def _same(x: Float32) -> Float32:
 def with_experts(config: ModelConfig, source: SafetensorsSource) -> SafetensorsSource | ExpertSource:
     """The source of a folder, as a model of this config needs it."""
     renames = config.architecture in ("mixtral", "gpt_oss")
-    return ExpertSource(source, config.num_experts) if renames else source
+    return ExpertSource(source, config.num_hidden_layers, config.num_experts) if renames else source

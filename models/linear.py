@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +15,7 @@ from ..kernels.activations import CLAMP, CLAMPED, CLAMPED_SLOPE, GELU, NORM, PLA
 from ..kernels.chain import Projection
 from ..kernels.matmul import matvec
 from ..kernels.simd import LANES
+from ..kernels.threads import get_num_threads
 from ..kernels.weights import Matrix
 
 Float32 = NDArray[np.float32]
@@ -114,7 +114,7 @@ class PackedLinear:
 
     def __call__(self, x: Float32) -> Float32:
         """See ``Linear``."""
-        return self.projection(x, numba.get_num_threads())
+        return self.projection(x, get_num_threads())
 
     def take(self, ids: NDArray[np.int64]) -> Float32:
         """See ``Linear``."""

@@ -7,13 +7,12 @@ from . import toy
 from .check import shown
 from .config import ARCHITECTURES, ModelConfig
 from .errors import UsageError
+from .limits import MAX_TINY_SEED
 from .load import Model, read_weights
 from .names import expected_tensors
 from .pack import check_weights_option
 from .tokenizer import ByteTokenizer
 from .transformer import Transformer
-
-MAX_SEED = (1 << 32) - 1
 
 
 def tiny_model(
@@ -39,8 +38,8 @@ def tiny_model(
     """
     if architecture not in ARCHITECTURES:
         raise UsageError(f"architecture must be one of {', '.join(ARCHITECTURES)}, found {shown(architecture)}")
-    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
-        raise UsageError(f"seed must be a whole number from 0 to {MAX_SEED}, found {shown(seed)}")
+    if type(seed) is not int or not 0 <= seed <= MAX_TINY_SEED:
+        raise UsageError(f"seed must be a whole number from 0 to {MAX_TINY_SEED}, found {shown(seed)}")
     known = {field.name for field in fields(ModelConfig)} - {"architecture"}
     if strange := config.keys() - known:
         raise UsageError(f"a field of the config must be one of {', '.join(sorted(known))}, found {min(strange)}")

@@ -208,6 +208,7 @@ def test_info_models_and_version() -> None:
     assert mixkv("--version").stdout.strip() == f"mixkv {__version__}"
 
 
+@pytest.mark.fault("generate-options")
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -248,20 +249,24 @@ def test_a_prompt_from_two_places_is_refused(tmp_path: Path) -> None:
     refused(mixkv("generate", "hello", "--file", str(tmp_path / "x"), "-m", "toy"), 2, "--file")
 
 
+@pytest.mark.fault("generate-options")
 def test_an_empty_prompt_is_refused() -> None:
     refused(mixkv("generate", "", "-m", "toy", "-q"), 5, "empty")
 
 
+@pytest.mark.fault("context-overflow")
 def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers() -> None:
     refused(mixkv("generate", "x" * 100, "-m", "toy", "--context", "64", "-q"), 5, "100", "64")
 
 
+@pytest.mark.fault("long-prompt")
 def test_megabytes_of_one_character_are_refused_before_they_are_tokenized() -> None:
     started = time.perf_counter()
     refused(mixkv("generate", "-m", "toy", "-q", text=b"a" * (17 << 20)), 5, "16777216 bytes")
     assert time.perf_counter() - started < 5
 
 
+@pytest.mark.fault("invalid-utf8")
 def test_a_prompt_that_is_not_utf8_is_refused_with_the_byte(tmp_path: Path) -> None:
     file = tmp_path / "latin1.txt"
     file.write_bytes(b"caf\xe9 au lait")
@@ -269,6 +274,7 @@ def test_a_prompt_that_is_not_utf8_is_refused_with_the_byte(tmp_path: Path) -> N
     refused(mixkv("generate", "--file", str(tmp_path / "none"), "-m", "toy", "-q"), 5, "cannot be read")
 
 
+@pytest.mark.fault("invalid-utf8")
 def test_a_prompt_with_a_lone_surrogate_is_refused() -> None:
     refused(mixkv("generate", "a\udc80b", "-m", "toy", "-q"), 5)
 
@@ -288,6 +294,7 @@ def test_toy_needs_no_pull() -> None:
     assert result.exit_code == 0 and "built in" in result.stderr
 
 
+@pytest.mark.fault("closed-stdout")
 @pytest.mark.parametrize("command", ["models", "info toy", "generate hello --model toy -n 3"])
 def test_a_full_or_closed_stream_is_no_traceback(command: str) -> None:
     program = f"{sys.executable} -m mixkv {command}"
@@ -320,6 +327,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
     refused(mixkv("generate", "x", "-m", str(tmp_path), "-q"), 3, "config.json")
 
 
+@pytest.mark.fault("no-network")
 def test_no_network_is_one_line_that_says_how_to_go_on(clean_env: dict[str, str], tmp_path: Path) -> None:
     """An index that nobody listens to stands for the missing network."""
     env = {
@@ -334,6 +342,7 @@ def test_no_network_is_one_line_that_says_how_to_go_on(clean_env: dict[str, str]
     assert len(lines) == 1 and str(tmp_path) in lines[0] and "smollm2" in lines[0].lower()
 
 
+@pytest.mark.fault("closed-stdout")
 def test_a_closed_stdout_ends_quietly() -> None:
     process = start("generate", "hello", "-m", "toy", "-n", "2000", "-q")
     assert process.stdout is not None and process.stderr is not None
@@ -343,6 +352,7 @@ def test_a_closed_stdout_ends_quietly() -> None:
     assert process.stderr.read() == b""
 
 
+@pytest.mark.fault("interrupt")
 @pytest.mark.parametrize("as_json", [False, True])
 def test_ctrl_c_in_decode_keeps_the_text_and_exits_130(as_json: bool) -> None:
     options = ["--json"] if as_json else []
@@ -366,6 +376,7 @@ def test_ctrl_c_in_decode_keeps_the_text_and_exits_130(as_json: bool) -> None:
         assert len(head + rest) >= 21
 
 
+@pytest.mark.fault("interrupt")
 def test_ctrl_c_while_the_prompt_is_read_exits_130(tmp_path: Path) -> None:
     file = tmp_path / "long.txt"
     file.write_text("x" * 16_000)

@@ -277,6 +277,7 @@ def test_retier_without_anything_to_change_is_refused(tmp_path: Path) -> None:
         refused(mixkv("generate", "x", "-m", "toy", *options), 2, "--retier has no effect")
 
 
+@pytest.mark.fault("session-file")
 def test_another_model_or_weights_and_a_damaged_file_are_refused(tmp_path: Path, chatty: Path) -> None:
     file = tmp_path / "s"
     run("x", "-m", "toy", "-n", "3", "--session", str(file))
@@ -328,6 +329,7 @@ def first_bytes(process: subprocess.Popen[bytes], n: int) -> bytes:
     return shown
 
 
+@pytest.mark.fault("interrupt")
 def test_ctrl_c_keeps_what_was_generated(tmp_path: Path, chatty: Path) -> None:
     file = tmp_path / "s"
     process = start("Hi", "-m", str(chatty), "-n", "15000", "--session", str(file))
@@ -342,6 +344,7 @@ def test_ctrl_c_keeps_what_was_generated(tmp_path: Path, chatty: Path) -> None:
     assert second["stats"]["kept_tokens"] >= len(answer), "of the answer all but the last token were read"
 
 
+@pytest.mark.fault("interrupt")
 def test_ctrl_c_while_a_prompt_is_read_spares_the_next_run_what_was_read(
     tmp_path: Path, toy: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,6 +405,7 @@ def test_an_error_behind_something_new_saves_it(tmp_path: Path, monkeypatch: pyt
     assert run("", "-m", "toy", "-n", "3", "--session", str(tmp_path / "s"))["prompt_ids"] == [ord(result.stdout[3])]
 
 
+@pytest.mark.fault("disk-full")
 def test_a_full_disk_says_so_behind_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "s"
     run("hello", "-m", "toy", "-n", "3", "--session", str(file))
@@ -417,6 +421,7 @@ def test_a_full_disk_says_so_behind_the_text(tmp_path: Path, monkeypatch: pytest
     assert file.read_bytes() == before and [x.name for x in tmp_path.iterdir()] == ["s"]
 
 
+@pytest.mark.fault("closed-stdout")
 def test_a_closed_stdout_saves_what_there_is(tmp_path: Path) -> None:
     file = tmp_path / "s"
     process = start("hello", "-m", "toy", "-n", "2000", "-q", "--session", str(file))
@@ -455,6 +460,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixkv.engine.memory.available_nbytes", lambda: 300_000)
 
 
+@pytest.mark.fault("memory-plan")
 def test_a_run_larger_than_memory_is_refused_before_it_begins(
     tmp_path: Path, little: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -480,6 +486,7 @@ def test_what_a_session_holds_already_is_not_needed_again(tmp_path: Path, monkey
     refused(result, 2, "100000 bytes of memory are available")
 
 
+@pytest.mark.fault("memory-plan")
 def test_eval_and_bench_are_refused_too(tmp_path: Path, little: None) -> None:
     (tmp_path / "text").write_text("x" * 3000)
     refused(mixkv("eval", str(tmp_path / "text"), "-m", "toy", "-q"), 2, "3000 tokens and 1 beside it", "tokens do")

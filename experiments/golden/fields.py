@@ -10,6 +10,7 @@ from ...models.errors import UsageError
 from ...models.limits import (
     MAX_CONTEXT,
     MAX_GOLDEN_ALTERNATIVES,
+    MAX_GOLDEN_DEPTH,
     MAX_GOLDEN_FACT_CHARS,
     MAX_GOLDEN_FACTS,
     MAX_GOLDEN_PROMPTS,
@@ -20,7 +21,6 @@ from ...models.limits import (
 )
 from ...models.pack import WEIGHTS
 
-MOST_DEPTH = 8  # of a config's objects and lists
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,200}")
 _DIGEST = re.compile(r"[a-z0-9+ ]{1,64} [0-9a-f]{16}")
 
@@ -153,8 +153,10 @@ def _check_config(value: object) -> None:
     def check(x: object, where: str, depth: int) -> None:
         nonlocal left
         left -= 1
-        if left < 0 or depth > MOST_DEPTH:
-            raise UsageError(f"about.config must be at most {MAX_GOLDEN_FACTS} values, {MOST_DEPTH} deep, found more")
+        if left < 0 or depth > MAX_GOLDEN_DEPTH:
+            raise UsageError(
+                f"about.config must be at most {MAX_GOLDEN_FACTS} values, {MAX_GOLDEN_DEPTH} deep, found more"
+            )
         if isinstance(x, dict):
             if x:
                 _check_names(x, where, MAX_GOLDEN_FACTS)

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from ...engine.policy import CachePolicy
 from ...models.errors import UsageError
+from ...models.limits import MAX_TRIALS
 from ...models.pack import check_weights_option
 from ..texts import DEFAULT
 from .task import Task
-
-MAX_TRIALS = 10_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from ...engine.policy_text import rotation
 from ...engine.policy_toml import of_file, parse_toml
 from ...models.check import shown
 from ...models.errors import UsageError
-from ...models.limits import MAX_CELLS
+from ...models.limits import MAX_CELLS, MAX_SWEEP_SEED, MAX_WINDOW
 from ..pieces import DEFAULT_TOKENS, Setting
 from ..ranges import parse_numbers, split_words
 from ..texts import DEFAULT
@@ -20,9 +20,7 @@ from ..texts import DEFAULT
 ROTATE = "rotate"  # both rotations as one word, as the command line has them
 AXES = (*(name for name in SCALARS if name not in ("rotate_k", "rotate_v")), ROTATE)
 """Fields of a policy that a grid can go through."""
-MAX_SEED = (1 << 31) - 1
 NUMBERS = tuple(f.name for f in fields(CachePolicy) if f.type in (int, "int") and f.name in AXES)
-LARGEST = 1 << 24  # of a number: the policy's own rules say more
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,7 @@ def parse_axis(name: str, texts: Sequence[str], label: str | None = None) -> lis
     ``label`` is what messages call it, the option unless given.
     """
     option = f"--{name.replace('_', '-')}" if label is None else label
-    return list(parse_numbers(option, texts, 0, LARGEST) if name in NUMBERS else split_words(option, texts))
+    return list(parse_numbers(option, texts, 0, MAX_WINDOW) if name in NUMBERS else split_words(option, texts))
 
 
 def parse_policies(texts: Sequence[str]) -> list[CachePolicy]:
@@ -172,6 +170,6 @@ def make(
     documents = documents or (DEFAULT,)
     setting = {"tokens": DEFAULT_TOKENS, **setting}
     found, merged = multiply(parse_policies(policies or ["balanced"]), axes)
-    if any(not 0 <= seed <= MAX_SEED for seed in seeds):
-        raise UsageError(f"seeds must be from 0 to {MAX_SEED}, found {shown(list(seeds))}")
+    if any(not 0 <= seed <= MAX_SWEEP_SEED for seed in seeds):
+        raise UsageError(f"seeds must be from 0 to {MAX_SWEEP_SEED}, found {shown(list(seeds))}")
     return Grid(Setting(**setting), found, merged, tuple(documents), tuple(seeds or (0,)))

@@ -91,14 +91,14 @@ def _served(pipe: Connection, setting: Setting, threads: int) -> Failed:
 
 
 def _load(setting: Setting, threads: int) -> Any:
-    import numba
     import threadpoolctl
 
+    from ...kernels.threads import set_num_threads
     from ...kernels.warmup import warm_up
     from ...models.load import load
     from ..cells import Pair
 
-    numba.set_num_threads(threads)
+    set_num_threads(threads)
     threadpoolctl.threadpool_limits(threads)
     candidate = load(setting.model, setting.weights)
     same = setting.weights == setting.reference_weights

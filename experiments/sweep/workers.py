@@ -5,6 +5,7 @@ They are spawned, never forked: OpenMP's threads do not survive a fork. Each has
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,8 @@ from typing import Any
 from ...models.errors import MixkvError
 from ..pieces import Setting
 from .worker import Done, Failed, Progress, Ready, Task, work
+
+_SAFE_PATH = "PYTHONSAFEPATH"  # as ``python -P``, which multiprocessing passes on only if the parent was started so
 
 
 class Workers:
@@ -35,6 +38,11 @@ class Workers:
         self._tasks: dict[Connection, Task | None] = {}
 
     def __enter__(self) -> "Workers":
+        with _no_current_folder():
+            self._start()
+        return self
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         try:
             resource_tracker.ensure_running()  # it takes the mask of signals away that is set below
@@ -50,7 +58,6 @@ class Workers:
         except BaseException:
             self.__exit__()
             raise
-        return self
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
@@ -117,6 +124,20 @@ class Workers:
                 raise MixkvError("a worker has loaded another model than the one before: have its files been changed?")
             self._fingerprints = message.fingerprints
         return message
+
+
+@contextlib.contextmanager
+def _no_current_folder() -> Iterator[None]:
+    """Python processes that are started meanwhile import nothing from the current folder, which may be a stranger's."""
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = before
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +16,7 @@ from ...engine import memory
 from ...engine.cache import LayerCache
 from ...engine.policy import MAX_WINDOW, CachePolicy
 from ...engine.session import Session
+from ...kernels.threads import get_num_threads
 from ...models.check import shown
 from ...models.config import ModelConfig
 from ...models.errors import NumericalError, UsageError
@@ -152,7 +152,7 @@ def check_memory(config: ModelConfig, policy: CachePolicy, tokens: int, availabl
     queries = 2 * config.num_attention_heads  # turned and padded, and the output of storing
     widest = 2 * config.intermediate_size  # once in its buffer, once as it comes out of a product
     width = 2 * config.hidden_size + (heads + queries) * config.head_dim + 2 * widest
-    needed = caches + 4 * tokens * width + room_nbytes(numba.get_num_threads())
+    needed = caches + 4 * tokens * width + room_nbytes(get_num_threads())
     room = memory.available_nbytes() if available is None else available
     if room is not None and needed > room:
         raise UsageError(

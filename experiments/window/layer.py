@@ -13,7 +13,6 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +23,7 @@ from ...kernels.hadamard import rotated
 from ...kernels.segment import Int64, Segment, segment_of_arrays
 from ...kernels.state import empty_state, merge_partials, pad_last_axis
 from ...kernels.tables import N_PARTS, RANGES, STEP
+from ...kernels.threads import get_num_threads, set_num_threads
 from ...models.transformer import Softmax
 
 Float32 = NDArray[np.float32]
@@ -49,7 +49,7 @@ class LayerWindows:
     def __init__(self, policy: CachePolicy, windows: Int64, n_kv_heads: int, head_dim: int) -> None:
         self._policy, self._windows = policy, windows
         self._shape = n_kv_heads, head_dim
-        self._threads = numba.get_num_threads()
+        self._threads = get_num_threads()
         self._room = room_nbytes(self._threads) // self._threads  # of a thread
         self._rooms = [np.zeros(self._room // 4, np.float32) for _ in range(self._threads)]
 
@@ -87,7 +87,7 @@ class LayerWindows:
                 self._rooms.append(room)
 
         spans = self._spans(len(qkv), qkv[0, :n_heads].nbytes)[::-1]  # the longest work first
-        with ThreadPoolExecutor(self._threads, initializer=numba.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(self._threads, initializer=set_num_threads, initargs=(1,)) as pool:
             errors, outputs = zip(*pool.map(of_block, spans), strict=True)
         return np.sum(errors, axis=0), np.sum(outputs, axis=0)
 

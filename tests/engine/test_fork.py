@@ -72,6 +72,7 @@ def run(source: str, tmp_path: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.fault("fork")
 def test_sessions_in_a_pool_of_threads_have_the_bits_that_they_have_alone(tmp_path: Path) -> None:
     source = """
 import numba
@@ -88,6 +89,7 @@ print(all(np.array_equal(a, b) for a, b in zip(alone * 2, together, strict=True)
     assert run(source, tmp_path) == ["True"]
 
 
+@pytest.mark.fault("fork")
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' OpenMP is not GNU's")
 def test_a_child_forked_after_the_kernels_were_used_is_told_so(tmp_path: Path) -> None:
     source = """
@@ -113,6 +115,7 @@ print(session.position, forward().shape, read(0).shape)
     assert parent == "0 (3, 258) (120, 258)", "the parent can go on"
 
 
+@pytest.mark.fault("fork")
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' OpenMP is not GNU's")
 def test_a_forked_pool_gets_the_error_and_a_spawned_one_the_answer(tmp_path: Path) -> None:
     """Children that are ended by a signal would be replaced for ever, and the pool would wait for ever."""

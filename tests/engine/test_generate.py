@@ -235,10 +235,12 @@ def test_the_text_is_that_of_the_tokens_up_to_the_first_complete_stop_string(
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("invalid-utf8")
 def test_a_character_split_over_tokens_comes_whole(toy: Model) -> None:
     assert texts(Scripted(toy, "é😀!"), max_tokens=7) == ["", "é", "", "", "", "😀", "!"]
 
 
+@pytest.mark.fault("invalid-utf8")
 def test_a_character_that_is_never_completed_becomes_one_replacement_at_the_end(toy: Model) -> None:
     text, reason, ids = said(Scripted(toy, "a😀"), max_tokens=3)
     assert (text, reason) == ("a\ufffd", "length") and text == toy.tokenizer.decode(ids)
@@ -263,6 +265,7 @@ def test_a_model_without_a_tokenizer_gives_ids_and_no_text(toy: Model) -> None:
 # --- fault row 27 ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("interrupt")
 def test_an_interrupt_while_generating_keeps_what_was_said(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault row 27: the tokens so far stand, and a new generation from the last of them goes on as if nothing was."""
     expected = by_hand(toy, CachePolicy(), PROMPT, 12)

@@ -19,12 +19,14 @@ def refusal(toy: Model, error: type[Exception], **options: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.fault("generate-options")
 @pytest.mark.parametrize("value", [0, -1, MAX_TOKENS + 1, 10**9, 1.0, float("nan"), "5", None, True], ids=repr)
 def test_max_tokens_out_of_range_is_refused_with_name_found_and_allowed(toy: Model, value: Any) -> None:
     message = refusal(toy, UsageError, max_tokens=value)
     assert message == f"max_tokens must be a whole number from 1 to {MAX_TOKENS}, found {value!r}"
 
 
+@pytest.mark.fault("generate-options")
 @pytest.mark.parametrize("stop", ["END", [""], ["a", ""], [1], [None], ["x"] * (MAX_STOPS + 1)], ids=repr)
 def test_stop_strings_that_are_empty_no_strings_or_too_many_are_refused(toy: Model, stop: Any) -> None:
     assert (
@@ -32,6 +34,7 @@ def test_stop_strings_that_are_empty_no_strings_or_too_many_are_refused(toy: Mod
     )
 
 
+@pytest.mark.fault("generate-options")
 @pytest.mark.parametrize(
     "params",
     [{"temperature": float("nan")}, {"temperature": -1}, {"top_p": 0}, {"top_p": 2}, {"min_p": -1}, {"top_k": -1}],
@@ -42,6 +45,7 @@ def test_sampling_out_of_range_cannot_even_be_written_down(params: dict[str, Any
         SamplingParams(**params)
 
 
+@pytest.mark.fault("context-overflow")
 def test_an_empty_prompt_or_one_beyond_the_context_is_refused_with_the_numbers(toy: Model) -> None:
     session = Session(toy, context=8)
     with pytest.raises(PromptError, match="the prompt is empty"):

@@ -32,6 +32,7 @@ def refusal(**fields: object) -> str:
 # --- fault row 22: out of range, refused when planning ------------------------------------------------------------
 
 
+@pytest.mark.fault("policy-range")
 @pytest.mark.parametrize(("name", "most"), [("window", MAX_WINDOW), ("sinks", MAX_SINKS), ("rollback", MAX_ROLLBACK)])
 def test_counts_of_tokens_out_of_range_are_refused_with_name_found_and_allowed(name: str, most: int) -> None:
     for value in (-1, most + 1, -(10**30), 10**30, *NOT_WHOLE):
@@ -41,6 +42,7 @@ def test_counts_of_tokens_out_of_range_are_refused_with_name_found_and_allowed(n
         assert getattr(CachePolicy(**{name: value}), name) == value
 
 
+@pytest.mark.fault("policy-range")
 @pytest.mark.parametrize("name", ["k_bits", "v_bits"])
 @pytest.mark.parametrize(
     ("value", "nearest"),
@@ -51,6 +53,7 @@ def test_bits_out_of_range_are_refused_with_the_nearest_legal_value(name: str, v
     assert message == f"{name} must be one of 2, 3, 4, 8, 16, 32, found {value}; the nearest is {nearest}"
 
 
+@pytest.mark.fault("policy-range")
 @pytest.mark.parametrize(
     ("value", "nearest"), [(0, 32), (-64, 32), (31, 32), (63, 64), (100, 128), (256, 128), (1, 32)]
 )
@@ -336,6 +339,7 @@ def test_overrides_that_overlap_in_a_small_model_only_are_refused_there() -> Non
         policy.check_model(8, 64)
 
 
+@pytest.mark.fault("policy-range")
 @pytest.mark.parametrize(
     ("policy", "where", "found", "near"),
     [

@@ -219,6 +219,7 @@ NUMBERS = {
 }
 
 
+@pytest.mark.fault("generate-options")
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_sampling_number_out_of_range_is_refused_with_name_found_and_allowed(name: str) -> None:
     values, allowed = NUMBERS[name]
@@ -229,6 +230,7 @@ def test_a_sampling_number_out_of_range_is_refused_with_name_found_and_allowed(n
         assert isinstance(caught.value, ValueError)
 
 
+@pytest.mark.fault("generate-options")
 @pytest.mark.parametrize(("name", "most"), [("top_k", 1 << 31), ("seed", MAX_SEED)])
 def test_top_k_and_seed_out_of_range_are_refused_with_name_found_and_allowed(name: str, most: int) -> None:
     for value in [-1, most + 1, 1.0, math.nan, "1", True, [1]]:

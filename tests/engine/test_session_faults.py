@@ -48,6 +48,7 @@ def poisoned(linear: FloatLinear, row: int, value: float) -> FloatLinear:
     return FloatLinear(weight, linear.bias, linear.before)
 
 
+@pytest.mark.fault("nan-logits")
 @pytest.mark.filterwarnings("error")  # one line says it all: no RuntimeWarning of NumPy beside it
 @pytest.mark.parametrize("number", [0, 1, 2])
 @pytest.mark.parametrize("rows", ["all", "last", None])
@@ -62,6 +63,7 @@ def test_nan_in_the_weights_of_a_layer_names_positions_and_layer(toy: Model, num
     assert session.position == 0
 
 
+@pytest.mark.fault("nan-logits")
 @pytest.mark.filterwarnings("error")
 def test_infinite_activations_in_the_middle_of_a_text_name_their_step(toy: Model) -> None:
     """One token's embedding is infinite: texts without it are read, and the session goes on behind a refused one."""
@@ -79,6 +81,7 @@ def test_infinite_activations_in_the_middle_of_a_text_name_their_step(toy: Model
     assert np.array_equal(session.forward([3, 5]), healthy.forward([3, 5]))
 
 
+@pytest.mark.fault("nan-logits")
 @pytest.mark.parametrize("value", [-np.inf, np.nan, np.inf])
 def test_logits_that_are_all_infinite_or_nan_name_the_output_head(toy: Model, value: float) -> None:
     head = FloatLinear(toy.transformer.weights.head.weight, np.full(258, value, np.float32))
@@ -97,6 +100,7 @@ def test_single_logits_of_minus_infinity_are_no_fault(toy: Model) -> None:
     assert logits[65] == -np.inf and np.isfinite(np.delete(logits, 65)).all()
 
 
+@pytest.mark.fault("extreme-keys")
 @pytest.mark.filterwarnings("error")
 def test_keys_beyond_float16_are_kept_wider(toy: Model, tmp_path: Path) -> None:
     def louder(layer: Any) -> Any:
@@ -139,6 +143,7 @@ class Interrupting:
         monkeypatch.setattr(Cache, "attend", attend)
 
 
+@pytest.mark.fault("interrupt")
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("calls", range(10))
 def test_an_interrupt_in_prefill_leaves_the_session_at_the_end_of_a_chunk(
@@ -173,6 +178,7 @@ def uninterrupted(toy: Model) -> list[int]:
     return tokens
 
 
+@pytest.mark.fault("interrupt")
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("calls", [0, 1, 2, 30, 31, 95])
 def test_an_interrupt_in_decode_leaves_the_session_in_step(
@@ -203,6 +209,7 @@ def test_a_refused_step_can_be_followed_by_other_tokens(toy: Model, monkeypatch:
     assert np.array_equal(session.forward(others), expected)
 
 
+@pytest.mark.fault("nan-logits")
 def test_nan_in_an_early_chunk_is_found_there_and_not_kept() -> None:
     """Only the last chunk has logits to look at; the others' hidden states are looked at too."""
     model = mixkv.load("toy")

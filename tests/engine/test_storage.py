@@ -212,6 +212,7 @@ def small(toy: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.fault("session-file")
 def test_a_flip_of_any_bit_is_refused(small: Path) -> None:
     """All bits of the length and the header, and one of every byte behind them."""
     data = bytearray(small.read_bytes())
@@ -228,6 +229,7 @@ def test_a_flip_of_any_bit_is_refused(small: Path) -> None:
     storage._checked(array, "x")
 
 
+@pytest.mark.fault("session-file")
 def test_a_flip_in_a_file_on_disk_is_refused_and_the_live_session_goes_on(toy: Model, tmp_path: Path) -> None:
     path, session, twin = tmp_path / "s", read(toy, TINY, 90), read(toy, TINY, 90)
     session.save(path)
@@ -240,6 +242,7 @@ def test_a_flip_in_a_file_on_disk_is_refused_and_the_live_session_goes_on(toy: M
     assert go_on(session, 20) == go_on(twin, 20)
 
 
+@pytest.mark.fault("session-file")
 def test_a_cut_or_longer_file_is_refused(toy: Model, small: Path, tmp_path: Path) -> None:
     data, path = small.read_bytes(), tmp_path / "s"
     header = 8 + int.from_bytes(data[:8], "little")
@@ -382,6 +385,7 @@ FORGERIES = {
 }  # fmt: skip
 
 
+@pytest.mark.fault("session-file")
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_file_with_a_right_checksum_that_cannot_be_is_refused(toy: Model, file: Path, name: str) -> None:
     change, word = FORGERIES[name]
@@ -409,6 +413,7 @@ def test_an_absurd_length_of_the_header_is_refused(toy: Model, file: Path, lengt
     refuses(toy, file, "cut off")
 
 
+@pytest.mark.fault("session-file")
 def test_another_model_or_its_weights_in_another_format_is_refused(toy: Model, file: Path) -> None:
     refuses(mixkv.load("toy", "q8"), file, "another model, or with its weights in another format")
     refuses(loud(toy), file, "another model")
@@ -483,7 +488,7 @@ def test_metadata_that_no_load_would_take_are_not_saved(
     toy: Model, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = file.read_bytes()
-    monkeypatch.setattr(storage, "MAX_HEADER_NBYTES", 20_000)
+    monkeypatch.setattr(storage, "MAX_SESSION_HEADER_BYTES", 20_000)
     with pytest.raises(SessionFileError, match="at most 20000 are allowed"):
         read(toy, TINY, 3).save(file, {"note": "x" * 20_000})
     assert file.read_bytes() == before
@@ -499,6 +504,7 @@ def check_survives(file: Path, before: bytes, caught: pytest.ExceptionInfo[Sessi
     assert text == f"{file}: cannot be saved: {reason}; what was there before is as it was"
 
 
+@pytest.mark.fault("disk-full")
 @pytest.mark.parametrize("call", ["fsync", "replace", "fdopen"])
 def test_a_full_disk_leaves_the_old_file(toy: Model, file: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before, session, twin = file.read_bytes(), read(toy, TINY, 95), read(toy, TINY, 95)
@@ -536,6 +542,7 @@ class Filling:
         self._file.close()
 
 
+@pytest.mark.fault("disk-full")
 @pytest.mark.parametrize("writes", [0, 1, 2, 10, 29])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, 0])
 def test_a_write_that_fails_or_is_interrupted_leaves_the_old_file(
@@ -587,6 +594,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run([unmount, str(folder)], check=True)
 
 
+@pytest.mark.fault("disk-full")
 def test_a_disk_that_is_really_full_leaves_the_old_file(toy: Model, disk: Path) -> None:
     file = disk / "s"
     read(toy, TINY, 90).save(file)
@@ -596,6 +604,7 @@ def test_a_disk_that_is_really_full_leaves_the_old_file(toy: Model, disk: Path) 
     check_survives(file, before, caught, "No space left on device")
 
 
+@pytest.mark.fault("disk-full")
 def test_a_disk_that_is_really_read_only_leaves_the_old_file(toy: Model, disk: Path) -> None:
     file = disk / "s"
     read(toy, TINY, 90).save(file)
@@ -620,6 +629,7 @@ def test_a_link_stays_one_and_permissions_stay_as_they_were(toy: Model, file: Pa
     assert stat.S_IMODE(new.stat().st_mode) == 0o600
 
 
+@pytest.mark.fault("two-processes")
 def test_saves_at_once_leave_one_of_them_whole(toy: Model, file: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -13,6 +13,7 @@ from .other_process import ROOT, finish, run_process, start_process
 MERGED = {"out": [3.0] * 16, "state": [0.5, 3.0]}
 
 
+@pytest.mark.fault("two-processes")
 def test_two_processes_that_compile_at_once_both_finish(tmp_path: Path) -> None:
     """And a third one, later, loads what they left."""
     environment = {"MIXKV_CACHE": str(tmp_path)}

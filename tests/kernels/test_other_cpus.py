@@ -58,6 +58,7 @@ def host_has(*features: str) -> bool:
     return X86 and all(binding.get_host_cpu_features().get(name, False) for name in features)
 
 
+@pytest.mark.fault("other-cpus")
 @pytest.mark.skipif(not X86, reason="these are names of x86 CPUs")
 @pytest.mark.parametrize(
     ("name", "features"),

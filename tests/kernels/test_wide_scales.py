@@ -13,6 +13,7 @@ from .oracle import CODED, expected, normal, quantize_as, read_segment, segment_
 KINDS = tuple(kind + axis for kind in CODED for axis in ("c", "t"))
 
 
+@pytest.mark.fault("extreme-keys")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1e6, 1e-9, 1e30])
 @pytest.mark.parametrize("part", ["k", "v"])

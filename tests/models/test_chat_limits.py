@@ -44,6 +44,7 @@ ESCAPES = [
 ]
 
 
+@pytest.mark.fault("chat-template")
 @pytest.mark.parametrize("source", ESCAPES)
 def test_a_chat_template_that_tries_to_escape_is_refused(source):
     with pytest.raises(PromptError, match=r"^chat template: [^\n]+$"):
@@ -129,6 +130,7 @@ TIME_BOMBS = [
 ]
 
 
+@pytest.mark.fault("chat-template")
 @pytest.mark.parametrize("source", MEMORY_BOMBS, ids=range(len(MEMORY_BOMBS)))
 def test_a_chat_template_that_is_a_bomb_is_refused_in_bounded_memory(source):
     tracemalloc.start()
@@ -141,6 +143,7 @@ def test_a_chat_template_that_is_a_bomb_is_refused_in_bounded_memory(source):
     assert peak < 200e6
 
 
+@pytest.mark.fault("chat-template")
 @pytest.mark.parametrize("source", TIME_BOMBS, ids=range(len(TIME_BOMBS)))
 def test_a_chat_template_that_is_a_bomb_is_refused_in_bounded_time(source):
     start = time.process_time()
@@ -179,6 +182,7 @@ def test_failures_are_one_line_that_says_why(source, message):
     assert caught.value.exit_code == 5
 
 
+@pytest.mark.fault("chat-template")
 def test_an_oversized_template_is_refused_before_it_is_parsed():
     with pytest.raises(PromptError, match=f"{MAX_TEMPLATE_BYTES + 1} bytes, at most {MAX_TEMPLATE_BYTES}"):
         ChatTemplate("\u00e9" + "x" * (MAX_TEMPLATE_BYTES - 1))

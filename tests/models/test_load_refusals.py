@@ -68,6 +68,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     assert str(tmp_path) in message and "safetensors" in message
 
 
+@pytest.mark.fault("missing-tensors")
 def test_all_missing_tensors_are_listed_at_once(folder: Callable[[Change], str]) -> None:
     gone = ["model.norm.weight", "model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.k_proj.bias"]
 
@@ -81,6 +82,7 @@ def test_all_missing_tensors_are_listed_at_once(folder: Callable[[Change], str])
     assert all(name in message for name in gone)
 
 
+@pytest.mark.fault("tensor-shapes")
 def test_tensors_unlike_the_config_are_listed_with_both_shapes(folder: Callable[[Change], str]) -> None:
     def reshape(tensors: Tensors, _: dict[str, Any]) -> None:
         tensors["model.layers.1.mlp.down_proj.weight"] = np.zeros((80, 48), np.float32)
@@ -93,6 +95,7 @@ def test_tensors_unlike_the_config_are_listed_with_both_shapes(folder: Callable[
     assert "model.layers.0.input_layernorm.weight" in message, "and what is missing is said in the same line"
 
 
+@pytest.mark.fault("config-dimensions")
 def test_a_config_unlike_the_tensors_is_refused_before_anything_is_read(folder: Callable[[Change], str]) -> None:
     def enlarge(_: Tensors, config: dict[str, Any]) -> None:
         config["intermediate_size"] = 1 << 22
@@ -139,6 +142,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused_with_both_numbers(
     assert message == f"{path}: the tokenizer has 98 tokens, the model only 97"
 
 
+@pytest.mark.fault("nan-weights")
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
     "name",

@@ -133,12 +133,14 @@ def test_bf16_f16_f32_and_f64_tensors_work(tmp_path, dtype, stored, size):
     np.testing.assert_array_equal(np.signbit(read), np.signbit(array.astype(np.float32)))
 
 
+@pytest.mark.fault("bfloat16")
 def test_every_bf16_value_becomes_the_same_float32(tmp_path):
     array = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16)
     save_file({"w": array}, tmp_path / "model.safetensors")
     np.testing.assert_array_equal(open_safetensors(tmp_path).read("w"), array.astype(np.float32))
 
 
+@pytest.mark.fault("bfloat16")
 def test_bf16_works_where_nobody_else_imported_ml_dtypes(tmp_path):
     save_file({"w": np.array([1.5, -2], ml_dtypes.bfloat16)}, tmp_path / "model.safetensors")
     code = (
@@ -204,6 +206,7 @@ def test_a_fault_of_the_library_or_the_disk_is_a_model_error(tmp_path, monkeypat
 # Row 5
 
 
+@pytest.mark.fault("weight-map-paths")
 @pytest.mark.parametrize(
     "name",
     [
@@ -232,6 +235,7 @@ def test_weight_map_that_leaves_the_folder_is_refused(tmp_path, name):
     assert "files of this folder" in message
 
 
+@pytest.mark.fault("weight-map-paths")
 @pytest.mark.parametrize("name", ["model.safetensors", "shard.safetensors", "model.safetensors.index.json"])
 def test_symlink_out_of_the_folder_is_refused(tmp_path, name):
     folder = tmp_path / "model"
@@ -276,6 +280,7 @@ def test_sharded_hub_cache_is_allowed(tmp_path):
     assert open_safetensors(snapshot).nbytes == 64
 
 
+@pytest.mark.fault("weight-map-paths")
 def test_symlink_of_the_hub_cache_to_another_model_is_refused(tmp_path):
     snapshot, _ = hub_cache(tmp_path)
     _, other = hub_cache(tmp_path, "models--acme--other")
@@ -284,6 +289,7 @@ def test_symlink_of_the_hub_cache_to_another_model_is_refused(tmp_path):
     assert "outside" in refusal(snapshot)
 
 
+@pytest.mark.fault("weight-map-paths")
 def test_a_folder_that_only_resembles_the_hub_cache_is_refused(tmp_path):
     snapshot, blobs = hub_cache(tmp_path, "acme")
     save_file(WEIGHTS, blobs / "abc")
@@ -291,6 +297,7 @@ def test_a_folder_that_only_resembles_the_hub_cache_is_refused(tmp_path):
     assert "outside" in refusal(snapshot)
 
 
+@pytest.mark.fault("weight-map-paths")
 def test_a_loop_of_symlinks_is_refused(tmp_path):
     link(tmp_path / "model.safetensors", "model.safetensors")
     refusal(tmp_path)
@@ -299,6 +306,7 @@ def test_a_loop_of_symlinks_is_refused(tmp_path):
 # Row 6
 
 
+@pytest.mark.fault("missing-tensors")
 def test_missing_shards_and_absent_tensors_are_all_listed_at_once(tmp_path):
     weight_map = {"a": "1.safetensors", "b": "2.safetensors", "c": "3.safetensors", "d": "1.safetensors"}
     message = refusal(shard(tmp_path, weight_map, {"1.safetensors": {"a": np.ones(2, np.float32)}}))
@@ -333,6 +341,7 @@ def test_damaged_index_is_refused(tmp_path, index):
 # Row 8: the library's own words, of which each version has others, follow "damaged, or truncated at ... bytes"
 
 
+@pytest.mark.fault("safetensors-damage")
 def test_file_truncated_at_any_byte_is_refused(tmp_path):
     save_file({"w": np.ones(3, np.float32)}, tmp_path / "whole")
     whole = (tmp_path / "whole").read_bytes()
@@ -345,6 +354,7 @@ def test_trailing_bytes_are_refused(tmp_path):
     assert re.search("truncated at .*incomplete", message, re.I)
 
 
+@pytest.mark.fault("safetensors-damage")
 @pytest.mark.parametrize(
     ("header", "words"),
     [
@@ -360,12 +370,14 @@ def test_overlapping_holed_or_overlong_tensors_are_refused(tmp_path, header, wor
     assert re.search(words, refusal(tmp_path, pack(header, b"\0" * 12)), re.I)
 
 
+@pytest.mark.fault("safetensors-damage")
 @pytest.mark.parametrize("length", [limits.MAX_SAFETENSORS_HEADER_BYTES + 1, 1 << 40, (1 << 63) + 1, (1 << 64) - 1])
 def test_huge_header_is_refused_fast(tmp_path, length):
     message = refusal(tmp_path, pack(b"{}", b"\0" * 100, length))
     assert f"a header of {length} bytes" in message
 
 
+@pytest.mark.fault("safetensors-damage")
 def test_header_longer_than_the_file_is_refused_fast(tmp_path):
     assert "truncated at 110 bytes" in refusal(tmp_path, pack(b"{}", b"\0" * 100, 9_000_000))
 
@@ -461,6 +473,7 @@ def test_any_header_is_opened_or_refused_and_what_opens_can_be_read(tmp_path_fac
 # Row 9
 
 
+@pytest.mark.fault("duplicate-tensor")
 @pytest.mark.parametrize("begin", [0, 4])  # the library accepts the first, which describes the data twice
 def test_duplicate_tensor_name_in_a_header_is_refused(tmp_path, begin):
     first, second = json.dumps(entry(0, 4)), json.dumps(entry(begin, 8))
@@ -468,6 +481,7 @@ def test_duplicate_tensor_name_in_a_header_is_refused(tmp_path, begin):
     assert "'w' appears twice" in refusal(tmp_path, pack(header, b"\0" * 8))
 
 
+@pytest.mark.fault("duplicate-tensor")
 def test_same_tensor_in_two_shards_is_refused(tmp_path):
     files = dict.fromkeys(("1.safetensors", "2.safetensors"), {"w": np.ones(2, np.float32)})
     weight_map = {"w": "1.safetensors", "v": "2.safetensors"}
@@ -477,6 +491,7 @@ def test_same_tensor_in_two_shards_is_refused(tmp_path):
 # Row 10
 
 
+@pytest.mark.fault("not-weights")
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -506,6 +521,7 @@ def test_a_header_whose_length_looks_like_a_pickle_is_still_read(tmp_path):
 # Row 11
 
 
+@pytest.mark.fault("pickles")
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "model.ckpt"])
 def test_pickle_only_folder_is_refused_and_why(tmp_path, name):
     (tmp_path / name).write_bytes(pickle.dumps({}))

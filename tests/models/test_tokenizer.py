@@ -93,6 +93,7 @@ def test_smollm2_ids_are_those_of_the_oracles(default_model_path):
         tokenizer.encode("a\x04")  # the vocabulary was trained without this byte
 
 
+@pytest.mark.fault("long-prompt")
 @pytest.mark.model
 def test_megabytes_of_one_character_take_bounded_time(default_model_path):
     tokenizer = tokenizer_from_gguf(open_gguf(default_model_path).metadata, "default")
@@ -176,6 +177,7 @@ def streamed(tokenizer, ids):
     return [*(stream.push(i) for i in ids), stream.finish()]
 
 
+@pytest.mark.fault("invalid-utf8")
 @given(st.lists(st.integers(-3, 300)))
 @settings(max_examples=300, deadline=None)
 def test_random_ids_stream_to_what_they_decode_to(ids):
@@ -183,6 +185,7 @@ def test_random_ids_stream_to_what_they_decode_to(ids):
         assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 
 
+@pytest.mark.fault("invalid-utf8")
 def test_an_emoji_split_over_tokens_is_streamed_whole():
     for tokenizer in (small(), ByteTokenizer()):
         ids = tokenizer.encode("a" + EMOJI + "b")
@@ -193,6 +196,7 @@ def test_an_emoji_split_over_tokens_is_streamed_whole():
         assert streamed(tokenizer, ids[:-2])[-1] == "\ufffd"  # the tail never came
 
 
+@pytest.mark.fault("long-prompt")
 def test_lone_surrogates_and_oversized_prompts_are_refused():
     for tokenizer in (small(), ByteTokenizer()):
         with pytest.raises(PromptError, match=r"character 2 is the lone surrogate U\+D83D"):
@@ -214,6 +218,7 @@ def test_the_toy_model_s_tokenizer_is_bytes():
 # Damaged metadata
 
 
+@pytest.mark.fault("gguf-types")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -307,6 +307,7 @@ def damaged(path: Path, kind: str, name: str, row: int, first_byte: int, number:
     return str(write_model(path / "damaged.gguf", kind, change))
 
 
+@pytest.mark.fault("nan-weights")
 @pytest.mark.parametrize(
     ("kind", "name", "first_byte", "number", "message"),
     [

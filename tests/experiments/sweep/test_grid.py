@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mixkv import CachePolicy, Override, cli
 from mixkv.experiments.pieces import Setting
-from mixkv.experiments.sweep.grid import AXES, MAX_SEED, NUMBERS, Grid, load, make, multiply, parse_axis
+from mixkv.experiments.sweep.grid import AXES, MAX_SWEEP_SEED, NUMBERS, Grid, load, make, multiply, parse_axis
 from mixkv.models.errors import UsageError
 from mixkv.models.limits import MAX_CELLS, MAX_POLICY_BYTES
 
@@ -275,9 +275,9 @@ def test_only_files_are_read(tmp_path: Path) -> None:
         assert refusal(load, path).startswith(f"{path}: ")
 
 
-@pytest.mark.parametrize("seeds", [[-1], [0, MAX_SEED + 1]])
+@pytest.mark.parametrize("seeds", [[-1], [0, MAX_SWEEP_SEED + 1]])
 def test_seeds_have_a_range(seeds: list[int]) -> None:
-    assert f"seeds must be from 0 to {MAX_SEED}" in refusal(make, {}, [], {}, [], seeds)
+    assert f"seeds must be from 0 to {MAX_SWEEP_SEED}" in refusal(make, {}, [], {}, [], seeds)
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,7 @@ class Killed(RuleBasedStateMachine):
             self.close()
 
 
+@pytest.mark.fault("sweep-killed")
 def test_whatever_a_kill_leaves_whole_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOURNAL_FOLDER", str(tmp_path))
     monkeypatch.setattr(module.os, "fsync", lambda _: None)  # thousands of them take a while
@@ -240,6 +241,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / ("x" * 300), "File name too long")
 
 
+@pytest.mark.fault("disk-full")
 @pytest.mark.parametrize("function", ["open", "write"])
 def test_a_file_that_cannot_be_written_is_refused(path: Path, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = b'{"kind": "eval", "key": "a"}'

@@ -91,6 +91,7 @@ def tear(path: Path, chance: random.Random) -> None:
         os.truncate(path, len(data) - chance.randrange(1, last))
 
 
+@pytest.mark.fault("sweep-killed")
 @pytest.mark.parametrize("seed", [1])
 def test_a_sweep_that_is_killed_again_and_again_measures_every_cell_once(
     text: Path, tmp_path: Path, uninterrupted: dict[str, dict[str, Any]], seed: int
@@ -149,6 +150,7 @@ def test_a_worker_that_is_killed_ends_the_sweep_and_rows_are_kept(going: tuple[R
     assert len(rows) >= 1 and len({row["key"] for row in rows}) == len(rows)
 
 
+@pytest.mark.fault("sweep-killed")
 def test_ctrl_c_keeps_the_rows(going: tuple[Run, Path]) -> None:
     run, path = going
     run.interrupt()
