@@ -21,6 +21,7 @@ TINY_LLAMA = Path(__file__).parent / "data" / "tiny_llama"
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setenv("MIXKV_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.setattr("mixkv.kernels.compiled._temporary", lambda: tmp_path / "temporary")
     with FakeHub() as fake:
         monkeypatch.setenv("HF_ENDPOINT", fake.url)
         names = ("config.json", "model.safetensors")
