@@ -91,24 +91,12 @@ def _special_tokens(keys: TokenizerKeys, vocabulary: Vocabulary, *, add_bos: boo
     }
 
 
-def _merges(keys: TokenizerKeys, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    lines = keys.items("tokenizer.ggml.merges", str)
-    if lines is None:
-        raise keys.error("tokenizer.ggml.merges", "missing")
-    merges = []
-    for index, line in enumerate(lines):
-        left, space, right = line.partition(" ")
-        if not space or left not in vocab or right not in vocab or left + right not in vocab:
-            raise keys.error(
-                "tokenizer.ggml.merges", f"item {index} is {shown(line)}, must be two tokens that join to a third"
-            )
-        merges.append((left, right))
-    return merges
-
-
 def _backend(keys: TokenizerKeys, pre: Pre, vocabulary: Vocabulary, prefix_space: bool) -> Backend:
     vocab = {token: index for index, token in enumerate(vocabulary.tokens)}
-    backend = Backend(models.BPE(vocab=vocab, merges=_merges(keys, vocab), ignore_merges=pre.whole_words))
+    merges = keys.merges(vocab)
+    if merges is None:
+        raise keys.error("tokenizer.ggml.merges", "missing")
+    backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.whole_words))
     if pre.nfc:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre.made(prefix_space)

@@ -89,3 +89,18 @@ class TokenizerKeys:
             if kind != NORMAL and not tokens[index]:
                 raise self.error("tokenizer.ggml.tokens", f"token {index}, which is not a normal one, is empty")
         return Vocabulary(tokens, types)
+
+    def merges(self, vocab: Mapping[str, int]) -> list[tuple[str, str]] | None:
+        """Which tokens are merged, the first ones first, or None when the key is missing."""
+        lines = self.items("tokenizer.ggml.merges", str)
+        if lines is None:
+            return None
+        merges = []
+        for index, line in enumerate(lines):
+            left, space, right = line.partition(" ")
+            if not space or left not in vocab or right not in vocab or left + right not in vocab:
+                raise self.error(
+                    "tokenizer.ggml.merges", f"item {index} is {shown(line)}, must be two tokens that join to a third"
+                )
+            merges.append((left, right))
+        return merges

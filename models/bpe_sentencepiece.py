@@ -28,7 +28,9 @@ def sentencepiece_from_gguf(keys: TokenizerKeys, vocabulary: Vocabulary) -> tupl
     ]
     if len(vocab := {token: index for index, token in enumerate(tokens)}) != len(tokens):
         raise keys.error("tokenizer.ggml.tokens", f"has the same run of spaces twice, with spaces and with {SPACE!r}")
-    merges = _merges(keys, vocabulary, tokens)
+    merges = keys.merges(vocab)  # few files have them; they are those of tokenizer.json
+    if merges is None:
+        merges = _from_scores(keys, vocabulary, tokens)
     unknown = _unknown(keys, vocabulary)
 
     def made() -> Backend:
@@ -55,7 +57,7 @@ def sentencepiece_from_gguf(keys: TokenizerKeys, vocabulary: Vocabulary) -> tupl
     return backend, pieces, space_first
 
 
-def _merges(keys: TokenizerKeys, vocabulary: Vocabulary, tokens: list[str]) -> list[tuple[str, str]]:
+def _from_scores(keys: TokenizerKeys, vocabulary: Vocabulary, tokens: list[str]) -> list[tuple[str, str]]:
     given = keys.items("tokenizer.ggml.scores", float)
     if given is None:
         raise keys.error("tokenizer.ggml.scores", "missing")
@@ -65,9 +67,13 @@ def _merges(keys: TokenizerKeys, vocabulary: Vocabulary, tokens: list[str]) -> l
     if not np.isfinite(scores).all():
         index = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise keys.error("tokenizer.ggml.scores", f"item {index} is {scores[index]}, must be finite")
-    added = types == USER_DEFINED  # files have no score of theirs; they come before all others
-    scores[added] = np.inf
-    return merges_of(tokens, scores, added | (types == NORMAL))
+    normal, added = types == NORMAL, types == USER_DEFINED
+    if normal.sum() > 1 and len(np.unique(scores[normal])) == 1:
+        raise keys.error(
+            "tokenizer.ggml.scores", f"all are {scores[normal][0]}, which says nothing, and there are no merges"
+        )
+    scores[added] = np.inf  # files have no score of theirs; they come before all others
+    return merges_of(tokens, scores, added | normal)
 
 
 def _unknown(keys: TokenizerKeys, vocabulary: Vocabulary) -> str | None:

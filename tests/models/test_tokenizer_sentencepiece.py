@@ -86,6 +86,12 @@ def test_runs_of_spaces_that_were_added_come_out_of_merges():
     assert tokenizer.decode(tokenizer.encode("a   hi")) == "a   hi"
 
 
+def test_merges_that_a_file_has_count_more_than_scores():
+    keys = {"add_bos_token": False, "scores": [-1000.0] * 269}
+    assert spelled(small(**keys, merges=["h i", "\u2581 hi"]), "hi") == ["\u2581hi"]
+    assert spelled(small(**(keys | {"scores": None}), merges=["\u2581 \u2581"]), " hi") == ["  ", "h", "i"]
+
+
 def test_phi3_s_tokens_swallow_the_whitespace_behind_them():
     keys = {"add_bos_token": False, "add_space_prefix": False}
     assert spelled(small("phi3", **keys), "<|user|> \nhi<|end|>\n hi<s> hi") == [
@@ -105,6 +111,11 @@ def test_what_ends_an_answer_is_found_by_name():
     ("changes", "message"),
     [
         ({"scores": None}, "tokenizer.ggml.scores: missing"),
+        (
+            {"scores": [-1000.0] * 269},
+            "tokenizer.ggml.scores: all are -1000.0, which says nothing, and there are no merges",
+        ),
+        ({"merges": ["h q"]}, "tokenizer.ggml.merges: item 0 is 'h q', must be two tokens"),
         ({"scores": [1.0]}, "tokenizer.ggml.scores: 1 items for 269 tokens"),
         ({"scores": [float("nan")] * 269}, "tokenizer.ggml.scores: item 0 is nan, must be finite"),
         ({"scores": ["a"] * 269}, "tokenizer.ggml.scores. is an array of strings, expected an array of numbers"),

