@@ -525,7 +525,7 @@ def test_a_command_says_everything(
 ) -> None:
     """What is to be measured comes back from the command line as it was."""
     asked: list[Any] = []
-    monkeypatch.setattr(cells, "measure", lambda *args: asked.extend(args[1:4]) or [({}, None)])
+    monkeypatch.setattr(cells, "measure", lambda *args: asked.extend(args[1:4]) or [({"kld": {"mean": 0.0}}, None)])
     monkeypatch.chdir(tmp_path)
     ids = IDS
     if document == "topics":

@@ -41,7 +41,7 @@ def tokens(n: int, seed: int = 0) -> NDArray[np.int64]:
 
 def curve_of(policy: CachePolicy, windows: list[int], qkv: Float32) -> tuple[Float64, Float64]:
     layer = LayerWindows(policy, np.array(windows), N_KV_HEADS, qkv.shape[2])
-    return layer(qkv.copy(), qkv.shape[2] ** -0.5)
+    return layer(qkv.copy(), Softmax(qkv.shape[2] ** -0.5))
 
 
 def relative(squares: Float64, outputs: Float64) -> Float64:
@@ -93,7 +93,7 @@ def test_every_window_is_that_of_attention_in_float64(head_dim: int, fields: dic
     windows = list(range(0, n + 40))
     out = np.full((n, N_HEADS, head_dim), np.nan, np.float32)
     layer = LayerWindows(policy, np.array(windows), N_KV_HEADS, head_dim)
-    squares, outputs = layer(qkv.copy(), head_dim**-0.5, out)
+    squares, outputs = layer(qkv.copy(), Softmax(head_dim**-0.5), out)
     np.testing.assert_allclose(out, outs[0], atol=1e-4)
     np.testing.assert_allclose(outputs, (outs[0] ** 2).sum(axis=(0, 2)), rtol=1e-4)
     for i, window in enumerate(windows):
@@ -282,3 +282,18 @@ def test_windows_rank_as_by_divergence(default_model: Any) -> None:
         for w in windows
     ]
     assert (np.diff(curve.errors) < 0).all() and (np.diff([each.kld.mean for each in kld]) < 0).all()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt_oss"])
+def test_the_curve_of_a_model_with_sliding_windows_is_that_of_shadow_mode(name: str) -> None:
+    """Soft-caps, windows of their own in some layers, and sink logits; the first layer's inputs are the same in both."""
+    model = mixkv.load(str(Path(__file__).parents[2] / "data" / "tiny_models" / name), "f32")
+    ids, policy = (
+        np.random.default_rng(0).integers(3, 60, 100),
+        CachePolicy(sinks=2, tile=32, k_bits=2, v_bits=3, k_group=0),
+    )
+    curve = measure(model, ids, policy, [0, 10, 40])
+    for i, window in enumerate(curve.windows):
+        session = mixkv.Session(model, replace(policy, window=window), shadow=True)
+        session.forward(ids, None)
+        np.testing.assert_allclose(curve.by_head[i, 0], session.local_errors()["both"][0], rtol=2e-3, atol=1e-6)

@@ -1,0 +1,104 @@
+"""Greedy tokens of mixkv beside those of llama.cpp or transformers, which each may live in an environment of its own.
+
+    LLAMA/bin/python benchmarks/agreement.py record llama.cpp FILE.gguf llama.json       # needs llama-cpp-python
+    mixkv convert MODEL FOLDER
+    TORCH/bin/python benchmarks/agreement.py record transformers FOLDER exact.json llama.json   # the ids of that file
+    python benchmarks/agreement.py compare MODEL llama.json exact.json
+
+``record`` writes for each prompt the ids, 40 greedy tokens, and at each step the gap between the two largest logits. ``compare``
+feeds mixkv (float32 weights and cache) what the other generated, and says how often both choose the same, and the first
+place where they do not: both tokens, the gap there as each of them has it.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PROMPTS = (
+    "The capital of France is", "Once upon a time, there was a little girl who", "def fibonacci(n):\n    ",
+    "The three laws of thermodynamics are:\n1.", "To make a good cup of tea, first",
+)  # fmt: skip
+TOKENS = 40
+
+
+def best_two(logits: np.ndarray) -> tuple[int, float]:
+    """The largest logit's id, and by how much it leads."""
+    second, first = np.partition(logits, -2)[-2:]
+    return int(logits.argmax()), float(first - second)
+
+
+def record_llama(path: str) -> list[dict[str, Any]]:
+    import llama_cpp
+
+    model = llama_cpp.Llama(path, n_ctx=512, logits_all=True, verbose=False, n_threads=2)
+    found = []
+    for prompt in PROMPTS:
+        ids = model.tokenize(prompt.encode(), add_bos=True, special=True)
+        model.reset()
+        model.eval(ids)
+        steps = []
+        for _ in range(TOKENS):
+            steps.append(best_two(np.array(model.scores[model.n_tokens - 1])))
+            model.eval([steps[-1][0]])
+        found.append({"ids": ids, "tokens": [x for x, _ in steps], "gaps": [round(x, 4) for _, x in steps]})
+    return found
+
+
+def record_transformers(path: str, recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    found = []
+    for prompt in recorded:
+        ids, steps = torch.tensor([prompt["ids"]]), []
+        for _ in range(TOKENS):
+            with torch.inference_mode():
+                steps.append(best_two(model(ids).logits[0, -1].numpy()))
+            ids = torch.cat([ids, torch.tensor([[steps[-1][0]]])], dim=1)
+        found.append({"ids": prompt["ids"], "tokens": [x for x, _ in steps], "gaps": [round(x, 4) for _, x in steps]})
+    return found
+
+
+def compare(name: str, files: list[str]) -> None:
+    import mixkv
+    from mixkv import CachePolicy, Session
+
+    model = mixkv.load(name, "f32")
+    for file in files:
+        print(file)
+        for prompt, other in zip(PROMPTS, json.loads(Path(file).read_text()), strict=True):
+            if model.encode(prompt) != other["ids"]:
+                raise SystemExit(f"{prompt!r} has other ids: {model.encode(prompt)} and {other['ids']}")
+            session = Session(model, CachePolicy.full())
+            logits, same, first = session.forward(other["ids"], "last"), 0, "never"
+            for i, (token, gap) in enumerate(zip(other["tokens"], other["gaps"], strict=True)):
+                mine, lead = int(logits.argmax()), float(logits.max() - logits[token])
+                if mine == token:
+                    same += 1
+                elif first == "never":
+                    first = f"at {i}: {model.tokenizer.decode([mine])!r}, there {model.tokenizer.decode([token])!r}, "
+                    first += f"gaps {lead:.3f} and {gap:.3f}"
+                logits = session.forward([token], "last")
+            print(f"  {prompt[:24]!r:28} {same} of {TOKENS} the same, first apart {first}")
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["record", "llama.cpp", path, out]:
+            found = record_llama(path)
+        case ["record", "transformers", path, out, other]:
+            found = record_transformers(path, json.loads(Path(other).read_text()))
+        case ["compare", name, *files] if files:
+            compare(name, files)
+            return
+        case _:
+            raise SystemExit(__doc__)
+    Path(out).write_text("[\n" + ",\n".join(json.dumps(each) for each in found) + "\n]\n")
+
+
+if __name__ == "__main__":
+    main()
