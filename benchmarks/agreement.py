@@ -5,9 +5,9 @@
     TORCH/bin/python benchmarks/agreement.py record transformers FOLDER exact.json llama.json   # the ids of that file
     python benchmarks/agreement.py compare MODEL llama.json exact.json
 
-``record`` writes for each prompt the ids, 40 greedy tokens, and at each step the gap between the two largest logits. ``compare``
-feeds mixkv (float32 weights and cache) what the other generated, and says how often both choose the same, and the first
-place where they do not: both tokens, the gap there as each of them has it.
+``record`` writes for each prompt the ids, 40 greedy tokens, and at each step the gap between the two largest logits.
+``compare`` feeds mixkv (float32 weights and cache) what the other generated: how often both choose the same, and
+where they first do not: both tokens, the gap there as each of them has it.
 """
 
 import json
@@ -31,6 +31,7 @@ def best_two(logits: np.ndarray) -> tuple[int, float]:
 
 
 def record_llama(path: str) -> list[dict[str, Any]]:
+    """What llama.cpp generates from a GGUF file."""
     import llama_cpp
 
     model = llama_cpp.Llama(path, n_ctx=512, logits_all=True, verbose=False, n_threads=2)
@@ -48,6 +49,7 @@ def record_llama(path: str) -> list[dict[str, Any]]:
 
 
 def record_transformers(path: str, recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What transformers generates in float32 from a folder, from the ids of another record."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -64,6 +66,7 @@ def record_transformers(path: str, recorded: list[dict[str, Any]]) -> list[dict[
 
 
 def compare(name: str, files: list[str]) -> None:
+    """Hold mixkv against each record."""
     import mixkv
     from mixkv import CachePolicy, Session
 
@@ -87,6 +90,7 @@ def compare(name: str, files: list[str]) -> None:
 
 
 def main() -> None:
+    """See the module's own words."""
     match sys.argv[1:]:
         case ["record", "llama.cpp", path, out]:
             found = record_llama(path)

@@ -20,12 +20,14 @@ CHUNK = 64  # tokens whose logits exist at once
 
 
 def model_of(name: str) -> Model:
+    """The model, its weights in float32."""
     if name == "qwen-like":
         return tiny_model("qwen2", 1, weights="f32", key_bias=100, attention_bias=True, head_dim=32)
     return mixkv.load(name, "f32")
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("-n", "--tokens", type=int, default=2048)

@@ -144,7 +144,7 @@ def check_memory(config: ModelConfig, policy: CachePolicy, tokens: int, availabl
         UsageError: more than there are.
 
     """
-    layer = replace(config, num_hidden_layers=1)
+    layer = replace(config, num_hidden_layers=1, sliding_layers=(), no_rope_layers=(), dense_layers=())  # sees all
     kept = replace(policy, window=0), replace(policy, window=min(tokens, MAX_WINDOW))
     caches = sum(memory.plan(layer, each, tokens).total for each in kept)
     caches = max(caches, memory.plan(layer, CachePolicy.full(), tokens).total)
