@@ -4,6 +4,7 @@ What each refusal says in full is tested beside its reader. faults.py lists the 
 with the table in docs/security.md, and the limits there with models/limits.py.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -22,8 +23,10 @@ from typer.testing import CliRunner
 import mixkv
 from mixkv import cli
 from mixkv.kernels.tables import MAX_N_REP
-from mixkv.models import limits
+from mixkv.models import limits, toy
 from mixkv.models.errors import ModelError
+from mixkv.models.hf_experts import with_experts
+from mixkv.models.safetensors import open_safetensors
 from mixkv.models.tiny import tiny_model
 
 from .faults import ROOT, faults
@@ -175,6 +178,27 @@ def test_more_query_heads_than_the_kernels_have_room_for_are_refused() -> None:
     with pytest.raises(ValueError, match="at most 128 query heads may share a KV head, found 129 and 1"):
         layer = mixkv.Session(model).cache.layers[0]
         layer.attend(np.zeros((1, 131, 2), np.float32), 0, 1.0)
+
+
+@pytest.mark.fault("config-dimensions")
+def test_a_config_whose_tensors_nobody_could_name_is_refused(tmp_path: Path) -> None:
+    """4,096 layers of 4,096 experts are 50 million names: they are not even counted up."""
+    most = limits.MAX_EXPERTS_IN_ALL // limits.MAX_LAYERS
+    shape = {"num_hidden_layers": limits.MAX_LAYERS, "num_experts_per_tok": 1, "moe_intermediate_size": 1}
+    with pytest.raises(ModelError, match=f"num_experts is {limits.MAX_EXPERTS}; .* from 1 to {most}$"):
+        dataclasses.replace(toy.CONFIG, architecture="qwen3_moe", num_experts=limits.MAX_EXPERTS, **shape)
+    dataclasses.replace(toy.CONFIG, architecture="qwen3_moe", num_experts=most, **shape)
+
+
+@pytest.mark.fault("safetensors-damage")
+def test_empty_stacks_of_experts_in_layers_that_there_are_not_stay_what_they_are(tmp_path: Path) -> None:
+    """A stack without numbers takes no room in a file, and would be thousands of tensors for each name."""
+    tensors = {f"model.layers.{i}.mlp.experts.down_proj": np.zeros((4, 0, 2), np.float32) for i in range(3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    shape = {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 1}
+    config = dataclasses.replace(toy.CONFIG, architecture="gpt_oss", **shape)
+    found = with_experts(config, open_safetensors(tmp_path)).shapes
+    assert len(found) == 2 * 4 + 1 and "model.layers.2.mlp.experts.down_proj" in found
 
 
 # --- docs/security.md ---------------------------------------------------------------------------------------------

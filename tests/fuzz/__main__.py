@@ -41,7 +41,13 @@ def _fuzz(target: str, corpus: Path, scratch: Path, seconds: float, seed: int) -
     end, executed, found = time.monotonic() + seconds, 0, 0
     while (left := int(end - time.monotonic())) > 0:
         command = [sys.executable, "-m", "tests.fuzz.child", target, str(corpus), f"-artifact_prefix={scratch}/hard-"]
-        command += [f"-max_total_time={left}", f"-timeout={HANG_SECONDS}", "-rss_limit_mb=0", "-print_final_stats=1"]
+        command += [
+            f"-max_total_time={left}",
+            f"-timeout={HANG_SECONDS}",
+            "-rss_limit_mb=0",
+            f"-report_slow_units={HANG_SECONDS}",
+            "-print_final_stats=1",
+        ]
         done = subprocess.Popen([*command, f"-seed={seed}", "-max_len=1000000"], stderr=subprocess.PIPE, text=True)
         seed += 1
         lines = []

@@ -30,7 +30,7 @@ from mixkv.models.tiny import tiny_model
 from mixkv.models.tokenizer import Tokenizer, tokenizer_from_gguf, tokenizer_from_json
 
 from ..experiments.sweep.test_grid import WHOLE as GRID
-from . import mutators, seeds
+from . import mutate_gguf, mutate_safetensors, mutators, seeds
 
 TEXTS = "hello he ll 1<im>", "Hello \n 12\u00e9"
 
@@ -216,9 +216,13 @@ _POLICY_WORDS = (
 )
 
 TARGETS = {
-    "gguf": Target(_gguf, seeds.gguf_files, mutators.gguf),
-    "session": Target(_session, lambda: seeds.session_files(toy()), mutators.safetensors(_SESSION_WORDS, digest=True)),
-    "safetensors": Target(_safetensors, seeds.safetensors_files, mutators.safetensors(_SESSION_WORDS, digest=False)),
+    "gguf": Target(_gguf, seeds.gguf_files, mutate_gguf.gguf),
+    "session": Target(
+        _session, lambda: seeds.session_files(toy()), mutate_safetensors.safetensors(_SESSION_WORDS, digest=True)
+    ),
+    "safetensors": Target(
+        _safetensors, seeds.safetensors_files, mutate_safetensors.safetensors(_SESSION_WORDS, digest=False)
+    ),
     "config": Target(_config, seeds.configs, mutators.json_text(_CONFIG_WORDS)),
     "tokenizer": Target(_tokenizer, seeds.tokenizers, mutators.json_text(_TOKENIZER_WORDS)),
     "template": Target(_template, seeds.templates, mutators.of_words(_TEMPLATE_WORDS)),
