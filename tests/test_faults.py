@@ -230,16 +230,16 @@ def test_the_script_lists_the_tests_of_every_fault() -> None:
 
 def test_tests_that_are_listed_are_collected(request: pytest.FixtureRequest) -> None:
     """By this run of pytest, as far as it goes: a mark on what is not run would prove nothing."""
-    collected: dict[str, set[str]] = {}
+    found, collected = faults(), dict[str, set[str]]()
     for item in request.session.items:
         names = {name for mark in item.iter_markers("fault") for name in mark.args}
         collected.setdefault(item.nodeid.partition("[")[0], set()).update(names)
-    listed = {test: {name for name, tests in faults().items() if test in tests} for test in collected}
+    listed = {test: {name for name, tests in found.items() if test in tests} for test in collected}
     assert all(names <= listed[test] for test, names in collected.items())
     if not (request.config.option.keyword or request.config.option.markexpr or "::" in "".join(request.config.args)):
         files = {test.partition("::")[0] for test in collected}
         assert {
-            test for tests in faults().values() for test in tests if test.partition("::")[0] in files
+            test for tests in found.values() for test in tests if test.partition("::")[0] in files
         } <= collected.keys()
         assert listed == collected
 
