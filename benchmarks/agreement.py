@@ -4,10 +4,12 @@
     mixkv convert MODEL FOLDER
     TORCH/bin/python benchmarks/agreement.py record transformers FOLDER exact.json llama.json   # the ids of that file
     python benchmarks/agreement.py compare MODEL llama.json exact.json
+    python benchmarks/agreement.py compare MODEL --like-llama.cpp llama.json
 
 ``record`` writes for each prompt the ids, 40 greedy tokens, and at each step the gap between the two largest logits.
-``compare`` feeds mixkv (float32 weights and cache) what the other generated: how often both choose the same, and
-where they first do not: both tokens, the gap there as each of them has it.
+``compare`` feeds mixkv what the other generated, and says how often both choose the same, and where they first do not: both
+tokens, the gap there as each of them has it. Weights and cache are float32; or, like llama.cpp's, weights are the file's
+codes where the kernels know them, activations are rounded to 8 bits, and the cache is float16.
 """
 
 import json
@@ -65,18 +67,18 @@ def record_transformers(path: str, recorded: list[dict[str, Any]]) -> list[dict[
     return found
 
 
-def compare(name: str, files: list[str]) -> None:
+def compare(name: str, files: list[str], weights: str = "f32", policy: str = "full") -> None:
     """Hold mixkv against each record."""
     import mixkv
     from mixkv import CachePolicy, Session
 
-    model = mixkv.load(name, "f32")
+    model = mixkv.load(name, weights)
     for file in files:
-        print(file)
+        print(f"{file}: weights {weights}, cache {policy}")
         for prompt, other in zip(PROMPTS, json.loads(Path(file).read_text()), strict=True):
             if model.encode(prompt) != other["ids"]:
                 raise SystemExit(f"{prompt!r} has other ids: {model.encode(prompt)} and {other['ids']}")
-            session = Session(model, CachePolicy.full())
+            session = Session(model, CachePolicy.parse(policy))
             logits, same, first = session.forward(other["ids"], "last"), 0, "never"
             for i, (token, gap) in enumerate(zip(other["tokens"], other["gaps"], strict=True)):
                 mine, lead = int(logits.argmax()), float(logits.max() - logits[token])
@@ -96,6 +98,9 @@ def main() -> None:
             found = record_llama(path)
         case ["record", "transformers", path, out, other]:
             found = record_transformers(path, json.loads(Path(other).read_text()))
+        case ["compare", name, "--like-llama.cpp", *files] if files:
+            compare(name, files, "auto", "f16")
+            return
         case ["compare", name, *files] if files:
             compare(name, files)
             return

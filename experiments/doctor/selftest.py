@@ -10,12 +10,11 @@ ALLOWED = 1e-3
 
 def run() -> dict[str, Any]:
     """{"ready_seconds", "layer", "text", "error_of_attention", "allowed", "right"}."""
-    import numba
-
     from ...engine.generate import generate
     from ...engine.policy import CachePolicy
     from ...engine.sampler import SamplingParams
     from ...engine.session import Session
+    from ...kernels.threads import threading_layer
     from ...kernels.warmup import warm_up
     from ...models.load import load
 
@@ -26,7 +25,7 @@ def run() -> dict[str, Any]:
     prompt = [7 * i % 256 for i in range(200)]  # long enough for tiles in codes
     (token,) = generate(session, prompt, max_tokens=1, sampling=SamplingParams(temperature=0))
     error = _attention_error()
-    return {"ready_seconds": seconds, "layer": numba.threading_layer(), "text": token.text or f"token {token.id}",
+    return {"ready_seconds": seconds, "layer": threading_layer(), "text": token.text or f"token {token.id}",
             "error_of_attention": error, "allowed": ALLOWED, "right": error <= ALLOWED}  # fmt: skip
 
 
