@@ -39,9 +39,9 @@ def check_threads(environment: dict[str, str], layer: str | None, root: Path = P
 
     ``layer`` is Numba's threading layer, if one could be started; ``root`` is where /sys and /proc are.
     """
-    import numba
+    from ...kernels.threads import most_threads
 
-    n_cores, most = cores(), int(numba.config.NUMBA_NUM_THREADS)
+    n_cores, most = cores(), most_threads()
     quota, load = cpu_quota(root), _load(root)
     blas = _blas()
     details: dict[str, Any] = {
