@@ -63,6 +63,10 @@ MODELS = {
     "phi3_partial": ("Phi3", {"hidden_size": 64, "rope_parameters": {
         "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1], "use_sliding_window": False}),
+    # As GGUF can say them: without windows, and with every fourth layer not turning
+    "mistral_plain": ("Mistral", {**HEAD, "sliding_window": None}),
+    "qwen2_plain": ("Qwen2", {}),
+    "smollm3_four": ("SmolLM3", {"num_hidden_layers": 4}),
     "olmo2": ("Olmo2", {}),
     "granite": ("Granite", {"embedding_multiplier": 6.0, "logits_scaling": 3.0, "residual_multiplier": 0.4,
                             "attention_multiplier": 0.2, "attention_bias": True}),

@@ -19,14 +19,14 @@ from .tiny_models import FOLDER, NAMES, reference, tensors
 
 Float32 = NDArray[np.float32]
 ARCHS = {
-    "llama": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe", "gemma2": "gemma2",
-    "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3", "olmo2": "olmo2", "granite": "granite",
-    "gpt_oss": "gpt-oss",
+    "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe",
+    "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3", "olmo2": "olmo2",
+    "granite": "granite", "gpt_oss": "gpt-oss",
 }  # fmt: skip
-# What the format, or llama.cpp, has no word for: an MLP among experts in llama's kinds, windows of Mistral, the last three
-# layers of SmolLM3 that turn otherwise than every fourth, and contexts that stretch while they grow
+# What the format, or llama.cpp, has no word for: windows of Mistral and Qwen 2, layers of SmolLM3 that turn otherwise than all
+# but every fourth, and contexts that stretch while they grow; three of these have models besides that it has words for
 WITHOUT = {"llama_dynamic", "mistral", "qwen2", "smollm3"}
-PERMUTED = {"llama", "mixtral", "smollm3", "granite"}
+PERMUTED = {"llama", "mistral", "mixtral", "smollm3", "granite"}
 PARTS = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
