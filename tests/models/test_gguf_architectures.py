@@ -23,8 +23,8 @@ ARCHS = {
     "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3", "olmo2": "olmo2",
     "granite": "granite", "gpt_oss": "gpt-oss",
 }  # fmt: skip
-# What the format, or llama.cpp, has no word for: windows of Mistral and Qwen 2, layers of SmolLM3 that turn otherwise than all
-# but every fourth, and contexts that stretch while they grow; three of these have models besides that it has words for
+# What the format, or llama.cpp, has no word for: windows of Mistral and Qwen 2, layers of SmolLM3 that turn otherwise than
+# all but every fourth, and contexts that stretch while they grow; three of these have models besides that it has words for
 WITHOUT = {"llama_dynamic", "mistral", "qwen2", "smollm3"}
 PERMUTED = {"llama", "mistral", "mixtral", "smollm3", "granite"}
 PARTS = {
