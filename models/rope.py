@@ -112,11 +112,10 @@ class Rope:
             return (plain / np.float32(self.factor) * (1 - kept) + plain * kept).astype(np.float32)
         return plain
 
-    def turns(self, positions: NDArray[np.int64], context: int, out: Float32) -> None:
+    def turns(self, positions: NDArray[np.int64], inverse_frequencies: Float32, out: Float32) -> None:
         """Cosines, then sines, into ``out`` (T, rotary_dim): from float32 angles, as the models were trained."""
-        rotary_dim = out.shape[1]
-        angles = positions.astype(np.float32)[:, None] * self.inverse_frequencies(rotary_dim, context)
-        half = rotary_dim // 2
+        angles = positions.astype(np.float32)[:, None] * inverse_frequencies
+        half = out.shape[1] // 2
         np.cos(angles, out=out[:, :half])
         np.sin(angles, out=out[:, half:])
         if self.attention_factor != 1 and self.rope_type in ("yarn", "longrope"):

@@ -18,6 +18,7 @@ from .config import ModelConfig
 from .errors import MixkvError
 from .experts import MLP, Experts
 from .linear import Linear, Norm
+from .rope import Rope
 
 Float32 = NDArray[np.float32]
 
@@ -157,6 +158,7 @@ class Transformer:
         self._softmax = [
             Softmax(config.softmax_scale, config.attn_logit_softcapping, layer.sink_logits) for layer in weights.layers
         ]
+        self._turning: tuple[int, list[tuple[Rope, Float32]]] = 0, []
         self._embedding_scale = np.float32(config.embedding_multiplier / config.residual_multiplier)
 
     def _queries(self, i: int, layer: Layer) -> list[Link]:
@@ -211,8 +213,9 @@ class Transformer:
             raise MixkvError(forks.MESSAGE)
         weights, n_rows = self.weights, len(step.token_ids)
         buffers = Buffers(n_rows, self._widths, self._room_nbytes(n_rows))
-        for rope, turns in zip(self.config.ropes, buffers.arrays[TURNS:], strict=True):
-            rope.turns(step.positions, step.context or self.config.max_position_embeddings, turns)
+        ropes = self._ropes(step.context or self.config.max_position_embeddings)
+        for (rope, frequencies), turns in zip(ropes, buffers.arrays[TURNS:], strict=True):
+            rope.turns(step.positions, frequencies, turns)
         x = buffers.arrays[X]
         qkv = buffers.arrays[QKV].reshape(n_rows, self._heads[1], -1)
         attended = buffers.arrays[ATTENDED].reshape(n_rows, self._heads[0], -1)
@@ -235,6 +238,15 @@ class Transformer:
         if logits is None:
             return None
         return self.logits(x if logits == "all" else x[[stop - 1 for _, _, stop in step.spans]])
+
+    def _ropes(self, context: int) -> list[tuple[Rope, Float32]]:
+        """Each rotary embedding with its angles a position; those of the last context are kept."""
+        found = self._turning  # another thread may replace it
+        if found[0] != context:
+            channels = self.config.rotary_channels
+            found = context, [(r, r.inverse_frequencies(channels, context)) for r in self.config.ropes]
+            self._turning = found
+        return found[1]
 
     def logits(self, x: Float32) -> Float32:
         """From the last layer's output, x (T, E), to logits (T, V): the output head, and what is done with them."""
