@@ -1,15 +1,20 @@
 """Greedy tokens of mixkv beside those of llama.cpp or transformers, which each may live in an environment of its own.
 
     LLAMA/bin/python benchmarks/agreement.py record llama.cpp FILE.gguf llama.json       # needs llama-cpp-python
+    LLAMA/bin/python benchmarks/agreement.py widen FILE.gguf WIDE.gguf                   # needs gguf
+    LLAMA/bin/python benchmarks/agreement.py record llama.cpp WIDE.gguf wide.json
     mixkv convert MODEL FOLDER
     TORCH/bin/python benchmarks/agreement.py record transformers FOLDER exact.json llama.json   # the ids of that file
     python benchmarks/agreement.py compare MODEL llama.json exact.json
+    python benchmarks/agreement.py compare WIDE.gguf wide.json
     python benchmarks/agreement.py compare MODEL --like-llama.cpp llama.json
 
 ``record`` writes for each prompt the ids, 40 greedy tokens, and at each step the gap between the two largest logits.
 ``compare`` feeds mixkv what the other generated, and says how often both choose the same, and where they first do not: both
 tokens, the gap there as each of them has it. Weights and cache are float32; or, like llama.cpp's, weights are the file's
-codes where the kernels know them, activations are rounded to 8 bits, and the cache is float16.
+codes where the kernels know them, activations are rounded to 8 bits, and the cache is float16. ``widen`` writes the same
+model with every tensor in float32: there llama.cpp, too, rounds no activation, and with its cache in float32, as ``record``
+has it, what is left is the order of additions.
 """
 
 import json
@@ -36,7 +41,8 @@ def record_llama(path: str) -> list[dict[str, Any]]:
     """What llama.cpp generates from a GGUF file."""
     import llama_cpp
 
-    model = llama_cpp.Llama(path, n_ctx=512, logits_all=True, verbose=False, n_threads=2)
+    cache = {"type_k": 0, "type_v": 0}  # ggml's float32
+    model = llama_cpp.Llama(path, n_ctx=512, logits_all=True, verbose=False, n_threads=2, **cache)
     found = []
     for prompt in PROMPTS:
         ids = model.tokenize(prompt.encode(), add_bos=True, special=True)
@@ -48,6 +54,25 @@ def record_llama(path: str) -> list[dict[str, Any]]:
             model.eval([steps[-1][0]])
         found.append({"ids": ids, "tokens": [x for x, _ in steps], "gaps": [round(x, 4) for _, x in steps]})
     return found
+
+
+def widen(path: str, out: str) -> None:
+    """The same GGUF file with all tensors in float32."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            element = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], element)
+    for tensor in reader.tensors:
+        numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, np.ascontiguousarray(numbers, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def record_transformers(path: str, recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -94,6 +119,9 @@ def compare(name: str, files: list[str], weights: str = "f32", policy: str = "fu
 def main() -> None:
     """See the module's own words."""
     match sys.argv[1:]:
+        case ["widen", path, out]:
+            widen(path, out)
+            return
         case ["record", "llama.cpp", path, out]:
             found = record_llama(path)
         case ["record", "transformers", path, out, other]:
