@@ -40,6 +40,7 @@ PART_FIELDS = 6
 BY_ROW = 16
 ROOM = 0  # the first of the buffers that a chain runs on: for rows made ready
 OWN_BUFFERS = 1
+CACHED_NBYTES = 1 << 16  # of weights: part of a second-level cache
 
 
 @inner
@@ -106,33 +107,37 @@ def multiply_blocks(call, first, stop, tiles, floats, rows, out):  # type: ignor
         part = call + 8 * (LINK_FIELDS + PART_FIELDS * p)
         kind, blocks = simd.integer_at(part + 8 * KIND), simd.integer_at(part + 8 * BLOCKS)
         n_rows, first_row = simd.integer_at(part + 8 * ROWS), simd.integer_at(part + 8 * FIRST)
-        for b in range(max(first - begin, 0), min(stop - begin, blocks)):
-            block = simd.integer_at(part + 8 * DATA) + b * simd.integer_at(part + 8 * BLOCK_NBYTES)
-            column = first_row + LANES * b
-            lanes = min(LANES, n_rows - LANES * b)
-            direct = lanes == LANES and bias == 0
+        nbytes = simd.integer_at(part + 8 * BLOCK_NBYTES)
+        # Weights that fit a cache meet all rows before the next ones do, and a few rows meet one block after the other, so
+        # that lines of the output are written next to each other.
+        low, high, step = max(first - begin, 0), min(stop - begin, blocks), max(CACHED_NBYTES // nbytes, 1)
+        for group in range(low, high, step):
             row = np.int64(0)
             while row < rows:
                 place = row % TILE_ROWS
                 left = min(TILE_ROWS - place, rows - row)
-                target = out + row * stride + 4 * column
-                if kind <= W4M:
-                    count = next_byte_rows(left)
+                count = next_byte_rows(left) if kind <= W4M else min(left, microkernel.most_dense_rows())
+                for b in range(group, min(group + step, high)):
+                    block = simd.integer_at(part + 8 * DATA) + b * nbytes
+                    column = first_row + LANES * b
+                    lanes = min(LANES, n_rows - LANES * b)
+                    own_bias = bias + 4 * column if bias else 0
+                    target = out + row * stride + 4 * column
+                    if kind > W4M:
+                        for i in range(count):
+                            simd.store_f32(scratch + VECTOR * i, simd.splat(np.float32(0)))
+                        _multiply_floats(
+                            kind, block, columns, floats + row * groups * GROUP * 4, groups * GROUP * 4, count, scratch,
+                            np.int64(VECTOR),
+                        )  # fmt: skip
+                        _finish(scratch, count, lanes, target, stride, own_bias, onto)
+                        continue
                     tile = tiles + row // TILE_ROWS * tile_nbytes(groups)
-                    if direct:
+                    if lanes == LANES and bias == 0:
                         _multiply_codes(kind, block, groups, tile, place, count, target, stride, np.int64(1 - onto))
                     else:
                         _multiply_codes(kind, block, groups, tile, place, count, scratch, np.int64(VECTOR), np.int64(1))
-                        _finish(scratch, count, lanes, target, stride, bias + 4 * column if bias else 0, onto)
-                else:
-                    count = min(left, microkernel.most_dense_rows())
-                    for i in range(count):
-                        simd.store_f32(scratch + VECTOR * i, simd.splat(np.float32(0)))
-                    _multiply_floats(
-                        kind, block, columns, floats + row * groups * GROUP * 4, groups * GROUP * 4, count, scratch,
-                        np.int64(VECTOR),
-                    )  # fmt: skip
-                    _finish(scratch, count, lanes, target, stride, bias + 4 * column if bias else 0, onto)
+                        _finish(scratch, count, lanes, target, stride, own_bias, onto)
                 row += count
         begin += blocks
     own[0] = 0  # Numba frees an array after its last mention, and the addresses above do not count as one
