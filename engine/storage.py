@@ -34,7 +34,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.layout import DENSE_DTYPES, Bytes, Side
+from ..kernels.layout import DENSE_DTYPES, Side
+from ..kernels.memory import Bytes
 from ..kernels.segment import TileStore
 from ..models.check import parse_json_object, shown
 from ..models.errors import ModelError, SessionFileError, UsageError

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from . import simd
 from .jit import parallel_kernel
-from .layout import Bytes, aligned_zeros
+from .memory import Bytes, aligned_zeros
 
 SUMS = 16  # accumulators: more than the steps that an addition takes
 STEP_BYTES = SUMS * 64

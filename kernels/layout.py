@@ -37,17 +37,14 @@ is multiplied with the codes. ``group`` counts the places along the other axis t
     scales along the sum axis     [lanes / group][sum axis]
 """
 
-import contextlib
-import mmap
 from dataclasses import dataclass, field, replace
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from .memory import Bytes, zeroed_memory
 from .simd import LANES
-
-Bytes = NDArray[np.uint8]
 
 F32, F16, BF16, Q8, Q4, Q3, Q2 = range(7)
 KIND_BITS = (32, 16, 16, 8, 4, 3, 2)
@@ -57,7 +54,6 @@ TILES = (32, 64, 128)
 AXES = ("channel", "token")
 PAGE = 512  # positions of a page of many tiles: the unit of work of the kernels, of growth, and of what lies in one run
 MAX_HEAD_DIM = 256  # 256 codes of 8 bits times 16-bit factors is what a sum in 32 bits can hold
-_ALIGNMENT = 64  # bytes: a vector load never straddles two cache lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,21 +217,3 @@ class TileLayout:
             base + k.codes + slot * k.codes_nbytes, base + k.params + slot * k.params_nbytes,
             base + v.codes + slot * v.codes_nbytes, base + v.params + slot * v.params_nbytes,
         )  # fmt: skip
-
-
-def aligned_zeros(nbytes: int) -> Bytes:
-    """Zeros, uint8 (nbytes,), whose first byte lies on a 64-byte boundary."""
-    room = np.zeros(nbytes + _ALIGNMENT, dtype=np.uint8)
-    start = -room.ctypes.data % _ALIGNMENT
-    return room[start : start + nbytes]
-
-
-def zeroed_memory(nbytes: int) -> Bytes:
-    """Zeros, uint8 (nbytes,), aligned to 64 bytes, which take up room as they are written to (``empty_page``)."""
-    if not hasattr(mmap, "MAP_PRIVATE"):
-        return aligned_zeros(nbytes)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a large page would be taken up whole by its first tile, and reads no faster
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.uint8)

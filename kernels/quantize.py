@@ -24,9 +24,9 @@ from .layout import (
     PER_LANE,
     ROW,
     V_CODES,
-    Bytes,
     TileLayout,
 )
+from .memory import Bytes
 from .simd import LANES
 from .tables import (
     CALL_FIELDS,

@@ -25,11 +25,10 @@ from .layout import (
     PARTS,
     V_CODES,
     V_PARAMS,
-    Bytes,
     Side,
     TileLayout,
-    zeroed_memory,
 )
+from .memory import Bytes, zeroed_memory
 from .quantize import IMPOSSIBLE_AT, TOO_WIDE_AT, Float32, quantize_jobs, store_rows
 from .simd import LANES
 from .tables import FIRST_TILE, K_SIDE, V_SIDE, make_geometry

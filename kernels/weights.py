@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from . import simd
 from .dots import GROUP
 from .jit import inner
-from .layout import aligned_zeros
+from .memory import large_pages
 from .simd import LANES
 
 Bytes = NDArray[np.uint8]
@@ -96,7 +96,7 @@ def block_nbytes(kind: int, columns: int) -> int:
 def empty_matrix(kind: int, rows: int, columns: int) -> Matrix:
     """A matrix of zeros."""
     size = block_nbytes(kind, columns)
-    return Matrix(kind, rows, columns, aligned_zeros(-(-rows // LANES) * size), size)
+    return Matrix(kind, rows, columns, large_pages.zeros(-(-rows // LANES) * size), size)
 
 
 def store_coded(matrix: Matrix, first: int, source: CodedRows) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mixkv.kernels import bandwidth
-from mixkv.kernels.layout import aligned_zeros
+from mixkv.kernels.memory import aligned_zeros
 
 
 def ones(nbytes: int) -> np.ndarray:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from mixkv.kernels.layout import F16, F32, K_CODES, K_PARAMS, V_CODES, V_PARAMS, TileLayout, aligned_zeros
+from mixkv.kernels.layout import F16, F32, K_CODES, K_PARAMS, V_CODES, V_PARAMS, TileLayout
+from mixkv.kernels.memory import aligned_zeros
 from mixkv.kernels.quantize import narrow, quantize_tile, store_rows
 from mixkv.kernels.segment import TileStore
 
