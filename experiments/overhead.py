@@ -12,7 +12,7 @@ import numpy as np
 
 from ..engine.session import Session
 from ..kernels.activations import PLAIN
-from ..kernels.chain import Projection, chain_table
+from ..kernels.chain import Projection, chain_addresses, chain_table
 from ..kernels.project import OWN_BUFFERS, run_chain
 from ..kernels.weights import W8, empty_matrix
 from ..models.config import ModelConfig
@@ -59,13 +59,14 @@ def _region(threads: int, clock: Callable[[], float]) -> float:
     """Seconds of a parallel region: what a link more costs a chain whose products are of 16 x 32 numbers."""
     layer = Projection([empty_matrix(W8, 16, 32)], None, PLAIN, None, 0.0)
     x, out = np.ones((1, 32), np.float32), np.empty((1, 16), np.float32)
-    addresses = np.array([*[0] * OWN_BUFFERS, x.ctypes.data, out.ctypes.data])
+    tasks, addresses = chain_addresses(1 + LINKS, np.empty(0, np.uint8), [x, out])
     link = layer.link(OWN_BUFFERS, OWN_BUFFERS + 1)
     times = []
     for links in (1, 1 + LINKS):
         table = chain_table([link] * links)
-        call = lambda table=table: run_chain(table, addresses, 1, threads, threads, threads)  # noqa: E731
+        call = lambda table=table: run_chain(table, addresses, 1, threads)  # noqa: E731
         times.append(_median(call, STEPS, clock))
+    del tasks  # in use until here
     return max(times[1] - times[0], 0.0) / LINKS
 
 

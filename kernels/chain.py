@@ -31,6 +31,8 @@ from .project import (
     ROW_KERNEL,
     SOURCE,
     TARGET,
+    TASK_NUMBERS,
+    follow_chain,
     multiply_blocks,
     normalize_rows,
     prepare_rows,
@@ -105,8 +107,9 @@ class Projection:
         out = np.empty((len(x), self.rows), np.float32)
         room = np.empty(self.room_nbytes(len(x)) if len(x) > 1 else 1, np.uint8)
         if len(x):
-            addresses = np.array([room.ctypes.data, x.ctypes.data, out.ctypes.data])
-            run_chain(self._alone, addresses, len(x), workers, workers, workers)
+            tasks, addresses = chain_addresses(1, room, [x, out])
+            run_chain(self._alone, addresses, len(x), workers)
+            del tasks, room  # in use until here
         return out
 
     def take(self, ids: NDArray[np.int64], out: Float32) -> None:
@@ -163,6 +166,13 @@ def _padded(weight: Float32, columns: int) -> Float32:
     padded = np.zeros(-(-columns // GROUP) * GROUP, np.float32)
     padded[: len(weight)] = weight
     return padded
+
+
+def chain_addresses(links: int, room: NDArray[np.uint8], buffers: Sequence[Float32]) -> tuple[Int64, Int64]:
+    """What a chain of so many links or fewer runs on: memory for its tasks, which is to be kept, and all addresses."""
+    tasks = np.empty(TASK_NUMBERS * links + 8, np.int64)
+    at = -(-tasks.ctypes.data // 64) * 64
+    return tasks, np.array([follow_chain.address(), at, room.ctypes.data, *(x.ctypes.data for x in buffers)])
 
 
 def chain_table(links: Sequence[list[int]]) -> Int64:

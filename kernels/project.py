@@ -21,6 +21,7 @@ from .activations import (
     quantize_row,
     tile_nbytes,
 )
+from .crew import TASK_NBYTES, finish_share, take_share, wait_for_all
 from .dots import GROUP, TILE_ROWS, multiply_bytes4, multiply_bytes4m, multiply_bytes8, next_byte_rows
 from .jit import inner, kernel, parallel_kernel, standalone
 from .rotary import rotate_heads
@@ -38,8 +39,9 @@ KIND, DATA, BLOCK_NBYTES, BLOCKS, ROWS, FIRST = range(6)
 PART_FIELDS = 6
 # A value of HOW besides those of activations.py: no product, but what ROW_KERNEL does with each row, from SOURCE to TARGET
 BY_ROW = 16
-ROOM = 0  # the first of the buffers that a chain runs on: for rows made ready
-OWN_BUFFERS = 1
+# Whose addresses a chain runs on
+FOLLOW, TASKS, ROOM, OWN_BUFFERS = range(4)
+TASK_NUMBERS = 2 * TASK_NBYTES // 8  # int64 of a link: it is two tasks at most
 CACHED_NBYTES = 1 << 16  # of weights: part of a second-level cache
 
 
@@ -196,55 +198,100 @@ _multiply, _prepare, _by_row = multiply_blocks.call, prepare_rows.call, rotate_r
 
 
 @inner
-def _one_row(call, x, out, worker, workers):  # type: ignore[no-untyped-def]
-    """The share of one worker in a product with one row, which it makes ready for itself."""
-    groups, blocks = (get(call, COLUMNS) + GROUP - 1) // GROUP, get(call, ALL_BLOCKS)
-    memory = np.empty(tile_nbytes(groups) + 4 * GROUP * groups + 64, np.uint8)
-    tiles = (memory.ctypes.data + 63) // 64 * 64
-    floats = tiles + tile_nbytes(groups)
-    _prepare(get(call, PREPARE_KERNEL), call, x, np.int64(0), np.int64(1), tiles, floats)
-    _multiply(
-        get(call, MULTIPLY_KERNEL), call, blocks * worker // workers, blocks * (worker + 1) // workers, tiles, floats,
-        np.int64(1), out,
-    )  # fmt: skip
-    memory[0] = 0
+def _prepared_nbytes(call, rows):  # type: ignore[no-untyped-def]
+    """Bytes of so many rows made ready for a link: tiles of codes, then float32."""
+    groups, n_tiles = (get(call, COLUMNS) + GROUP - 1) // GROUP, (rows + TILE_ROWS - 1) // TILE_ROWS
+    return n_tiles * tile_nbytes(groups) * get(call, HAS_CODES) + 4 * rows * groups * GROUP * get(call, HAS_FLOATS)
+
+
+@inner
+def _tiles_and_floats(call, rows, room):  # type: ignore[no-untyped-def]
+    """Where rows made ready for a link lie in a room."""
+    groups, n_tiles = (get(call, COLUMNS) + GROUP - 1) // GROUP, (rows + TILE_ROWS - 1) // TILE_ROWS
+    tiles = (room + 63) // 64 * 64
+    return tiles, tiles + n_tiles * tile_nbytes(groups) * get(call, HAS_CODES)
+
+
+@inner
+def _do_by_row(call, source, target, rows, shares, task):  # type: ignore[no-untyped-def]
+    """A worker's part in what is done row by row."""
+    share = take_share(task)
+    while share < shares:
+        _by_row(get(call, ROW_KERNEL), call, source, target, rows * share // shares, rows * (share + 1) // shares)
+        finish_share(task)
+        share = take_share(task)
+    wait_for_all(task, shares)
+
+
+@inner
+def _do_prepare(call, source, rows, room, shares, task):  # type: ignore[no-untyped-def]
+    """A worker's part in making rows ready, tile by tile."""
+    n_tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    tiles, floats = _tiles_and_floats(call, rows, room)
+    share = take_share(task)
+    while share < shares:
+        first, stop = n_tiles * share // shares * TILE_ROWS, min(rows, n_tiles * (share + 1) // shares * TILE_ROWS)
+        _prepare(get(call, PREPARE_KERNEL), call, source, first, stop, tiles, floats)
+        finish_share(task)
+        share = take_share(task)
+    wait_for_all(task, shares)
+
+
+@inner
+def _do_multiply(call, source, target, rows, room, shares, task):  # type: ignore[no-untyped-def]
+    """A worker's part in a product. A single row it makes ready itself, in a room of its own."""
+    blocks = get(call, ALL_BLOCKS)
+    tiles, floats = _tiles_and_floats(call, rows, room)
+    share = take_share(task)
+    if rows == 1 and share < shares:
+        _prepare(get(call, PREPARE_KERNEL), call, source, np.int64(0), rows, tiles, floats)
+    while share < shares:
+        first, stop = blocks * share // shares, blocks * (share + 1) // shares
+        _multiply(get(call, MULTIPLY_KERNEL), call, first, stop, tiles, floats, rows, target)
+        finish_share(task)
+        share = take_share(task)
+    wait_for_all(task, shares)
+
+
+@standalone(types.void(*[types.int64] * 7))
+def follow_chain(table, links, link_nbytes, addresses, rows, workers, tasks):  # type: ignore[no-untyped-def]
+    """One worker's part in a chain. All arguments are numbers or addresses; tasks: two for each link, zeros (crew.py)."""
+    own_nbytes = np.int64(0)
+    for i in range(links if rows == 1 else 0):
+        own_nbytes = max(own_nbytes, _prepared_nbytes(table + link_nbytes * i, rows))
+    own = np.empty(own_nbytes + 64, np.uint8)
+    room = np.int64(own.ctypes.data) if rows == 1 else get(addresses, ROOM)
+    for i in range(links):
+        call, task = table + link_nbytes * i, tasks + 2 * TASK_NBYTES * i
+        source, target = get(addresses, get(call, SOURCE)), get(addresses, get(call, TARGET))
+        if get(call, HOW) == BY_ROW:
+            _do_by_row(call, source, target, rows, np.int64(1) if rows == 1 else workers, task)
+            continue
+        if rows > 1:
+            n_tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+            _do_prepare(call, source, rows, room, min(n_tiles, workers), task + TASK_NBYTES)
+        _do_multiply(call, source, target, rows, room, min(get(call, ALL_BLOCKS), workers), task)
+    own[0] = 0
+
+
+_follow = follow_chain.call
 
 
 @parallel_kernel
-def run_chain(table, addresses, rows, workers, multiplying, by_row):  # type: ignore[no-untyped-def]
+def run_chain(table, addresses, rows, workers):  # type: ignore[no-untyped-def]
     """Run ``rows`` rows through the links of ``table``, one after the other.
 
-    table: int64 (links, LINK_FIELDS and more), addresses: int64, those of the buffers. workers, multiplying, by_row: the
-    same number: Numba would make one loop of neighbours that count to the same variable.
+    table: int64 (links, LINK_FIELDS and more). addresses: int64; FOLLOW that of ``follow_chain``, TASKS of TASK_NUMBERS
+    int64 a link, whatever they are (crew.py), ROOM of room for rows made ready, then those of the buffers.
     """
-    for i in range(table.shape[0]):
-        call = table.ctypes.data + 8 * i * table.shape[1]
-        source, target, room = addresses[get(call, SOURCE)], addresses[get(call, TARGET)], addresses[ROOM]
-        groups, blocks = (get(call, COLUMNS) + GROUP - 1) // GROUP, get(call, ALL_BLOCKS)
-        n_tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-        tiles = (room + 63) // 64 * 64
-        floats = tiles + n_tiles * tile_nbytes(groups) * get(call, HAS_CODES)
-        if get(call, HOW) == BY_ROW:
-            if rows == 1:
-                _by_row(get(call, ROW_KERNEL), call, source, target, np.int64(0), rows)
-            else:
-                for worker in prange(by_row):
-                    w = np.int64(worker)
-                    _by_row(get(call, ROW_KERNEL), call, source, target, rows * w // by_row, rows * (w + 1) // by_row)
-        elif rows == 1:
-            for worker in prange(workers):
-                _one_row(call, source, target, np.int64(worker), workers)
-        else:
-            for worker in prange(workers):
-                w = np.int64(worker)
-                first, stop = n_tiles * w // workers * TILE_ROWS, min(rows, n_tiles * (w + 1) // workers * TILE_ROWS)
-                _prepare(get(call, PREPARE_KERNEL), call, source, first, stop, tiles, floats)
-            for worker in prange(multiplying):
-                w = np.int64(worker)
-                _multiply(
-                    get(call, MULTIPLY_KERNEL), call, blocks * w // multiplying, blocks * (w + 1) // multiplying, tiles,
-                    floats, rows, target,
-                )  # fmt: skip
+    links, fields = table.shape
+    for i in range(TASK_NUMBERS * links):
+        simd.store_integer(addresses[TASKS] + 8 * i, 0)
+    for _ in prange(workers):
+        _follow(
+            addresses[FOLLOW], table.ctypes.data, links, np.int64(8 * fields), addresses.ctypes.data, np.int64(rows),
+            np.int64(workers), addresses[TASKS],
+        )  # fmt: skip
 
 
 @kernel

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.chain import Normalization, chain_table, rotation
+from ..kernels.chain import Normalization, chain_addresses, chain_table, rotation
 from ..kernels.project import OWN_BUFFERS, run_chain
 from ..kernels.threads import get_num_threads
 from .experts import Experts
@@ -23,14 +23,14 @@ Float32 = NDArray[np.float32]
 class Buffers:
     """The arrays of one pass of some rows: float32 (rows, width) for each of ``widths``, numbered from 0.
 
-    room_nbytes: what the chains need besides.
+    links, room_nbytes: of the longest chain, and what the chains need besides.
     """
 
-    def __init__(self, rows: int, widths: Sequence[int], room_nbytes: int) -> None:
+    def __init__(self, rows: int, widths: Sequence[int], links: int, room_nbytes: int) -> None:
         self.arrays = [np.empty((rows, width), np.float32) for width in widths]
         self._room = np.empty(room_nbytes, np.uint8)
         self.rows, self.threads = rows, get_num_threads()
-        self.addresses = np.array([self._room.ctypes.data, *(x.ctypes.data for x in self.arrays)])
+        self._tasks, self.addresses = chain_addresses(links, self._room, self.arrays)
 
 
 class Link(Protocol):
@@ -119,15 +119,19 @@ class Chain:
         """Parallel regions of one row."""
         return len(self._packed)
 
+    @property
+    def links(self) -> int:
+        """How many links it has."""
+        return len(self._links)
+
     def room_nbytes(self, rows: int) -> int:
         """Bytes that the buffers' room must have for so many rows."""
         return max([1, *(linear.projection.room_nbytes(rows) for linear in self._packed)])
 
     def __call__(self, buffers: Buffers) -> None:
         """Run all links."""
-        threads = buffers.threads
         for run in self._runs:
             if isinstance(run, np.ndarray):
-                run_chain(run, buffers.addresses, buffers.rows, threads, threads, threads)
+                run_chain(run, buffers.addresses, buffers.rows, buffers.threads)
             else:
                 run(buffers)

@@ -155,6 +155,7 @@ class Transformer:
         before = [self._queries(i, layer) for i, layer in enumerate(weights.layers)]
         after = [self._attended(layer) + self._mlp(layer) for layer in weights.layers]
         self.chains = [Chain([*behind, *ahead]) for behind, ahead in zip([[], *after], [*before, []], strict=True)]
+        self._most_links = max(chain.links for chain in self.chains)
         self._softmax = [
             Softmax(config.softmax_scale, config.attn_logit_softcapping, layer.sink_logits) for layer in weights.layers
         ]
@@ -212,7 +213,7 @@ class Transformer:
         if not forks.usable():
             raise MixkvError(forks.MESSAGE)
         weights, n_rows = self.weights, len(step.token_ids)
-        buffers = Buffers(n_rows, self._widths, self._room_nbytes(n_rows))
+        buffers = Buffers(n_rows, self._widths, self._most_links, self._room_nbytes(n_rows))
         ropes = self._ropes(step.context or self.config.max_position_embeddings)
         for (rope, frequencies), turns in zip(ropes, buffers.arrays[TURNS:], strict=True):
             rope.turns(step.positions, frequencies, turns)

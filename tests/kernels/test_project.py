@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mixkv.kernels.chain import Normalization, Projection, chain_table, rotation
-from mixkv.kernels.project import run_chain
+from mixkv.kernels.chain import Normalization, Projection, chain_addresses, chain_table, rotation
+from mixkv.kernels.project import OWN_BUFFERS, run_chain
 from mixkv.kernels.weights import W8, WBF16, empty_matrix
 
 from .oracle import DTYPES, normal
@@ -99,7 +99,7 @@ def test_an_output_may_be_added_to(kind: str, biased: bool, rows: int) -> None:
         want = apply(layer, x)
         for onto, number in ((True, None), (False, np.nan), (False, np.inf)):
             out = before.copy() if number is None else np.full_like(before, number)
-            run([projection.link(1, 2, onto=onto)], [x, out], projection.room_nbytes(t))
+            run([projection.link(A, B, onto=onto)], [x, out], projection.room_nbytes(t))
             np.testing.assert_array_equal(out, before + want if onto else want)
 
 
@@ -299,11 +299,15 @@ def test_more_threads_than_cores_give_the_same_bits() -> None:
 # --- Chains --------------------------------------------------------------------------------------------------------------
 
 
+A, B, C, D, E = range(OWN_BUFFERS, OWN_BUFFERS + 5)
+
+
 def run(links: Sequence[list[int]], arrays: Sequence[np.ndarray], room_nbytes: int, workers: int = 2) -> None:
-    """Run a chain on arrays (rows, width), whose numbers are 1 and following; nothing may be written beside its room."""
+    """Run a chain on arrays (rows, width), whose numbers are A and following; nothing may be written beside its room."""
     room = np.full(room_nbytes + 128, 0xA5, np.uint8)
-    addresses = np.array([room.ctypes.data + 64, *(x.ctypes.data for x in arrays)])
-    run_chain(chain_table(links), addresses, len(arrays[0]), workers, workers, workers)
+    tasks, addresses = chain_addresses(len(links), room[64:], arrays)
+    run_chain(chain_table(links), addresses, len(arrays[0]), workers)
+    del tasks
     assert (room[:64] == 0xA5).all() and (room[-64:] == 0xA5).all()
 
 
@@ -330,13 +334,13 @@ def test_a_chain_is_its_calls_one_after_the_other(kind: str, t: int, workers: in
     want += apply(down, middle)
     queries = apply(qkv, want)
     rotated = queries.copy()
-    run([rotation(1, 2, HEADS + KV_HEADS, HEAD_DIM, HEAD_DIM, width)], [turns, rotated], 1, 1)
+    run([rotation(A, B, HEADS + KV_HEADS, HEAD_DIM, HEAD_DIM, width)], [turns, rotated], 1, 1)
 
     arrays = [x, rest.copy(), attended, np.full((t, 2 * INNER), np.nan, np.float32), turns]
     first, second, third, fourth = (layer.projection() for layer in (o, gate_up, down, qkv))
     links = [
-        first.link(3, 1, onto=True), second.link(1, 4), third.link(4, 1, onto=True), fourth.link(1, 2),
-        rotation(5, 2, HEADS + KV_HEADS, HEAD_DIM, HEAD_DIM, width),
+        first.link(C, A, onto=True), second.link(A, D), third.link(D, A, onto=True), fourth.link(A, B),
+        rotation(E, B, HEADS + KV_HEADS, HEAD_DIM, HEAD_DIM, width),
     ]  # fmt: skip
     room = 1 if t == 1 else max(p.room_nbytes(t) for p in (first, second, third, fourth))
     run(links, arrays, room, workers)
@@ -368,7 +372,7 @@ def test_rotation_turns_the_first_channels_of_the_first_heads_and_leaves_the_oth
     want = x.astype(np.float64)
     want[:, :heads, :rotary_dim] = np.concatenate([turned.real, turned.imag], axis=2)[:, :heads]
     found, width = x.reshape(t, -1).copy(), (heads + more) * head_dim
-    run([rotation(1, 2, heads, head_dim, rotary_dim, width)], [turns_of(angles), found], 1, workers)
+    run([rotation(A, B, heads, head_dim, rotary_dim, width)], [turns_of(angles), found], 1, workers)
     found = found.reshape(x.shape)
     np.testing.assert_allclose(found, want, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(found[:, heads:], x[:, heads:])
@@ -389,17 +393,17 @@ def test_normalization_of_runs_into_and_onto_a_buffer(
     runs = x[:, first : first + count * size].astype(np.float64).reshape(t, count, size)
     want = runs / np.sqrt((runs * runs).mean(axis=2, keepdims=True) + 0.01) * weight
     found, link = target.copy(), Normalization(weight, 0.01, first, count, width)
-    run([link.link(1, 2, onto=onto)], [x, found], 1, workers)
+    run([link.link(A, B, onto=onto)], [x, found], 1, workers)
     inside = slice(first, first + count * size)
     before = target[:, inside] if onto else 0
     np.testing.assert_allclose(found[:, inside], before + want.reshape(t, -1), rtol=2e-6, atol=2e-6)
     outside = np.delete(np.arange(width), np.arange(first, first + count * size))
     np.testing.assert_array_equal(found[:, outside], target[:, outside])
     alone = target[-1:].copy()
-    run([link.link(1, 2, onto=onto)], [x[-1:].copy(), alone], 1, workers)
+    run([link.link(A, B, onto=onto)], [x[-1:].copy(), alone], 1, workers)
     np.testing.assert_array_equal(found[-1:], alone)
     in_place = x.copy()
-    run([link.link(1, 1)], [in_place], 1, workers)
+    run([link.link(A, A)], [in_place], 1, workers)
     np.testing.assert_allclose(in_place[:, inside], want.reshape(t, -1), rtol=2e-6, atol=2e-6)
 
 
