@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .check import listed
 from .config import ARCHITECTURES, ModelConfig
 from .errors import ModelError
-from .load import Opened, Source
+from .load import Opened, Source, with_ends
 from .rope import Rope
 
 Float32 = NDArray[np.float32]
@@ -193,7 +193,9 @@ def hf_name(config: ModelConfig, name: str) -> str:
 
 
 def in_hf_form(opened: Opened) -> Opened:
-    """The same model, the weights of its norms as Hugging Face has them: Gemma's are stored without their 1."""
+    """The same model as Hugging Face has it: its config names all ends, and Gemma's norms are stored without their 1."""
+    tokenizer = opened.read_tokenizer()
+    opened = replace(opened, config=with_ends(opened.config, tokenizer), read_tokenizer=lambda: tokenizer)
     if not opened.config.architecture.startswith("gemma") or opened.config.norm_offset:
         return opened
     return replace(opened, config=replace(opened.config, norm_offset=1.0), source=_LessOne(opened.source))

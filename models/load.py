@@ -222,10 +222,15 @@ def load(
         raise ModelError(
             f"{opened.path or name}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
         )
-    if tokenizer is not None and not config.eos_token_ids:
-        config = replace(config, eos_token_ids=tuple(tokenizer.eos_ids))
+    config = with_ends(config, tokenizer)
     loaded = read_weights(config, source, weights, str(opened.path or name) if check_weights else None, progress)
     return Model(name, config, Transformer(config, loaded), tokenizer)
+
+
+def with_ends(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    """A config that ends texts also at the tokens that the tokenizer knows as ends."""
+    ends = () if tokenizer is None else tokenizer.eos_ids
+    return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends))))
 
 
 def read_weights(

@@ -224,6 +224,14 @@ def test_a_value_that_float16_cannot_hold_is_refused_by_name(
     assert left(tmp_path) == set()
 
 
+def test_ends_that_only_their_names_tell_are_written(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", special=["<|im_end|>", "<|endoftext|>"])
+    assert convert(str(tmp_path / "tiny.gguf"), tmp_path / "out")["same"]
+    for name in ("generation_config.json", "config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == [2, 3, 4]
+    assert mixkv.load(str(tmp_path / "out")).config.eos_token_ids == (2, 3, 4)
+
+
 def test_user_defined_tokens_keep_their_text_and_bos_comes_first(tmp_path: Path) -> None:
     """Of the kinds of tokens in a GGUF file, control tokens have no text and those that users define have."""
     from mixkv.models.hf_tokenizer import hf_tokenizer
