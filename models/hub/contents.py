@@ -60,7 +60,7 @@ def remove_model(name: str) -> int:
             with locked(cache_folder(), name, name, wait=False):
                 return sum(map(remove, present))
     elif shelf := _shelf_of(name):
-        with locked(shelf.folder, "lock", name, wait=False):
+        with shelf.locked(name, wait=False):
             shelf = open_shelf(shelf.kind, shelf.name)
             freed = sum(map(remove, [*huggingface.remains(shelf.folder), shelf.folder / ".download"]))
             meant = shelf.meant(_parsed(name).revision, _parsed(name).file)
@@ -78,7 +78,7 @@ def remove_all() -> int:
         if any(path.exists() for path in registry.belongings(entry)):
             freed += remove_model(name)
     for shelf in list(all_shelves()):
-        with locked(shelf.folder, "lock", shelf.name, wait=False):
+        with shelf.locked(shelf.name, wait=False):
             for version, file in list(shelf.models):
                 freed += shelf.drop(version, file)
     return freed + remove_partial()

@@ -15,7 +15,7 @@ from ..check import listed, read_json_object, shown
 from ..errors import DownloadError, MixkvError, ModelError, UsageError
 from ..hf_config import config_from_hf
 from ..limits import MAX_JSON_BYTES, MAX_REPO_FILES
-from .files import Progress, cannot_store, check_room, is_plain_path, locked
+from .files import Progress, cannot_store, check_room, is_plain_path
 from .hf_client import Client, RepoFile
 from .shelf import ModelName, Shelf, open_shelf
 
@@ -63,7 +63,7 @@ def pull(name: ModelName, progress: Progress, *, sha256: str | None = None, upda
         found = None if update else shelf.cached(name)
         if found is None:
             client = Client(name.full, name.shelf, shelf.folder)  # refuses without the package, before anything is made
-            with locked(shelf.folder, "lock", name.full):
+            with shelf.locked(name.full):
                 shelf = open_shelf("hf", name.shelf)
                 found = None if update else shelf.cached(name)
                 found = found or _fetch(name, shelf, client, progress, sha256)

@@ -6,14 +6,14 @@ model are there and verified, so what it names is whole.
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..check import read_json_object, shown
-from ..errors import DownloadError, ModelError
-from .files import cache_folder, is_plain_path, is_sha256, remove, sha256, write_whole
+from ..errors import DownloadError, MixkvError, ModelError
+from .files import cache_folder, is_plain_path, is_sha256, locked, remove, sha256, write_whole
 
 KINDS = ("hf", "pypi")
 INDEX = "index.json"
@@ -69,6 +69,10 @@ class Shelf:
         """What is opened to use a model: its folder, or its one file."""
         return self.version_folder(version) / file
 
+    def locked(self, who: str, *, wait: bool = True) -> AbstractContextManager[None]:
+        """One process at a time fetches to it or removes from it; see files.py."""
+        return locked(self.folder, "lock", who, wait=wait)
+
     def full_name(self, version: str, file: str) -> str:
         """A name under which the model is found here: by the revision that leads to it, else by its version."""
         at = {"hf": "@", "pypi": "=="}[self.kind]
@@ -121,7 +125,8 @@ class Shelf:
         A file is hashed where it has been written to since; with ``thorough`` always. DownloadError for one that has
         changed.
         """
-        files, folder, changed = self.models[version, file], self.version_folder(version), False
+        files, folder = self.models[version, file], self.version_folder(version)
+        touched: dict[str, StoredFile] = {}
         for name, known in files.items():
             path = folder / name
             try:
@@ -131,7 +136,7 @@ class Shelf:
                 elif not thorough and status.st_mtime_ns == known.mtime_ns:
                     continue
                 elif (digest := sha256(path)) == known.sha256:
-                    files[name], changed = replace(known, mtime_ns=status.st_mtime_ns), True
+                    touched[name] = replace(known, mtime_ns=status.st_mtime_ns)
                     continue
                 else:
                     found = f"sha256 {digest}, and had {known.sha256}"
@@ -141,10 +146,21 @@ class Shelf:
             raise DownloadError(
                 f"{where}: {path} has {found} when it was fetched; `mixkv rm {where}`, then fetch it again"
             )
-        if changed:
-            with suppress(OSError):  # where nothing can be written, it is hashed each time
-                self.save()
+        if touched:
+            files |= touched
+            with suppress(OSError, MixkvError):  # of a folder that cannot be written, or while somebody fetches
+                self._note_times(version, file, touched)
         return True
+
+    def _note_times(self, version: str, file: str, touched: dict[str, StoredFile]) -> None:
+        """Enter when files were changed into the index as it is now: others may have written to it since it was read."""
+        with self.locked(self.name, wait=False):
+            now = open_shelf(self.kind, self.name)
+            files = now.models.get((version, file), {})
+            files |= {
+                name: known for name, known in touched.items() if name in files and files[name].sha256 == known.sha256
+            }
+            now.save()
 
     def drop(self, version: str, file: str) -> int:
         """Forget a model and remove the files that no other one of this version has; how many bytes came free."""
