@@ -7,7 +7,7 @@ from ..check import listed
 from ..errors import UsageError
 from . import huggingface, pypi, registry
 from .files import cache_folder, disk_nbytes, locked, remove
-from .shelf import KINDS, ModelName, Shelf, all_shelves, open_shelf
+from .shelf import KINDS, DamagedShelf, ModelName, Shelf, all_shelves, open_shelf
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +23,13 @@ class CachedModel:
 
 
 def cached_models() -> list[CachedModel]:
-    """Every model that the cache holds, of the registry, ``hf:`` and ``pypi:``. ModelError for a damaged index."""
+    """Every model that the cache holds, of the registry, ``hf:`` and ``pypi:``, but for those of ``damaged_shelves``."""
     found = []
     for name, entry in registry.REGISTRY.items():
         if path := registry.cached_file(name):
             digests = {entry.file_name: entry.file_sha256}
             found.append(CachedModel(name, path, path.stat().st_size, entry.license, entry.wheels[0].version, digests))
-    for shelf in all_shelves():
+    for shelf in all_shelves()[0]:
         for (version, file), files in shelf.models.items():
             folder = shelf.version_folder(version)
             nbytes = sum(disk_nbytes(folder / each) for each in files)
@@ -37,6 +37,11 @@ def cached_models() -> list[CachedModel]:
             full, about = shelf.full_name(version, file), shelf.licenses.get(version, "")
             found.append(CachedModel(full, shelf.path(version, file), nbytes, about, version, digests))
     return found
+
+
+def damaged_shelves() -> list[DamagedShelf]:
+    """Repositories and packages of which nobody knows what the cache holds, as their index is damaged."""
+    return all_shelves()[1]
 
 
 def partial_downloads() -> list[Path]:
@@ -72,12 +77,15 @@ def remove_model(name: str) -> int:
 
 
 def remove_all() -> int:
-    """Remove every model and everything that stopped downloads have left; how many bytes came free."""
+    """Remove every model and everything that stopped downloads have left; how many bytes came free.
+
+    What is in ``damaged_shelves`` stays.
+    """
     freed = 0
     for name, entry in registry.REGISTRY.items():
         if any(path.exists() for path in registry.belongings(entry)):
             freed += remove_model(name)
-    for shelf in list(all_shelves()):
+    for shelf in all_shelves()[0]:
         with shelf.locked(shelf.name, wait=False):
             for version, file in list(shelf.models):
                 freed += shelf.drop(version, file)

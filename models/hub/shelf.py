@@ -5,7 +5,6 @@ model are there and verified, so what it names is whole.
 """
 
 import json
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -176,6 +175,15 @@ class Shelf:
         return freed
 
 
+@dataclass(frozen=True, slots=True)
+class DamagedShelf:
+    """A shelf whose index cannot be read: the repository or package, where it lies, and what is wrong and to be done."""
+
+    name: str
+    folder: Path
+    problem: str
+
+
 def open_shelf(kind: str, name: str) -> Shelf:
     """The shelf of a repository or package, empty where there is none yet; ModelError for a damaged index."""
     shelf = Shelf(kind, name)
@@ -183,21 +191,29 @@ def open_shelf(kind: str, name: str) -> Shelf:
     return _read(path, shelf) if path.is_file() else shelf
 
 
-def all_shelves() -> Iterator[Shelf]:
-    """Every shelf in the cache; ModelError for a damaged index."""
+def all_shelves() -> tuple[list[Shelf], list[DamagedShelf]]:
+    """Every shelf in the cache, also those with nothing but remains of downloads; and those whose index is damaged."""
+    shelves, damaged = [], []
     for kind in KINDS:
-        for path in sorted((cache_folder() / kind).glob(f"*/{INDEX}")):
-            yield _read(path, Shelf(kind, ""))
+        for folder in sorted(path for path in (cache_folder() / kind).glob("*") if path.is_dir()):
+            name = folder.name.replace("--", "/")
+            try:
+                shelves.append(open_shelf(kind, name))
+            except ModelError as error:
+                damaged.append(DamagedShelf(f"{kind}:{name}", folder, str(error)))
+    return shelves, damaged
 
 
 def _read(path: Path, shelf: Shelf) -> Shelf:
     """Fill a shelf from its index, every field checked: names become paths."""
-    content = read_json_object(path)
+    remedy = "remove its folder, and fetch what was in it again"
     try:
-        name = content["name"]
-        if shelf.name not in ("", name) or Shelf(shelf.kind, name).folder.name != path.parent.name:
-            raise ValueError(f"name is {shown(name)}")
-        shelf.name = name
+        content = read_json_object(path)
+    except ModelError as error:
+        raise ModelError(f"{error}; {remedy}") from None
+    try:
+        if content["name"] != shelf.name:
+            raise ValueError(f"name is {shown(content['name'])}")
         for part in ("revisions", "digests", "licenses", "defaults"):
             texts = content[part]
             if not all(isinstance(text, str) for pair in texts.items() for text in pair):
@@ -213,7 +229,7 @@ def _read(path: Path, shelf: Shelf) -> Shelf:
                 shelf.models[version, file] = {each: _stored_file(found) for each, found in files.items()}
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ModelError(f"{path}: damaged ({what}); remove its folder, and fetch what was in it again") from None
+        raise ModelError(f"{path}: damaged ({what}); {remedy}") from None
     return shelf
 
 

@@ -8,7 +8,7 @@ import pytest
 from filelock import FileLock
 
 from mixkv.models import hub
-from mixkv.models.errors import DownloadError, UsageError
+from mixkv.models.errors import DownloadError, ModelError, UsageError
 from mixkv.models.hub.contents import remove_partial
 from mixkv.models.hub.registry import RegistryEntry, Wheel
 
@@ -137,6 +137,24 @@ def test_all_means_all(cache: Cache) -> None:
     left = [path for path in cache.folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
     assert left == []
     assert hub.remove_all() == 0
+
+
+def test_a_damaged_index_is_reported_and_is_no_obstacle_to_others(cache: Cache) -> None:
+    index = cache.folder / "hf" / "org--other" / "index.json"
+    for damage in ("{", '{"name": "org/tiny"}'):
+        index.write_text(damage)
+        assert names() == NAMES - {"hf:org/other:c.gguf"}
+        (damaged,) = hub.damaged_shelves()
+        assert (damaged.name, damaged.folder) == ("hf:org/other", index.parent)
+        assert str(index) in damaged.problem and "remove its folder" in damaged.problem
+        with pytest.raises(UsageError, match="the cache has no model"):
+            hub.remove_model("pypi:nothing")
+        with pytest.raises(ModelError, match="remove its folder"):
+            hub.remove_model("hf:org/other")
+    assert hub.remove_model("hf:org/tiny:a.gguf") == len(GGUF)
+    assert hub.remove_partial() == 0
+    assert hub.remove_all() > 0 and names() == set()
+    assert next(index.parent.rglob("c.gguf")).read_bytes() == GGUF  # nobody knows whether it is in use
 
 
 def test_a_link_goes_and_what_it_leads_to_stays(cache: Cache, tmp_path: Path) -> None:
