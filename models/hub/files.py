@@ -111,6 +111,14 @@ def remove(path: Path) -> int:
     return nbytes
 
 
+def remove_empty(folder: Path) -> None:
+    """Remove the folders below a folder that have nothing in them."""
+    for place, _, _ in os.walk(folder, topdown=False):
+        if Path(place) != folder:
+            with suppress(OSError):  # of one that is not empty
+                os.rmdir(place)
+
+
 def cannot_store(name: str, folder: Path, error: OSError) -> DownloadError:
     """What to say where the system refuses to write."""
     return DownloadError(f"{name}: cannot store it in {folder}: {error.strerror or shown(str(error))}")

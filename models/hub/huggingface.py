@@ -5,7 +5,6 @@ Only files that hold no code are fetched, at the names that readers know. Each i
 commit has of it: SHA-256 for large files, git's own for small ones. What a connection that broke has left is gone on with.
 """
 
-import os
 import re
 from contextlib import suppress
 from dataclasses import replace
@@ -101,8 +100,12 @@ def _fetch(name: ModelName, shelf: Shelf, client: Client, progress: Progress, sh
     small = [each for each in wanted if each not in (file, _SINGLE)]
     _download(name, client, folder, files, small, digests, lambda done, total: None)
     if not file:
-        config_from_hf(folder)  # what cannot be run is refused before its weights are fetched
-        wanted += _shards(name, folder, files) if _INDEX in wanted else []
+        try:
+            config_from_hf(folder)  # what cannot be run is refused before its weights are fetched
+            wanted += _shards(name, folder, files) if _INDEX in wanted else []
+        except ModelError:
+            shelf.remove({folder / each for each in small}.intersection(shelf.remains()))
+            raise
     _download(name, client, folder, files, [each for each in wanted if each not in small], digests, progress)
     if sha256 is not None and digests[file] != sha256:
         (folder / file).unlink()
@@ -190,8 +193,3 @@ def _download(
         digests[file] = client.download(file, files[file], folder / file, arrived)
         before += files[file].nbytes
         progress(before, total)
-
-
-def remains(folder: Path) -> list[Path]:
-    """What downloads that were stopped have left below a folder."""
-    return [Path(place) / each for place, _, names in os.walk(folder) for each in names if each.endswith(".part")]

@@ -5,6 +5,8 @@ model are there and verified, so what it names is whole.
 """
 
 import json
+import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,10 +14,11 @@ from typing import Any
 
 from ..check import read_json_object, shown
 from ..errors import DownloadError, MixkvError, ModelError
-from .files import cache_folder, is_plain_path, is_sha256, locked, remove, sha256, write_whole
+from .files import cache_folder, is_plain_path, is_sha256, locked, remove, remove_empty, sha256, write_whole
 
 KINDS = ("hf", "pypi")
 INDEX = "index.json"
+_LOCK = "lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class Shelf:
 
     def locked(self, who: str, *, wait: bool = True) -> AbstractContextManager[None]:
         """One process at a time fetches to it or removes from it; see files.py."""
-        return locked(self.folder, "lock", who, wait=wait)
+        return locked(self.folder, _LOCK, who, wait=wait)
 
     def full_name(self, version: str, file: str) -> str:
         """A name under which the model is found here: by the revision that leads to it, else by its version."""
@@ -162,16 +165,39 @@ class Shelf:
             now.save()
 
     def drop(self, version: str, file: str) -> int:
-        """Forget a model and remove the files that no other one of this version has; how many bytes came free."""
+        """Forget a model and remove the files that no other one of this version has; how many bytes came free.
+
+        The lock is the caller's to hold, here and in ``remove``.
+        """
         own = self.models.pop((version, file))
         others = {name for (v, _), files in self.models.items() if v == version for name in files}
         if not any(v == version for v, _ in self.models):
             self.revisions = {name: v for name, v in self.revisions.items() if v != version}
         self.save()  # first: what the index names is whole
         folder = self.version_folder(version)
-        freed = sum(remove(folder / name) for name in own if name not in others)
-        if not others:
-            freed += remove(folder) if folder.exists() else 0
+        return self.remove(folder / name for name in own if name not in others)
+
+    def remains(self) -> list[Path]:
+        """Files here that the index does not name: what downloads have left that were stopped, or still run."""
+        known = {self.folder / INDEX, self.folder / f".{_LOCK}.lock"}
+        known |= {self.version_folder(version) / name for (version, _), files in self.models.items() for name in files}
+        found = (Path(place) / name for place, _, names in os.walk(self.folder) for name in names)
+        return sorted(path for path in found if path not in known)
+
+    def remains_of(self, name: ModelName) -> list[Path]:
+        """Those that belong to what the name means, as far as the name says it."""
+        version = self.revisions.get(name.revision, name.revision)
+        found = []
+        for path in self.remains():
+            place, _, file = path.relative_to(self.folder).as_posix().partition("/")
+            if (not name.revision or place == version) and (not name.file or file in (name.file, f"{name.file}.part")):
+                found.append(path)
+        return found
+
+    def remove(self, paths: Iterable[Path]) -> int:
+        """Remove files, and folders that are empty then; how many bytes came free."""
+        freed = sum(map(remove, paths))
+        remove_empty(self.folder)
         return freed
 
 
