@@ -17,6 +17,7 @@ from .check import check_tensors, listed, shown
 from .config import ModelConfig
 from .errors import ModelError, UsageError
 from .experts import MLP, Experts
+from .folder import TEXT_FILES, inside
 from .gguf import GGUFFile, open_gguf
 from .gguf_config import config_from_gguf
 from .gguf_names import GGUFSource
@@ -159,6 +160,8 @@ def open_model(name: str, *, progress: Progress | None = None) -> Opened:
         return Opened(name, None, toy.CONFIG, made, lambda: ByteTokenizer(toy.VOCAB))
     path = hub.find(name, progress=progress) or _local(name)
     if path.is_dir():
+        for each in TEXT_FILES:
+            inside(path, each)
         found = config_from_hf(path)
         source = with_experts(found, open_safetensors(path))
         return Opened(name, path, found, source, lambda: _folder_tokenizer(path, found.vocab_size))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..check import listed, read_json_object, shown
 from ..errors import DownloadError, MixkvError, ModelError, UsageError
+from ..folder import PICKLES, TEXT_FILES
 from ..hf_config import config_from_hf
 from ..limits import MAX_JSON_BYTES, MAX_REPO_FILES
 from .files import Progress, cannot_store, check_room, is_plain_path
@@ -22,16 +23,7 @@ _NAME = re.compile(
     r"hf:(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(?P<revision>[\w./-]+))?(?::(?P<file>.+))?", re.ASCII
 )
 FORM = "hf:org/name[@revision][:file.gguf]"
-_SMALL = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
@@ -93,7 +85,7 @@ def _fetch(name: ModelName, shelf: Shelf, client: Client, progress: Progress, sh
             raise DownloadError(f"{name.full}: {file} has sha256 {files[file].sha256} on the hub, expected {sha256}")
     folder = shelf.version_folder(listing.commit)
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = [file] if file else [small for small in (*_SMALL, _SINGLE, _INDEX) if small in files]
+    wanted = [file] if file else [small for small in (*TEXT_FILES, _SINGLE, _INDEX) if small in files]
     if not file and _SINGLE in files:
         wanted = [each for each in wanted if each != _INDEX]
     digests: dict[str, str] = {}
@@ -143,7 +135,7 @@ def _chosen(name: ModelName, files: dict[str, RepoFile]) -> str:
         if _PART.search(file):
             raise ModelError(f"{name.full}: {file} is a part of a split model; only whole .gguf files are supported")
         return file
-    if pickles := sorted(file for file in files if file.endswith(_PICKLES)):
+    if pickles := sorted(file for file in files if file.endswith(PICKLES)):
         raise ModelError(
             f"{name.full}: only pickled weights ({listed(map(shown, pickles))}); opening a pickle can run any code it "
             "holds, so mixkv never fetches one: look for the model as safetensors or GGUF"
