@@ -25,7 +25,7 @@ from .hf_config import config_from_hf
 from .hf_experts import with_experts
 from .linear import GATES, Gate, Norm
 from .names import expected_tensors, expert_name, gate_up_names, layer_prefix, norm_names, qkv_names
-from .pack import Packer, check_weights_option
+from .pack import Counter, Packer, check_weights_option
 from .safetensors import open_safetensors
 from .tokenizer import ByteTokenizer, Tokenizer, tokenizer_from_gguf, tokenizer_from_json
 from .transformer import Layer, Transformer, Weights
@@ -240,8 +240,29 @@ def read_weights(
     config: ModelConfig, source: Source, weights: str, checked: str | None = None, progress: Progress | None = None
 ) -> Weights:
     """All weights, some layers at once. checked: where they come from; then NaN and infinity are refused."""
-    total = config.num_hidden_layers + 1
     pack = Packer(source, source.stored_types.__getitem__, source.shapes.__getitem__, weights, checked)
+    return _packed(config, pack, progress)
+
+
+def kept(opened: Opened, weights: str) -> tuple[dict[str, str], int]:
+    """How matrices would be kept, by the type in which they are stored, and the bytes of all; none is read.
+
+    Raises UsageError for a format that there is not, ModelError for tensors that are missing.
+    """
+    check_weights_option(weights)
+    expected, source = expected_tensors(opened.config), opened.source
+    check_tensors(expected, source.shapes, str(opened.path or opened.name))
+    counter = Counter(source, source.stored_types.__getitem__, expected.__getitem__, weights, None)
+    _packed(opened.config, counter)
+    formats: dict[str, set[str]] = {}
+    for stored, form, _ in counter.noted:
+        for kind in stored:
+            formats.setdefault(kind, set()).add(form)
+    return {kind: " ".join(sorted(found)) for kind, found in formats.items()}, sum(n for *_, n in counter.noted)
+
+
+def _packed(config: ModelConfig, pack: Packer, progress: Progress | None = None) -> Weights:
+    total = config.num_hidden_layers + 1
 
     # What a layer adds would be multiplied by residual_multiplier, m. Instead all that it is added to is divided by m: as
     # the model sees that only through norms, and these give the same if their epsilon is divided by m^2.
