@@ -13,9 +13,8 @@ from mixkv.models.hub.contents import remove_partial
 from mixkv.models.hub.registry import RegistryEntry, Wheel
 
 from .fake_hub import FakeHub
-from .test_hub_registry import CONTENT, sha256
-
-GGUF = b"GGUF" + bytes(range(256)) * 40
+from .pulls import GGUF, sha256
+from .test_hub_registry import CONTENT
 
 
 @dataclass

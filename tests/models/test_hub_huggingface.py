@@ -2,13 +2,13 @@
 
 import builtins
 import errno
-import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,16 @@ from safetensors.numpy import load_file, save_file
 
 import mixkv
 from mixkv.models import hub
-from mixkv.models.errors import DownloadError, MixkvError, ModelError, UsageError
+from mixkv.models.errors import DownloadError, ModelError, UsageError
 from mixkv.models.hub import files, hf_client
 from mixkv.models.hub.shelf import open_shelf
 
 from .fake_hub import FakeHub
+from .pulls import GGUF, pull_refused, sha256
 
 TINY_LLAMA = Path(__file__).parents[1] / "data" / "tiny_llama"
 REPO, NAME = "org/tiny", "hf:org/tiny"
-GGUF = b"GGUF" + bytes(range(256)) * 40
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+refused = partial(pull_refused, name=NAME)
 
 
 @pytest.fixture
@@ -58,17 +55,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]
         monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the library's attempts
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1_000)
         yield fake
-
-
-def refused(kind: type[MixkvError], *words: str, name: str = NAME, **options: Any) -> str:
-    """The one line that pull refuses with."""
-    with pytest.raises(kind) as caught:
-        hub.pull(name, **options)
-    message = str(caught.value)
-    assert message.isprintable() and name in message
-    for word in words:
-        assert word in message, (word, message)
-    return message
 
 
 def parts() -> list[str]:

