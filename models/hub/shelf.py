@@ -214,7 +214,7 @@ def open_shelf(kind: str, name: str) -> Shelf:
     """The shelf of a repository or package, empty where there is none yet; ModelError for a damaged index."""
     shelf = Shelf(kind, name)
     path = shelf.folder / INDEX
-    return _read(path, shelf) if path.is_file() else shelf
+    return _read(path, shelf) if os.path.lexists(path) else shelf
 
 
 def all_shelves() -> tuple[list[Shelf], list[DamagedShelf]]:

@@ -210,6 +210,8 @@ def test_a_damaged_index_is_reported_and_is_no_obstacle_to_others(cache: Cache) 
             hub.remove_model("pypi:nothing")
         with pytest.raises(ModelError, match="remove its folder"):
             hub.remove_model("hf:org/other")
+    index.unlink()
+    index.mkdir()
     assert hub.remove_model("hf:org/tiny:a.gguf") == len(GGUF)
     assert hub.remove_partial() == 0
     assert hub.remove_all() > 0 and names() == set()
