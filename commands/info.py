@@ -86,12 +86,10 @@ def info(
 
 
 def _described(opened: "Opened", policy: "CachePolicy", weights: str) -> dict[str, Any]:
-    from ..models.pack import check_weights_option, kept_as, kept_nbytes
+    from ..models.load import kept
 
-    check_weights_option(weights)
-    config, source = opened.config, opened.source
-    matrices = {name: shape for name, shape in source.shapes.items() if len(shape) == 2}
-    kept = {source.stored_types[name]: kept_as(weights, source.stored_types[name]) for name in matrices}
+    config = opened.config
+    kept_as, nbytes = kept(opened, weights)
     layers, heads, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     policy.check_model(layers, head_dim)
     parameters = sum(functools.reduce(int.__mul__, shape, 1) for shape in opened.source.shapes.values())
@@ -104,8 +102,8 @@ def _described(opened: "Opened", policy: "CachePolicy", weights: str) -> dict[st
         "stored_types": " ".join(sorted(set(opened.source.stored_types.values()))),
         "f32_bytes": 4 * parameters,
         "weights": weights,
-        "matrices_kept_as": kept,
-        "matrices_bytes": sum(kept_nbytes(weights, source.stored_types[n], s) for n, s in matrices.items()),
+        "matrices_kept_as": kept_as,
+        "matrices_bytes": nbytes,
         "layers": layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..models.errors import DownloadError, UsageError
+from ..models.errors import DownloadError, ModelError, UsageError
 from .options import AsJson
 from .shell import Bars, reported, say, size
 
@@ -66,6 +66,11 @@ def models(as_json: AsJson = False) -> None:
         {"name": model.name, "summary": "", "license": model.license or "?", "bytes": model.nbytes,
          "path": str(model.path), "version": model.version, "sha256": model.sha256, "problem": None}
         for model in cached if model.name not in hub.REGISTRY
+    ]  # fmt: skip
+    rows += [
+        {"name": shelf.name, "summary": "", "license": "?", "bytes": hub.disk_nbytes(shelf.folder), "path": None,
+         "version": "", "sha256": {}, "problem": shelf.problem}
+        for shelf in hub.damaged_shelves()
     ]  # fmt: skip
     rows.append({"name": "toy", "summary": "seeded tiny transformer on bytes, made on the fly", "license": "Apache-2.0",
                  "bytes": 0, "path": None, "version": "", "sha256": {}, "problem": None})  # fmt: skip
@@ -137,3 +142,5 @@ def rm(
         from ..kernels.compiled import remove_others
 
         print(f"kernels of other versions: {size(float(remove_others()))} came free")
+    if (everything or partial) and (damaged := hub.damaged_shelves()):
+        raise ModelError("; ".join(shelf.problem for shelf in damaged))

@@ -1,7 +1,7 @@
 """``mixkv convert``: a GGUF model as a folder of safetensors, kept only if it is read back as the same model."""
 
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -66,7 +66,7 @@ def convert(
         raise UsageError(f"{folder}: {folder.parent} is no folder")
     opened = in_hf_form(open_model(model, progress=download))
     _check_memory(opened, logits)
-    check_room(str(folder), folder.parent, stored_nbytes(opened, dtype) + _SMALL_BYTES)
+    check_room(str(folder), folder.parent, stored_nbytes(opened, dtype) + _SMALL_BYTES, UsageError)
     with _beside(folder) as work:
         write_folder(opened, work, dtype, writing or (lambda done, total: None))
         report = compare(opened, work, dtype, logits=logits, progress=checking)
@@ -80,15 +80,18 @@ def convert(
 
 @contextmanager
 def _beside(folder: Path) -> Iterator[Path]:
-    """A new folder next to the one that is to be; gone at the end, unless it was renamed."""
-    work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    """A new folder in a temporary one next to the one that is to be; gone at the end, unless it was renamed."""
     try:
-        work.mkdir()
-        yield work
+        with tempfile.TemporaryDirectory(
+            prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent, ignore_cleanup_errors=True
+        ) as place:
+            work = Path(place) / folder.name
+            work.mkdir()
+            yield work
+    except BrokenPipeError:
+        raise  # of a progress bar whose reader has gone: the command line's to handle
     except OSError as error:
         raise MixkvError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _check_memory(opened: Opened, logits: bool) -> None:

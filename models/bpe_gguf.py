@@ -15,8 +15,11 @@ from .bpe_pre import PRE_TOKENIZERS, Pre
 from .bpe_sentencepiece import sentencepiece_from_gguf
 from .check import shown
 
-# What ends an answer in a chat besides EOS; few files say so, and their names tell
-_ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|return|>", "<|call|>", "<|eom_id|>")
+# What ends an answer or a text besides EOS; few files say so, and their names tell, as they tell llama.cpp
+_ENDS = (
+    "<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|return|>", "<|call|>", "<|eom_id|>", "<|endoftext|>",
+    "<|end_of_text|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>",
+)  # fmt: skip
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> BPETokenizer:
@@ -76,10 +79,8 @@ def _special_tokens(keys: TokenizerKeys, vocabulary: Vocabulary, *, add_bos: boo
     if asked and bos is None:
         raise keys.error("tokenizer.ggml.add_bos_token", "is true, but there is no bos_token_id")
     ends = [each for each in (ids["eot"], ids["eom"]) if each is not None]
-    by_name = {token: index for index, token in enumerate(tokens) if token in _ENDS_OF_TURN}
-    ends += [
-        by_name[token] for token in _ENDS_OF_TURN if token in by_name and vocabulary.types[by_name[token]] in SPECIAL
-    ]
+    by_name = {token: index for index, token in enumerate(tokens) if token in _ENDS}
+    ends += [by_name[token] for token in _ENDS if token in by_name and vocabulary.types[by_name[token]] in SPECIAL]
     if "<|return|>" in by_name and "<|end|>" in by_name:  # gpt-oss: an answer has several parts that end with <|end|>
         ends = [each for each in ends if each != by_name["<|end|>"]]
     return {

@@ -17,7 +17,7 @@ from .load import Opened
 from .names import expected_tensors
 from .safetensors_write import DTYPES, INDEX, index_of, shards, write_safetensors
 
-OPTIONS = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
+OPTIONS = {kind.lower(): kind for kind in DTYPES}
 """What --dtype is, and the type of the file's tensors."""
 
 

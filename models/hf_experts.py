@@ -13,7 +13,7 @@ from .safetensors import SafetensorsSource
 Float32 = NDArray[np.float32]
 Found = tuple[str, int | None, Callable[[Float32], Float32]]  # a tensor, the expert's place in it, what becomes of that
 
-_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _LAYER = re.compile(r"(model\.layers\.(0|[1-9][0-9]{0,3})\.)(.+)")
 _EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d{1,4})\.(w[123])\.weight")
 _GPT_OSS: Mapping[str, tuple[tuple[str, Callable[[Float32], Float32]], ...]] = {
@@ -64,7 +64,7 @@ def _renamed(name: str, shape: tuple[int, ...], n_layers: int, n_experts: int) -
     match = _LAYER.fullmatch(name)
     prefix, rest = (match[1], match[3]) if match and int(match[2]) < n_layers else ("", name)
     if expert := _EXPERT.fullmatch(rest):
-        return {f"{prefix}mlp.experts.{expert[1]}.{_MIXTRAL[expert[2]]}.weight": (name, None, _same)}
+        return {f"{prefix}mlp.experts.{expert[1]}.{MIXTRAL[expert[2]]}.weight": (name, None, _same)}
     if rest in _GPT_OSS and len(shape) == (2 if rest.endswith("bias") else 3) and shape[0] == n_experts:
         return {
             f"{prefix}mlp.experts.{i}.{own}": (name, i, change)

@@ -3,9 +3,7 @@
 import json
 from typing import Any
 
-from .bpe import BPETokenizer
-
-_SPACE = "\u2581"  # SentencePiece writes spaces as this
+from .bpe import SPACE, BPETokenizer
 
 
 def hf_tokenizer(tokenizer: BPETokenizer, max_length: int) -> dict[str, dict[str, Any]]:
@@ -30,7 +28,7 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": T
 
 def _sentencepiece(strip_left: bool) -> dict[str, Any]:
     decoders: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from .check import listed
 from .config import ARCHITECTURES, ModelConfig
 from .errors import ModelError
-from .load import Opened, Source
+from .hf_experts import MIXTRAL
+from .load import Opened, Source, with_ends
 from .rope import Rope
+from .safetensors_write import DTYPES
 
 Float32 = NDArray[np.float32]
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""Types of safetensors by their names in config.json."""
 _SAME = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
@@ -29,7 +29,7 @@ _ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 def hf_config(config: ModelConfig, dtype: str = "F32") -> dict[str, Any]:
-    """The keys of config.json that describe ``config``, whose weights are of ``dtype`` (a key of DTYPES).
+    """The keys of config.json that describe ``config``, whose weights are of ``dtype`` (a key of safetensors_write.DTYPES).
 
     ``config_from_hf`` of these keys is ``config``. Raises ModelError for an architecture that is not written, and for what
     its keys have no word for.
@@ -39,8 +39,8 @@ def hf_config(config: ModelConfig, dtype: str = "F32") -> dict[str, Any]:
     return {
         "architectures": [ARCHITECTURES[config.architecture]],
         "model_type": config.architecture,
-        "dtype": DTYPES[dtype],
-        "torch_dtype": DTYPES[dtype],  # as transformers 4 calls it
+        "dtype": DTYPES[dtype].name,
+        "torch_dtype": DTYPES[dtype].name,  # as transformers 4 calls it
         **{name: getattr(config, name) for name in _SAME},
         "hidden_act": _ACTIVATIONS[config.activation],
         "bos_token_id": config.bos_token_id,  # also where there is none: transformers has defaults of its own
@@ -176,8 +176,8 @@ _WRITERS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
-_EXPERT = re.compile(r"mlp\.(gate\.|experts\.\d+\.(gate|up|down)_proj\.)")
-_MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
+_EXPERT = re.compile(r"mlp\.(gate\.|experts\.\d+\.(\w+_proj)\.)")
+_MIXTRAL = {own: theirs for theirs, own in MIXTRAL.items()}
 
 
 def hf_name(config: ModelConfig, name: str) -> str:
@@ -186,14 +186,16 @@ def hf_name(config: ModelConfig, name: str) -> str:
         return name
 
     def renamed(match: re.Match[str]) -> str:
-        own = match[1] if match[2] is None else match[1].replace(f"{match[2]}_proj", _MIXTRAL[match[2]])
+        own = match[1] if match[2] is None else match[1].replace(match[2], _MIXTRAL[match[2]])
         return f"block_sparse_moe.{own}"
 
     return _EXPERT.sub(renamed, name)
 
 
 def in_hf_form(opened: Opened) -> Opened:
-    """The same model, the weights of its norms as Hugging Face has them: Gemma's are stored without their 1."""
+    """The same model as Hugging Face has it: its config names all ends, and Gemma's norms are stored without their 1."""
+    tokenizer = opened.read_tokenizer()
+    opened = replace(opened, config=with_ends(opened.config, tokenizer), read_tokenizer=lambda: tokenizer)
     if not opened.config.architecture.startswith("gemma") or opened.config.norm_offset:
         return opened
     return replace(opened, config=replace(opened.config, norm_offset=1.0), source=_LessOne(opened.source))

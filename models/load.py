@@ -17,6 +17,7 @@ from .check import check_tensors, listed, shown
 from .config import ModelConfig
 from .errors import ModelError, UsageError
 from .experts import MLP, Experts
+from .folder import TEXT_FILES, inside
 from .gguf import GGUFFile, open_gguf
 from .gguf_config import config_from_gguf
 from .gguf_names import GGUFSource
@@ -24,7 +25,7 @@ from .hf_config import config_from_hf
 from .hf_experts import with_experts
 from .linear import GATES, Gate, Norm
 from .names import expected_tensors, expert_name, gate_up_names, layer_prefix, norm_names, qkv_names
-from .pack import Packer, check_weights_option
+from .pack import Counter, Packer, check_weights_option
 from .safetensors import open_safetensors
 from .tokenizer import ByteTokenizer, Tokenizer, tokenizer_from_gguf, tokenizer_from_json
 from .transformer import Layer, Transformer, Weights
@@ -159,6 +160,8 @@ def open_model(name: str, *, progress: Progress | None = None) -> Opened:
         return Opened(name, None, toy.CONFIG, made, lambda: ByteTokenizer(toy.VOCAB))
     path = hub.find(name, progress=progress) or _local(name)
     if path.is_dir():
+        for each in TEXT_FILES:
+            inside(path, each)
         found = config_from_hf(path)
         source = with_experts(found, open_safetensors(path))
         return Opened(name, path, found, source, lambda: _folder_tokenizer(path, found.vocab_size))
@@ -222,18 +225,44 @@ def load(
         raise ModelError(
             f"{opened.path or name}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
         )
-    if tokenizer is not None and not config.eos_token_ids:
-        config = replace(config, eos_token_ids=tuple(tokenizer.eos_ids))
+    config = with_ends(config, tokenizer)
     loaded = read_weights(config, source, weights, str(opened.path or name) if check_weights else None, progress)
     return Model(name, config, Transformer(config, loaded), tokenizer)
+
+
+def with_ends(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    """A config that ends texts also at the tokens that the tokenizer knows as ends."""
+    ends = () if tokenizer is None else tokenizer.eos_ids
+    return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends))))
 
 
 def read_weights(
     config: ModelConfig, source: Source, weights: str, checked: str | None = None, progress: Progress | None = None
 ) -> Weights:
     """All weights, some layers at once. checked: where they come from; then NaN and infinity are refused."""
-    total = config.num_hidden_layers + 1
     pack = Packer(source, source.stored_types.__getitem__, source.shapes.__getitem__, weights, checked)
+    return _packed(config, pack, progress)
+
+
+def kept(opened: Opened, weights: str) -> tuple[dict[str, str], int]:
+    """How matrices would be kept, by the type in which they are stored, and the bytes of all; none is read.
+
+    Raises UsageError for a format that there is not, ModelError for tensors that are missing.
+    """
+    check_weights_option(weights)
+    expected, source = expected_tensors(opened.config), opened.source
+    check_tensors(expected, source.shapes, str(opened.path or opened.name))
+    counter = Counter(source, source.stored_types.__getitem__, expected.__getitem__, weights, None)
+    _packed(opened.config, counter)
+    formats: dict[str, set[str]] = {}
+    for stored, form, _ in counter.noted:
+        for kind in stored:
+            formats.setdefault(kind, set()).add(form)
+    return {kind: " ".join(sorted(found)) for kind, found in formats.items()}, sum(n for *_, n in counter.noted)
+
+
+def _packed(config: ModelConfig, pack: Packer, progress: Progress | None = None) -> Weights:
+    total = config.num_hidden_layers + 1
 
     # What a layer adds would be multiplied by residual_multiplier, m. Instead all that it is added to is divided by m: as
     # the model sees that only through norms, and these give the same if their epsilon is divided by m^2.

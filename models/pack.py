@@ -6,7 +6,7 @@ is stored otherwise.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,18 +58,6 @@ def check_weights_option(weights: str) -> str:
     if weights not in WEIGHTS:
         raise UsageError(f"weights must be one of {', '.join(WEIGHTS)}, found {weights!r}")
     return weights
-
-
-def kept_as(weights: str, stored_type: str) -> str:
-    """The format in which a matrix is kept that a file stores as ``stored_type`` ("Q4_K"), by its name: "q8"."""
-    kind = _kind(weights, stored_type)
-    return "f32" if kind is None else NAMES[kind]
-
-
-def kept_nbytes(weights: str, stored_type: str, shape: tuple[int, int]) -> int:
-    """Bytes that such a matrix then takes, padding included."""
-    kind, (rows, columns) = _kind(weights, stored_type), shape
-    return 4 * rows * columns if kind is None else -(-rows // LANES) * block_nbytes(kind, columns)
 
 
 def _kind(weights: str, stored_type: str) -> int | None:
@@ -124,15 +112,11 @@ class Packer:
         """
         weights = [f"{name}.weight" for name in names]
         bias = np.concatenate([self.read(f"{name}.bias") for name in names]) if biased else None
-        kinds = [_kind(self._weights, self._type(name)) for name in weights]
-        if exact:
-            kinds = [WF32] * len(kinds)
-        elif set(kinds) == {None}:
-            return FloatLinear(self._floats(weights), bias, before)
         parts: list[Matrix] = []
-        for kind, run in _runs([WF32 if kind is None else kind for kind in kinds], weights, self._shape):
-            columns = self._shape(run[0])[1]
-            matrix = empty_matrix(kind, sum(self._shape(name)[0] for name in run), columns)
+        for kind, run in self._runs(weights, exact):
+            if kind is None:
+                return FloatLinear(self._floats(weights), bias, before)
+            matrix = empty_matrix(kind, *self._whole_shape(run))
             first = 0
             for name in run:
                 self._store(matrix, first, name)
@@ -140,10 +124,21 @@ class Packer:
             parts.append(matrix)
         return PackedLinear(parts, bias, before)
 
+    def _runs(self, names: Sequence[str], exact: bool) -> Sequence[tuple[int | None, Sequence[str]]]:
+        """Which matrices follow each other in one format; None is float32, row after row, and then it is all of them."""
+        kinds = [_kind(self._weights, self._type(name)) for name in names]
+        if set(kinds) == {None} and not exact:
+            return [(None, names)]
+        return _runs([WF32 if exact or kind is None else kind for kind in kinds], names, self._shape)
+
+    def _whole_shape(self, names: Sequence[str]) -> tuple[int, int]:
+        """Of matrices one below the other."""
+        return sum(self._shape(name)[0] for name in names), self._shape(names[0])[1]
+
     def _floats(self, names: Sequence[str]) -> Float32:
         """Rows read straight into their place, so nothing is held twice."""
         rows = [self._shape(name)[0] for name in names]
-        weight = np.empty((sum(rows), self._shape(names[0])[1]), np.float32)
+        weight = np.empty(self._whole_shape(names), np.float32)
         for name, stop, count in zip(names, np.cumsum(rows), rows, strict=True):
             weight[stop - count : stop] = self.read(name)
         return weight
@@ -174,6 +169,28 @@ class Packer:
             return code_rows(values, kind)
         except OverflowError as error:
             raise ModelError(f"tensor {shown(name)} cannot be kept in {NAMES[kind]}: {error}") from None
+
+
+class Counter(Packer):
+    """Stands in for a Packer, and only notes what it would keep: ``noted`` has (stored types, format, bytes)."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.noted: list[tuple[set[str], str, int]] = []
+
+    def read(self, name: str) -> Float32:
+        """Zeros in its shape."""
+        return np.zeros(self._shape(name), np.float32)
+
+    def linear(
+        self, names: Sequence[str], *, biased: bool = False, before: Before = None, exact: bool = False
+    ) -> Linear:
+        """A layer without rows. A bias is not counted."""
+        for kind, run in self._runs([f"{name}.weight" for name in names], exact):
+            rows, columns = self._whole_shape(run)
+            nbytes = 4 * rows * columns if kind is None else -(-rows // LANES) * block_nbytes(kind, columns)
+            self.noted.append((set(map(self._type, run)), NAMES[WF32 if kind is None else kind], nbytes))
+        return FloatLinear(np.empty((0, columns), np.float32))
 
 
 def _runs(

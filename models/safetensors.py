@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 
 from .check import listed, parse_json_object, read_json_object, refuse_impostor, shown
 from .errors import ModelError
+from .folder import PICKLES, inside
 from .limits import MAX_SAFETENSORS_DIMS, MAX_SAFETENSORS_HEADER_BYTES, MAX_SAFETENSORS_ITEMS
 
 _READABLE = ("F32", "F16", "BF16", "F64")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,10 +101,10 @@ def _open(folder: Path) -> SafetensorsSource:
         return _source([folder], {}, str(folder))
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if os.path.lexists(single):
-        return _source([_inside(folder, single.name)], {}, str(folder))
+        return _source([inside(folder, single.name)], {}, str(folder))
     if os.path.lexists(index):
-        weight_map = _weight_map(_inside(folder, index.name))
-        shards = [_inside(folder, name) for name in sorted(set(weight_map.values()))]
+        weight_map = _weight_map(inside(folder, index.name))
+        shards = [inside(folder, name) for name in sorted(set(weight_map.values()))]
         return _source(shards, weight_map, str(folder))
     names = sorted(entry.name for entry in folder.iterdir())
     _refuse_pickle(names, str(folder))
@@ -114,7 +114,7 @@ def _open(folder: Path) -> SafetensorsSource:
 
 
 def _refuse_pickle(names: list[str], where: str) -> None:
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles and not any(name.endswith(".safetensors") for name in names):
         raise ModelError(
             f"{where}: only pickled weights ({listed(map(shown, pickles))}); opening a pickle can run any code it "
@@ -134,23 +134,6 @@ def _weight_map(index: Path) -> dict[str, str]:
                 f"{index}: weight_map names {shown(name)}; only .safetensors files of this folder are allowed"
             )
     return weight_map
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """``folder / name``, refused when links lead out of the folder or, for a hub snapshot, out of its model's cache."""
-    try:
-        home = folder.resolve()
-        target = (home / name).resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        raise ModelError(f"{folder / name}: the link cannot be followed") from error
-    # The hub's cache is models--owner--name/{snapshots/revision/file -> ../../blobs/hash}.
-    for parent in home.parents:
-        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
-            home = parent.parent
-            break
-    if not target.is_relative_to(home):
-        raise ModelError(f"{folder / name}: a link to {target}, outside {home}; put the file itself there")
-    return folder / name
 
 
 def _source(files: list[Path], weight_map: Mapping[str, str], where: str) -> SafetensorsSource:

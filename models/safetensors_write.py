@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 SHARD_NBYTES = 5_000_000_000  # as transformers does it
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype("<f2"),
 }
 INDEX = "model.safetensors.index.json"
 _ALIGNMENT = 8  # of the first tensor: the header is filled up with spaces

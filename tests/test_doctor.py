@@ -260,8 +260,8 @@ def test_other_models(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     b.unlink()
     check = caches.check_other_models("tiny")
     says(check, PROBLEM, "mixkv rm hf:org/a:a.gguf", "hf:org/b:b.gguf lacks files: `mixkv pull hf:org/b:b.gguf`")
-    (b.parents[1] / "index.json").write_text("{")
-    says(caches.check_other_models("tiny"), PROBLEM, "index.json")
+    (a.parents[1] / "index.json").write_text("{")
+    says(caches.check_other_models("tiny"), PROBLEM, "index.json", "hf:org/b:b.gguf lacks files")
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------

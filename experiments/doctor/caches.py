@@ -122,17 +122,16 @@ def check_other_models(model: str) -> Check:
                 names.append(name)
         except (MixkvError, OSError) as error:
             found.append((PROBLEM, str(error)))
-    try:
-        for shelf in hub.all_shelves():
-            for version, file in list(shelf.models):
-                name = shelf.full_name(version, file)
-                try:
-                    if shelf.check(version, file):
-                        names.append(name)
-                    else:
-                        found.append((PROBLEM, f"{name} lacks files: `mixkv pull {name}` fetches them"))
-                except MixkvError as error:
-                    found.append((PROBLEM, str(error)))
-    except (MixkvError, OSError) as error:
-        found.append((PROBLEM, str(error)))
+    shelves, damaged = hub.all_shelves()
+    found += [(PROBLEM, shelf.problem) for shelf in damaged]
+    for shelf in shelves:
+        for version, file in list(shelf.models):
+            name = shelf.full_name(version, file)
+            try:
+                if shelf.check(version, file):
+                    names.append(name)
+                else:
+                    found.append((PROBLEM, f"{name} lacks files: `mixkv pull {name}` fetches them"))
+            except (MixkvError, OSError) as error:
+                found.append((PROBLEM, str(error)))
     return judged("other models", ", ".join(names) or "none in the cache", found, {"models": names})

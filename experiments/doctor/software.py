@@ -89,7 +89,8 @@ def self_test() -> dict[str, Any]:
 
     {"error": "" or one line, and what selftest.py prints}.
     """
-    command = [sys.executable, "-m", "mixkv.experiments.doctor.selftest"]
+    # -P: nothing is imported from the current folder
+    command = [sys.executable, "-P", "-m", "mixkv.experiments.doctor.selftest"]
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SELF_TEST_SECONDS

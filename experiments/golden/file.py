@@ -11,7 +11,6 @@
 Log-probabilities are natural, and written so that the same float64 is read back. A token of probability 0 is left out.
 """
 
-import contextlib
 import json
 import os
 import stat
@@ -23,6 +22,7 @@ from typing import Any
 from ...engine.policy import CachePolicy
 from ...models.check import parse_json_object, shown
 from ...models.errors import GoldenFileError, ModelError, UsageError
+from ...models.hub.files import write_whole
 from ...models.limits import MAX_GOLDEN_BYTES
 from .fields import about_of, prompts_of
 
@@ -164,17 +164,7 @@ def write(path: Path, golden: Golden) -> None:
     """
     data = text_of(golden).encode()
     parse(data, str(path))  # what cannot be read back is not written
-    place = Path(os.path.realpath(path))
-    beside = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, place)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        if isinstance(error, OSError):
-            raise GoldenFileError(f"{path}: cannot be written: {error.strerror}") from None
-        raise
+        write_whole(Path(os.path.realpath(path)), data)
+    except OSError as error:
+        raise GoldenFileError(f"{path}: cannot be written: {error.strerror}") from None

@@ -4,15 +4,24 @@ from pathlib import Path
 
 from ..errors import UsageError
 from . import huggingface, pypi, registry
-from .contents import CachedModel, cached_models, partial_downloads, remove_all, remove_model, remove_partial
+from .contents import (
+    CachedModel,
+    cached_models,
+    damaged_shelves,
+    partial_downloads,
+    remove_all,
+    remove_model,
+    remove_partial,
+)
 from .files import Progress, cache_folder, disk_nbytes, is_sha256
 from .registry import REGISTRY, RegistryEntry, cached_file, stored
-from .shelf import all_shelves, open_shelf
+from .shelf import DamagedShelf, all_shelves, open_shelf
 
 __all__ = [
     "FORMS",
     "REGISTRY",
     "CachedModel",
+    "DamagedShelf",
     "Progress",
     "RegistryEntry",
     "all_shelves",
@@ -20,6 +29,7 @@ __all__ = [
     "cached_file",
     "cached_models",
     "cached_path",
+    "damaged_shelves",
     "disk_nbytes",
     "find",
     "is_name",

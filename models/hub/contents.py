@@ -7,7 +7,7 @@ from ..check import listed
 from ..errors import UsageError
 from . import huggingface, pypi, registry
 from .files import cache_folder, disk_nbytes, locked, remove
-from .shelf import KINDS, ModelName, Shelf, all_shelves, open_shelf
+from .shelf import DamagedShelf, ModelName, Shelf, all_shelves, open_shelf
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +23,13 @@ class CachedModel:
 
 
 def cached_models() -> list[CachedModel]:
-    """Every model that the cache holds, of the registry, ``hf:`` and ``pypi:``. ModelError for a damaged index."""
+    """Every model that the cache holds, of the registry, ``hf:`` and ``pypi:``, but for those of ``damaged_shelves``."""
     found = []
     for name, entry in registry.REGISTRY.items():
         if path := registry.cached_file(name):
             digests = {entry.file_name: entry.file_sha256}
             found.append(CachedModel(name, path, path.stat().st_size, entry.license, entry.wheels[0].version, digests))
-    for shelf in all_shelves():
+    for shelf in all_shelves()[0]:
         for (version, file), files in shelf.models.items():
             folder = shelf.version_folder(version)
             nbytes = sum(disk_nbytes(folder / each) for each in files)
@@ -39,14 +39,18 @@ def cached_models() -> list[CachedModel]:
     return found
 
 
+def damaged_shelves() -> list[DamagedShelf]:
+    """Repositories and packages of which nobody knows what the cache holds, as their index is damaged."""
+    return all_shelves()[1]
+
+
 def partial_downloads() -> list[Path]:
-    """What downloads that were stopped have left, and the next one of the same model would go on with."""
-    folder = cache_folder()
-    found = list(folder.glob(".download-*"))
-    for kind in KINDS:
-        found += (folder / kind).glob("*/.download")
-        found += huggingface.remains(folder / kind)
-    return sorted(found)
+    """What downloads that were stopped have left, and the next one of the same model would go on with.
+
+    Also what those have that still run.
+    """
+    found = list(cache_folder().glob(".download-*"))
+    return sorted(found + [path for shelf in all_shelves()[0] for path in shelf.remains()])
 
 
 def remove_model(name: str) -> int:
@@ -54,46 +58,57 @@ def remove_model(name: str) -> int:
 
     Raises UsageError for a name that the cache does not have, and DownloadError while it is being fetched.
     """
+    left = ""
     if name in registry.REGISTRY:
         present = [path for path in registry.belongings(registry.REGISTRY[name]) if path.exists()]
         if present:
             with locked(cache_folder(), name, name, wait=False):
                 return sum(map(remove, present))
     elif shelf := _shelf_of(name):
-        with locked(shelf.folder, "lock", name, wait=False):
-            shelf = open_shelf(shelf.kind, shelf.name)
-            freed = sum(map(remove, [*huggingface.remains(shelf.folder), shelf.folder / ".download"]))
-            meant = shelf.meant(_parsed(name).revision, _parsed(name).file)
-            freed += shelf.drop(*meant) if meant else 0
-            if freed:
-                return freed
+        with shelf.locked(name, wait=False):
+            shelf, asked = open_shelf(shelf.kind, shelf.name), _parsed(name)
+            meant = shelf.meant(asked.revision, asked.file)
+            several = shelf.models and not (meant or asked.revision or asked.file)
+            remains = [] if several else shelf.remains_of(asked)
+            if meant or remains:
+                return (shelf.drop(*meant) if meant else 0) + shelf.remove(remains)
+            if shelf.remains():
+                left = f"; what stopped downloads of {shelf.name} have left goes with `mixkv rm --partial`"
     names = [model.name for model in cached_models()]
-    raise UsageError(f"the cache has no model {name!r}; it has {listed(names) or 'none'}")
+    raise UsageError(f"the cache has no model {name!r}; it has {listed(names) or 'none'}{left}")
 
 
 def remove_all() -> int:
-    """Remove every model and everything that stopped downloads have left; how many bytes came free."""
+    """Remove every model and everything that stopped downloads have left; how many bytes came free.
+
+    What is in ``damaged_shelves`` stays.
+    """
     freed = 0
     for name, entry in registry.REGISTRY.items():
         if any(path.exists() for path in registry.belongings(entry)):
             freed += remove_model(name)
-    for shelf in list(all_shelves()):
-        with locked(shelf.folder, "lock", shelf.name, wait=False):
-            for version, file in list(shelf.models):
-                freed += shelf.drop(version, file)
+    for each in all_shelves()[0]:
+        if each.models:
+            with each.locked(each.name, wait=False):
+                shelf = open_shelf(each.kind, each.name)
+                freed += sum(shelf.drop(*model) for model in list(shelf.models))
     return freed + remove_partial()
 
 
 def remove_partial() -> int:
-    """Remove what stopped downloads have left; how many bytes came free. DownloadError for one that still runs."""
+    """Remove what stopped downloads have left; how many bytes came free. DownloadError for one that still runs.
+
+    What is in ``damaged_shelves`` stays.
+    """
     freed, folder = 0, cache_folder()
-    for path in partial_downloads():
-        if path.parent == folder:
-            place, lock = folder, path.name.removeprefix(".download-")
-        else:
-            place, lock = folder.joinpath(*path.relative_to(folder).parts[:2]), "lock"
-        with locked(place, lock, path.name, wait=False):
+    for path in folder.glob(".download-*"):
+        with locked(folder, path.name.removeprefix(".download-"), path.name, wait=False):
             freed += remove(path)
+    for each in all_shelves()[0]:
+        if each.remains():
+            with each.locked(each.name, wait=False):
+                shelf = open_shelf(each.kind, each.name)
+                freed += shelf.remove(shelf.remains())
     return freed
 
 

@@ -12,7 +12,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from ..check import shown
-from ..errors import DownloadError
+from ..errors import DownloadError, MixkvError
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all (0 where nobody knows yet); what it raises ends the download."""
@@ -84,11 +84,11 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def check_room(name: str, folder: Path, needed: int) -> None:
-    """DownloadError where the disk of ``folder`` has fewer bytes free than are needed."""
+def check_room(name: str, folder: Path, needed: int, kind: type[MixkvError] = DownloadError) -> None:
+    """An error of that kind where the disk of ``folder`` has fewer bytes free than are needed."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise DownloadError(f"{name}: {folder} has room for {free:,} bytes, {needed:,} are needed")
+        raise kind(f"{name}: {folder} has room for {free:,} bytes, {needed:,} are needed")
 
 
 def disk_nbytes(path: Path) -> int:
@@ -109,6 +109,14 @@ def remove(path: Path) -> int:
     else:
         path.unlink(missing_ok=True)
     return nbytes
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove the folders below a folder that have nothing in them."""
+    for place, _, _ in os.walk(folder, topdown=False):
+        if Path(place) != folder:
+            with suppress(OSError):  # of one that is not empty
+                os.rmdir(place)
 
 
 def cannot_store(name: str, folder: Path, error: OSError) -> DownloadError:

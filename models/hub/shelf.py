@@ -5,18 +5,20 @@ model are there and verified, so what it names is whole.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import suppress
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..check import read_json_object, shown
-from ..errors import DownloadError, ModelError
-from .files import cache_folder, is_plain_path, is_sha256, remove, sha256, write_whole
+from ..errors import DownloadError, MixkvError, ModelError
+from .files import cache_folder, is_plain_path, is_sha256, locked, remove, remove_empty, sha256, write_whole
 
 KINDS = ("hf", "pypi")
 INDEX = "index.json"
+_LOCK = "lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,10 @@ class Shelf:
     def path(self, version: str, file: str) -> Path:
         """What is opened to use a model: its folder, or its one file."""
         return self.version_folder(version) / file
+
+    def locked(self, who: str, *, wait: bool = True) -> AbstractContextManager[None]:
+        """One process at a time fetches to it or removes from it; see files.py."""
+        return locked(self.folder, _LOCK, who, wait=wait)
 
     def full_name(self, version: str, file: str) -> str:
         """A name under which the model is found here: by the revision that leads to it, else by its version."""
@@ -121,7 +127,8 @@ class Shelf:
         A file is hashed where it has been written to since; with ``thorough`` always. DownloadError for one that has
         changed.
         """
-        files, folder, changed = self.models[version, file], self.version_folder(version), False
+        files, folder = self.models[version, file], self.version_folder(version)
+        touched: dict[str, StoredFile] = {}
         for name, known in files.items():
             path = folder / name
             try:
@@ -131,7 +138,7 @@ class Shelf:
                 elif not thorough and status.st_mtime_ns == known.mtime_ns:
                     continue
                 elif (digest := sha256(path)) == known.sha256:
-                    files[name], changed = replace(known, mtime_ns=status.st_mtime_ns), True
+                    touched[name] = replace(known, mtime_ns=status.st_mtime_ns)
                     continue
                 else:
                     found = f"sha256 {digest}, and had {known.sha256}"
@@ -141,47 +148,98 @@ class Shelf:
             raise DownloadError(
                 f"{where}: {path} has {found} when it was fetched; `mixkv rm {where}`, then fetch it again"
             )
-        if changed:
-            with suppress(OSError):  # where nothing can be written, it is hashed each time
-                self.save()
+        if touched:
+            files |= touched
+            with suppress(OSError, MixkvError):  # of a folder that cannot be written, or while somebody fetches
+                self._note_times(version, file, touched)
         return True
 
+    def _note_times(self, version: str, file: str, touched: dict[str, StoredFile]) -> None:
+        """Enter when files were changed into the index as it is now: others may have written to it since it was read."""
+        with self.locked(self.name, wait=False):
+            now = open_shelf(self.kind, self.name)
+            files = now.models.get((version, file), {})
+            files |= {
+                name: known for name, known in touched.items() if name in files and files[name].sha256 == known.sha256
+            }
+            now.save()
+
     def drop(self, version: str, file: str) -> int:
-        """Forget a model and remove the files that no other one of this version has; how many bytes came free."""
+        """Forget a model and remove the files that no other one of this version has; how many bytes came free.
+
+        The lock is the caller's to hold, here and in ``remove``.
+        """
         own = self.models.pop((version, file))
         others = {name for (v, _), files in self.models.items() if v == version for name in files}
         if not any(v == version for v, _ in self.models):
             self.revisions = {name: v for name, v in self.revisions.items() if v != version}
         self.save()  # first: what the index names is whole
         folder = self.version_folder(version)
-        freed = sum(remove(folder / name) for name in own if name not in others)
-        if not others:
-            freed += remove(folder) if folder.exists() else 0
+        return self.remove(folder / name for name in own if name not in others)
+
+    def remains(self) -> list[Path]:
+        """Files here that the index does not name: what downloads have left that were stopped, or still run."""
+        known = {self.folder / INDEX, self.folder / f".{_LOCK}.lock"}
+        known |= {self.version_folder(version) / name for (version, _), files in self.models.items() for name in files}
+        found = (Path(place) / name for place, _, names in os.walk(self.folder) for name in names)
+        return sorted(path for path in found if path not in known)
+
+    def remains_of(self, name: ModelName) -> list[Path]:
+        """Those that belong to what the name means, as far as the name says it."""
+        version = self.revisions.get(name.revision, name.revision)
+        found = []
+        for path in self.remains():
+            place, _, file = path.relative_to(self.folder).as_posix().partition("/")
+            if (not name.revision or place == version) and (not name.file or file in (name.file, f"{name.file}.part")):
+                found.append(path)
+        return found
+
+    def remove(self, paths: Iterable[Path]) -> int:
+        """Remove files, and folders that are empty then; how many bytes came free."""
+        freed = sum(map(remove, paths))
+        remove_empty(self.folder)
         return freed
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedShelf:
+    """A shelf whose index cannot be read: the repository or package, where it lies, and what is wrong and to be done."""
+
+    name: str
+    folder: Path
+    problem: str
 
 
 def open_shelf(kind: str, name: str) -> Shelf:
     """The shelf of a repository or package, empty where there is none yet; ModelError for a damaged index."""
     shelf = Shelf(kind, name)
     path = shelf.folder / INDEX
-    return _read(path, shelf) if path.is_file() else shelf
+    return _read(path, shelf) if os.path.lexists(path) else shelf
 
 
-def all_shelves() -> Iterator[Shelf]:
-    """Every shelf in the cache; ModelError for a damaged index."""
+def all_shelves() -> tuple[list[Shelf], list[DamagedShelf]]:
+    """Every shelf in the cache, also those with nothing but remains of downloads; and those whose index is damaged."""
+    shelves, damaged = [], []
     for kind in KINDS:
-        for path in sorted((cache_folder() / kind).glob(f"*/{INDEX}")):
-            yield _read(path, Shelf(kind, ""))
+        for folder in sorted(path for path in (cache_folder() / kind).glob("*") if path.is_dir()):
+            name = folder.name.replace("--", "/")
+            try:
+                shelves.append(open_shelf(kind, name))
+            except ModelError as error:
+                damaged.append(DamagedShelf(f"{kind}:{name}", folder, str(error)))
+    return shelves, damaged
 
 
 def _read(path: Path, shelf: Shelf) -> Shelf:
     """Fill a shelf from its index, every field checked: names become paths."""
-    content = read_json_object(path)
+    remedy = "remove its folder, and fetch what was in it again"
     try:
-        name = content["name"]
-        if shelf.name not in ("", name) or Shelf(shelf.kind, name).folder.name != path.parent.name:
-            raise ValueError(f"name is {shown(name)}")
-        shelf.name = name
+        content = read_json_object(path)
+    except ModelError as error:
+        raise ModelError(f"{error}; {remedy}") from None
+    try:
+        if content["name"] != shelf.name:
+            raise ValueError(f"name is {shown(content['name'])}")
         for part in ("revisions", "digests", "licenses", "defaults"):
             texts = content[part]
             if not all(isinstance(text, str) for pair in texts.items() for text in pair):
@@ -197,7 +255,7 @@ def _read(path: Path, shelf: Shelf) -> Shelf:
                 shelf.models[version, file] = {each: _stored_file(found) for each, found in files.items()}
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ModelError(f"{path}: damaged ({what}); remove its folder, and fetch what was in it again") from None
+        raise ModelError(f"{path}: damaged ({what}); {remedy}") from None
     return shelf
 
 

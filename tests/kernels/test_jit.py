@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mixkv.kernels import jit
+from mixkv.kernels import compiled, jit
 
 from .other_process import ROOT, finish, run_process, start_process
 
@@ -69,6 +71,55 @@ def test_a_cache_folder_of_Numba_itself_is_respected(tmp_path: Path) -> None:
     found = run_process("merge", {"MIXKV_CACHE": "", "NUMBA_CACHE_DIR": str(tmp_path)})
     assert Path(found["used"]).is_relative_to(tmp_path)
     assert {name: found[name] for name in MERGED} == MERGED
+
+
+@pytest.fixture
+def obstructed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder among temporary files that stands in for one that cannot be written; not there yet."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("MIXKV_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(compiled, "_for_this_process", compiled._for_this_process.__wrapped__)
+    return compiled._temporary()
+
+
+def test_kernels_among_temporary_files_are_of_this_user_alone(obstructed: Path) -> None:
+    assert compiled.cache_folder() == compiled.cache_folder() == obstructed / compiled.wanted_folder().name
+    assert obstructed.stat().st_mode & 0o777 == 0o700
+
+
+def open_to_all(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o777)
+
+
+def open_to_a_group(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o770)
+
+
+def linked(folder: Path) -> None:
+    (folder.parent / "other").mkdir()
+    folder.symlink_to("other")
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="Windows has a temporary folder for each user")
+@pytest.mark.parametrize("made", [open_to_all, open_to_a_group, linked, Path.touch, lambda folder: None])
+def test_a_folder_that_others_can_write_to_is_not_used(
+    obstructed: Path, monkeypatch: pytest.MonkeyPatch, made: Callable[[Path], None]
+) -> None:
+    made(obstructed)
+    if not os.path.lexists(obstructed):  # one of another user
+        obstructed.mkdir(mode=0o700)
+        monkeypatch.setattr(os, "getuid", lambda: obstructed.stat().st_uid + 1)
+        monkeypatch.setattr(compiled, "_temporary", lambda: obstructed)
+    elif obstructed.is_dir():
+        (obstructed / ("0" * 16)).mkdir()
+    with pytest.warns(RuntimeWarning, match=f"{obstructed.name} is no folder that only you"):
+        used = compiled.cache_folder()
+    assert not used.is_relative_to(obstructed) and used.parent.stat().st_mode & 0o777 == 0o700
+    assert compiled.others() == []
 
 
 def test_an_unwritable_cache_folder_is_no_obstacle(tmp_path: Path) -> None:

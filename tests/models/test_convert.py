@@ -187,10 +187,34 @@ def test_a_full_disk_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch: pyt
         small.setattr(os, "fsync", full)
         with pytest.raises(MixkvError, match=r"out: cannot be written \(No space left on device\)"):
             convert(str(tiny), tmp_path / "out")
+        refused(command("convert", tiny, tmp_path / "out", "-q"), 1, "cannot be written")
     with monkeypatch.context() as small:
         small.setattr("mixkv.models.hub.files.shutil.disk_usage", lambda folder: type("Usage", (), {"free": 10})())
-        with pytest.raises(MixkvError, match="room for 10 bytes"):
+        with pytest.raises(UsageError, match="room for 10 bytes"):
             convert(str(tiny), tmp_path / "out")
+        refused(command("convert", tiny, tmp_path / "out", "-q"), 2, "room for 10 bytes")
+    assert left(tmp_path) == set()
+
+
+def test_what_lies_beside_it_stays_whatever_it_is_called(tiny: Path, tmp_path: Path) -> None:
+    beside = tmp_path / f".out.{os.getpid()}.tmp"
+    beside.mkdir()
+    (beside / "precious").write_text("x")
+    convert(str(tiny), tmp_path / "out")
+    assert left(tmp_path) == {"out", beside.name} and left(beside) == {"precious"}
+    assert (tmp_path / "out").stat().st_mode == beside.stat().st_mode
+
+
+def test_a_reader_of_the_progress_who_has_gone_is_no_error_of_the_disk(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(done: int, total: int) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        convert(str(tiny), tmp_path / "out", writing=gone)
+    monkeypatch.setattr("mixkv.commands.shell.Bars.bar", lambda self, text: gone)
+    assert command("convert", tiny, tmp_path / "out").exit_code == 141
     assert left(tmp_path) == set()
 
 
@@ -222,6 +246,14 @@ def test_a_value_that_float16_cannot_hold_is_refused_by_name(
     with pytest.raises(ModelError, match=r"tensor model.embed_tokens.weight holds .*, which f16 cannot hold; use f32"):
         convert(str(tiny), tmp_path / "out", "f16")
     assert left(tmp_path) == set()
+
+
+def test_ends_that_only_their_names_tell_are_written(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", special=["<|im_end|>", "<|endoftext|>"])
+    assert convert(str(tmp_path / "tiny.gguf"), tmp_path / "out")["same"]
+    for name in ("generation_config.json", "config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == [2, 3, 4]
+    assert mixkv.load(str(tmp_path / "out")).config.eos_token_ids == (2, 3, 4)
 
 
 def test_user_defined_tokens_keep_their_text_and_bos_comes_first(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 from mixkv.models.config import ModelConfig
 from mixkv.models.errors import ModelError
 from mixkv.models.hf_config import config_from_hf
-from mixkv.models.hf_write import DTYPES, generation_config, hf_config
+from mixkv.models.hf_write import generation_config, hf_config
 from mixkv.models.rope import Rope
 from mixkv.models.safetensors import open_safetensors
-from mixkv.models.safetensors_write import INDEX, index_of, shards, write_safetensors
+from mixkv.models.safetensors_write import DTYPES, INDEX, index_of, shards, write_safetensors
 
 from .tiny_models import FOLDER, NAMES
 

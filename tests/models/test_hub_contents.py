@@ -8,14 +8,13 @@ import pytest
 from filelock import FileLock
 
 from mixkv.models import hub
-from mixkv.models.errors import DownloadError, UsageError
+from mixkv.models.errors import DownloadError, ModelError, UsageError
 from mixkv.models.hub.contents import remove_partial
 from mixkv.models.hub.registry import RegistryEntry, Wheel
 
 from .fake_hub import FakeHub
-from .test_hub_registry import CONTENT, sha256
-
-GGUF = b"GGUF" + bytes(range(256)) * 40
+from .pulls import GGUF, sha256
+from .test_hub_registry import CONTENT
 
 
 @dataclass
@@ -115,6 +114,66 @@ def test_what_stopped_downloads_have_left_is_found_and_removed(cache: Cache) -> 
     assert hub.partial_downloads() == [] and names() == NAMES
 
 
+def stop_shards(folder: Path) -> int:
+    """What a stopped download of a folder leaves: whole files, and one that is not; the bytes of it."""
+    place = folder / "hf" / "org--shards" / ("1" * 40)
+    place.mkdir(parents=True)
+    (place / "config.json").write_bytes(b"{}")
+    (place / "model-00001-of-00002.safetensors").write_bytes(b"x" * 3_000)
+    (place / "model-00002-of-00002.safetensors.part").write_bytes(b"x" * 200)
+    return 3_202
+
+
+REMOVALS = {
+    "partial": remove_partial,
+    "all": hub.remove_all,
+    "name": lambda: hub.remove_model("hf:org/shards"),
+    "commit": lambda: hub.remove_model(f"hf:org/shards@{'1' * 40}"),
+}
+
+
+@pytest.mark.parametrize("way", sorted(REMOVALS))
+def test_whole_files_of_a_stopped_download_are_remains_too(cache: Cache, way: str) -> None:
+    nbytes = stop_shards(cache.folder)
+    assert sum(map(hub.disk_nbytes, hub.partial_downloads())) == nbytes
+    assert REMOVALS[way]() >= nbytes
+    assert hub.partial_downloads() == [] and names() == (set() if way == "all" else NAMES)
+    assert {path.name for path in (cache.folder / "hf" / "org--shards").iterdir()} == {".lock.lock"}
+
+
+def test_a_name_that_is_not_there_leaves_what_downloads_of_others_have_left(cache: Cache) -> None:
+    stop_downloads(cache.folder)
+    stop_shards(cache.folder)
+    for name in ("hf:org/tiny", "hf:org/tiny@typo", "hf:org/tiny:c.gguf", "hf:org/shards@typo", "hf:org/shards:a.gguf"):
+        with pytest.raises(UsageError, match="the cache has no model .* stopped downloads .* `mixkv rm --partial`"):
+            hub.remove_model(name)
+    assert hub.remove_model("hf:org/tiny:a.gguf") == len(GGUF)
+    assert len(hub.partial_downloads()) == 5 and names() == NAMES - {"hf:org/tiny:a.gguf"}
+
+
+def test_the_file_of_a_stopped_download_is_removed_by_its_name(cache: Cache) -> None:
+    stop_downloads(cache.folder)
+    (cache.folder / "hf" / "org--tiny" / ("0" * 40) / "d.gguf.part").write_bytes(b"x" * 30)
+    assert hub.remove_model("hf:org/tiny:d.gguf") == 30
+    assert [path.name for path in hub.partial_downloads()] == [".download-tiny", "model.safetensors.part"]
+
+
+def test_a_model_whose_files_are_gone_can_be_removed(cache: Cache) -> None:
+    (model,) = [model for model in hub.cached_models() if model.name == "hf:org/tiny:a.gguf"]
+    model.path.unlink()
+    assert hub.remove_model(model.name) == 0
+    assert names() == NAMES - {model.name}
+
+
+def test_what_is_fetched_now_is_no_remains(cache: Cache) -> None:
+    stop_shards(cache.folder)
+    with FileLock(cache.folder / "hf" / "org--shards" / ".lock.lock", is_singleton=False):
+        for remove in REMOVALS.values():
+            with pytest.raises(DownloadError, match="another process is fetching it"):
+                remove()
+    assert len(hub.partial_downloads()) == 3
+
+
 def test_removing_a_model_takes_what_its_stopped_download_has_left(cache: Cache) -> None:
     stop_downloads(cache.folder)
     assert hub.remove_model("tiny") >= len(CONTENT) + 500
@@ -137,6 +196,26 @@ def test_all_means_all(cache: Cache) -> None:
     left = [path for path in cache.folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
     assert left == []
     assert hub.remove_all() == 0
+
+
+def test_a_damaged_index_is_reported_and_is_no_obstacle_to_others(cache: Cache) -> None:
+    index = cache.folder / "hf" / "org--other" / "index.json"
+    for damage in ("{", '{"name": "org/tiny"}'):
+        index.write_text(damage)
+        assert names() == NAMES - {"hf:org/other:c.gguf"}
+        (damaged,) = hub.damaged_shelves()
+        assert (damaged.name, damaged.folder) == ("hf:org/other", index.parent)
+        assert str(index) in damaged.problem and "remove its folder" in damaged.problem
+        with pytest.raises(UsageError, match="the cache has no model"):
+            hub.remove_model("pypi:nothing")
+        with pytest.raises(ModelError, match="remove its folder"):
+            hub.remove_model("hf:org/other")
+    index.unlink()
+    index.mkdir()
+    assert hub.remove_model("hf:org/tiny:a.gguf") == len(GGUF)
+    assert hub.remove_partial() == 0
+    assert hub.remove_all() > 0 and names() == set()
+    assert next(index.parent.rglob("c.gguf")).read_bytes() == GGUF  # nobody knows whether it is in use
 
 
 def test_a_link_goes_and_what_it_leads_to_stays(cache: Cache, tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 import builtins
 import errno
-import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,16 @@ from safetensors.numpy import load_file, save_file
 
 import mixkv
 from mixkv.models import hub
-from mixkv.models.errors import DownloadError, MixkvError, ModelError, UsageError
+from mixkv.models.errors import DownloadError, ModelError, UsageError
 from mixkv.models.hub import files, hf_client
 from mixkv.models.hub.shelf import open_shelf
 
 from .fake_hub import FakeHub
+from .pulls import GGUF, pull_refused, sha256
 
 TINY_LLAMA = Path(__file__).parents[1] / "data" / "tiny_llama"
 REPO, NAME = "org/tiny", "hf:org/tiny"
-GGUF = b"GGUF" + bytes(range(256)) * 40
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+refused = partial(pull_refused, name=NAME)
 
 
 @pytest.fixture
@@ -58,17 +55,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]
         monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the library's attempts
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1_000)
         yield fake
-
-
-def refused(kind: type[MixkvError], *words: str, name: str = NAME, **options: Any) -> str:
-    """The one line that pull refuses with."""
-    with pytest.raises(kind) as caught:
-        hub.pull(name, **options)
-    message = str(caught.value)
-    assert message.isprintable() and name in message
-    for word in words:
-        assert word in message, (word, message)
-    return message
 
 
 def parts() -> list[str]:
@@ -129,6 +115,7 @@ def test_an_index_that_leads_elsewhere_is_refused(server: FakeHub, tiny: dict[st
     tiny["other/evil.safetensors"] = b"x"
     server.publish(REPO, tiny)
     refused(ModelError, "weight_map", repr(evil))
+    assert parts() == []
     assert not any("evil" in request for request in server.requests)
 
 
@@ -156,7 +143,7 @@ def test_what_cannot_be_run_is_refused_before_its_weights_are_fetched(server: Fa
     server.publish(REPO, tiny | {"config.json": json.dumps(config).encode()})
     with pytest.raises(ModelError, match="'mystery'"):
         hub.pull(NAME)
-    assert not any("safetensors" in request for request in server.requests)
+    assert not any("safetensors" in request for request in server.requests) and parts() == []
 
 
 def test_one_gguf_file_needs_no_name_and_several_do(server: FakeHub) -> None:
@@ -216,7 +203,7 @@ def test_a_download_that_ended_early_is_gone_on_with_by_the_next(server: FakeHub
 
     with pytest.raises(KeyboardInterrupt):
         hub.pull(NAME, progress=interrupt)
-    assert parts() == ["model.safetensors.part"]
+    assert parts() == ["config.json", "model.safetensors.part"]
     assert hub.cached_models() == [] and hub.cached_path(NAME) is None
     calls: list[int] = []
     hub.pull(NAME, progress=lambda done, total: calls.append(done))
@@ -238,7 +225,7 @@ def test_a_tampered_file_is_refused_and_removed(server: FakeHub, tiny: dict[str,
     server.tampered.add(file)
     found = bytes([tiny[file][0] ^ 1]) + tiny[file][1:]
     refused(DownloadError, file, sha256(found), "it was removed")
-    assert parts() == [] and hub.cached_models() == []
+    assert not {file, f"{file}.part"}.intersection(parts()) and hub.cached_models() == []
     server.tampered.clear()
     assert (hub.pull(NAME) / file).read_bytes() == tiny[file]
 

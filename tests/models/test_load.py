@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from safetensors.numpy import load_file, save_file
 
 import mixkv
 from mixkv import CachePolicy, Session
+from mixkv.engine.generate import generate
 from mixkv.kernels.weights import WBF16
+from mixkv.models.bpe import BPETokenizer
 from mixkv.models.errors import ModelError, UsageError
+from mixkv.models.hf_tokenizer import hf_tokenizer
 from mixkv.models.load import Model, load, open_model
 from mixkv.models.names import expected_tensors
 from mixkv.models.toy import CONFIG
@@ -239,8 +242,8 @@ def permuted(x: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     return x[order]
 
 
-def write_gguf(path: Path, tied: bool = False) -> None:
-    """tiny_llama as a GGUF file in float32, with a byte-level vocabulary of 97 tokens."""
+def write_gguf(path: Path, tied: bool = False, special: Sequence[str] = ()) -> None:
+    """tiny_llama as a GGUF file in float32, with a byte-level vocabulary of 97 tokens; ``special`` ones from id 3 on."""
     config = json.loads((TINY_LLAMA / "config.json").read_text())
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config["max_position_embeddings"])
@@ -255,11 +258,11 @@ def write_gguf(path: Path, tied: bool = False) -> None:
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(97)
-    letters = [chr(code) for code in range(33, 126)]
+    letters = [*special, *(chr(code) for code in range(33, 126 - len(special)))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(["<unk>", "<s>", "</s>", *letters, "AB"])
-    writer.add_token_types([3, 3, 3] + [1] * 94)
+    writer.add_token_types([3] * (3 + len(special)) + [1] * (94 - len(special)))
     writer.add_token_merges(["A B"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -288,6 +291,32 @@ def test_tiny_llama_as_a_gguf_file_gives_the_same_logits(tmp_path: Path, expecte
         assert (ours.bias is None) == (other.bias is None)
         assert ours.bias is None or np.array_equal(ours.bias, other.bias)
     np.testing.assert_allclose(logits(model), expected, rtol=0, atol=1e-5)
+
+
+def test_an_answer_ends_at_a_token_of_the_file_that_only_its_name_tells(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", special=["<end_of_turn>", "<|endoftext|>", "<|other|>"])
+    model = load(str(tmp_path / "tiny.gguf"))
+    assert model.config.eos_token_ids == (2, 3, 4)
+
+    class Ends(Session):
+        def forward(self, *arguments: Any, **options: Any) -> NDArray[np.float32]:
+            super().forward(*arguments, **options)
+            return np.eye(97, dtype=np.float32)[3]
+
+    assert [(t.id, t.text, t.finish_reason) for t in generate(Ends(model), [40])] == [(3, "", "stop")]
+
+
+def test_the_ends_that_a_folder_names_are_all_of_its_files(tmp_path: Path) -> None:
+    shutil.copytree(TINY_LLAMA, tmp_path / "folder")
+    write_gguf(tmp_path / "tiny.gguf")
+    tokenizer = open_model(str(tmp_path / "tiny.gguf")).read_tokenizer()
+    assert isinstance(tokenizer, BPETokenizer)
+    for name, content in hf_tokenizer(tokenizer, 64).items():
+        (tmp_path / "folder" / name).write_text(json.dumps(content))
+    config = json.loads((TINY_LLAMA / "config.json").read_text()) | {"eos_token_id": 7}
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "folder" / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert load(str(tmp_path / "folder")).config.eos_token_ids == (7, 5, 6, 2)
 
 
 def test_a_gguf_file_without_a_head_is_tied(tmp_path: Path) -> None:

@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 
 from mixkv import CachePolicy, Session
 from mixkv.models.errors import ModelError, UsageError
+from mixkv.models.folder import TEXT_FILES
 from mixkv.models.load import Model, load
 from mixkv.models.toy import CONFIG
+
+from .test_safetensors import hub_cache, link
 
 TINY_LLAMA = Path(__file__).parents[1] / "data" / "tiny_llama"
 IDS = np.random.default_rng(3).integers(0, 97, 60)
@@ -60,6 +63,27 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     shutil.copy(TINY_LLAMA / "model.safetensors", tmp_path)
     message = refusal(ModelError, str(tmp_path))
     assert str(tmp_path / "config.json") in message and "no such file" in message
+
+
+@pytest.mark.fault("weight-map-paths")
+@pytest.mark.parametrize("name", TEXT_FILES)
+def test_a_link_out_of_the_folder_is_refused_whatever_it_stands_for(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(TINY_LLAMA, folder)
+    file, outside = folder / name, tmp_path / "outside"
+    outside.write_bytes(file.read_bytes() if file.exists() else b"{}")
+    file.unlink(missing_ok=True)
+    link(file, "../outside")
+    message = refusal(ModelError, str(folder))
+    assert str(file) in message and "a link to" in message and "put the file itself there" in message
+
+
+def test_texts_of_the_hub_s_own_cache_are_links_to_its_blobs(tmp_path: Path) -> None:
+    snapshot, blobs = hub_cache(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(TINY_LLAMA / name, blobs / name)
+        link(snapshot / name, f"../../blobs/{name}")
+    assert load(str(snapshot)).config == load(str(TINY_LLAMA)).config
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_smollm2_ids_are_those_of_the_oracles(default_model_path):
     start = time.process_time()
     tokenizer = tokenizer_from_gguf(keys, str(default_model_path))
     assert time.process_time() - start < 0.7  # measured: 0.10 s
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (49152, 1, (2,))
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (49152, 1, (2, 0))
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
     rows = json.loads(RECORDED.read_text(encoding="utf-8"))
     assert len(rows) > 60

@@ -18,8 +18,8 @@ from mixkv.kernels.weights import NAMES, W4, W4M, W8, WBF16, WF16, WF32
 from mixkv.models.errors import ModelError, NumericalError
 from mixkv.models.experts import MLP
 from mixkv.models.linear import FloatLinear, Linear, Norm, PackedLinear
-from mixkv.models.load import Model, load
-from mixkv.models.pack import WEIGHTS, kept_as
+from mixkv.models.load import Model, kept, load, open_model
+from mixkv.models.pack import WEIGHTS
 from mixkv.models.transformer import Transformer, Weights
 
 from .small_gguf import read_back, tensors, type_of, write_model
@@ -136,6 +136,36 @@ def test_neighbours_share_a_matrix_as_far_as_blocks_of_16_rows_allow(models: Cal
     assert found[6] == [(W4, 40), (W4, 8)] and found[8] == [(W4M, 192)]
 
 
+def matrix_nbytes(model: Model) -> int:
+    """Bytes of all matrices as they lie in memory."""
+    weights = model.transformer.weights
+    every = [weights.embedding, *weights.linears()]
+    pieces = [x for each in every for x in ([each.weight] if isinstance(each, FloatLinear) else each.parts)]
+    return sum({id(x): x.nbytes for x in pieces}.values())
+
+
+@pytest.mark.parametrize("weights", ["auto", "f32", "q8", "q4"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "qwen2_plain", "phi3", "gemma2"])
+def test_what_a_model_will_take_is_known_before_it_is_read(name: str, weights: str) -> None:
+    """Routers stay float32, small matrices are padded, and a tied head is counted once."""
+    folder = str(DATA / "tiny_models" / name)
+    opened = open_model(folder)
+    formats, nbytes = kept(opened, weights)
+    assert nbytes == matrix_nbytes(load(folder, weights))
+    form = {"auto": "bf16", "q4": "q4 with minima"}.get(weights, weights)
+    routed = opened.config.num_experts and form != "f32"
+    assert formats == {"BF16": " ".join(sorted(["f32", form])) if routed else form}
+
+
+def test_what_a_model_of_mixed_formats_will_take(tmp_path: Path) -> None:
+    """Float32 beside codes is packed like them, in whole blocks of 16 rows."""
+    types = MIXED | {"0.self_attn.v_proj.weight": "F32"}
+    model = load(str(write_model(tmp_path / "model.gguf", types)))
+    opened = open_model(str(tmp_path / "model.gguf"))
+    formats, nbytes = kept(opened, "auto")
+    assert nbytes == matrix_nbytes(model) and formats["F32"] == "f32" and formats["Q5_0"] == "q8"
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("kind", [*KEPT, "Q5_0", "F32"])
 def test_every_choice_keeps_what_it_says(tmp_path: Path, weights: str, kind: str) -> None:
@@ -145,7 +175,8 @@ def test_every_choice_keeps_what_it_says(tmp_path: Path, weights: str, kind: str
         "auto": NAMES[KEPT[kind]] if kind in KEPT else {"Q5_0": "q8", "F32": "f32"}[kind],
         "q4": "q4" if kind == "Q4_0" else "q4 with minima",
     }.get(weights, weights)
-    assert kept_as(weights, kind) == name
+    opened = open_model(str(tmp_path / "model.gguf"))
+    assert kept(opened, weights) == ({kind: name}, matrix_nbytes(model))
     for names, linear in linears(model):
         kinds = {"f32"} if isinstance(linear, FloatLinear) else {NAMES[part.kind] for part in linear.parts}
         assert kinds == {name}
