@@ -164,7 +164,8 @@ def _gemma(config: ModelConfig) -> dict[str, Any]:
 
 def _smollm3(config: ModelConfig) -> dict[str, Any]:
     turns = [int(i not in config.no_rope_layers) for i in range(config.num_hidden_layers)]
-    return {**_llama(config), "no_rope_layers": turns, "use_sliding_window": False}
+    windows = {**_layer_types(config), "use_sliding_window": config.sliding_window is not None}
+    return {**_llama(config), **windows, "no_rope_layers": turns}
 
 
 def _granite(config: ModelConfig) -> dict[str, Any]:

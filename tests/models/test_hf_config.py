@@ -63,12 +63,10 @@ def test_what_is_written_is_read_back_as_the_same_config(
 DERIVED = {"torch_dtype", "dtype", "rope_parameters", "use_cache", "max_window_layers", "layer_types"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "gpt_oss"])  # which is not written
 def test_values_and_their_types_are_those_that_transformers_writes(name: str) -> None:
     """transformers refuses 256.0 where it wants 256; a window that no layer has may be left out."""
     published, config = json.loads((FOLDER / name / "config.json").read_text()), config_from_hf(FOLDER / name)
-    if config.architecture == "gpt_oss":
-        return
     written = hf_config(config)
     shared = written.keys() & published.keys() - DERIVED
     assert {"vocab_size", "hidden_size", "num_hidden_layers", "rms_norm_eps", "architectures", "model_type"} <= shared
