@@ -299,6 +299,12 @@ def test_partial_rotation_is_refused(tmp_path, value):
     assert "rope_parameters.partial_rotary_factor is" in refusal(tmp_path, {"rope_parameters": new})
 
 
+def test_a_part_of_the_channels_that_is_none_is_refused(tmp_path):
+    phi = {"model_type": "phi3", "architectures": ABSENT, "rope_parameters": {"rope_type": "default"}}
+    assert config_from_hf(write(tmp_path, {**phi, "partial_rotary_factor": 0.5})).rotary_dim == 8
+    assert "no channel would turn" in refusal(tmp_path, {**phi, "partial_rotary_factor": 0.05})
+
+
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config", "quantization"])
 def test_quantized_weights_are_refused(tmp_path, key):
     assert "not quantized" in refusal(tmp_path, {key: {"quant_method": "gptq", "bits": 4}})
