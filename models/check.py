@@ -118,10 +118,7 @@ def whole(field: str, value: object, smallest: int, largest: int) -> int:
 
 
 def positive_float(field: str, value: object, largest: float = _LARGEST) -> float:
-    """``value`` as a float, above 0 and at most ``largest``, and not less than what that leaves of 1; ModelError names it.
-
-    Unless said, that is what float32 can hold.
-    """
+    """``value`` as a float from 1 / ``largest`` to ``largest``, unless said what float32 can hold; ModelError names it."""
     smallest = max(1 / largest, _SMALLEST)
     try:
         number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan

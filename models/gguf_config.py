@@ -74,7 +74,7 @@ class _Keys:
         self._asked.add(key)
         return self.file.optional(self.name(key), kind)
 
-    def any(self, key: str, default: object) -> Any:
+    def raw(self, key: str, default: object) -> Any:
         """A value of whatever type."""
         self._asked.add(key)
         return self.file.metadata.get(self.name(key), default)
@@ -115,7 +115,7 @@ def _windows(keys: _Keys, fields: dict[str, Any], period: int, window: int | Non
     if not window:
         return {}
     key = "attention.sliding_window_pattern"
-    pattern = keys.any(key, period)
+    pattern = keys.raw(key, period)
     if type(pattern) is int and 0 <= pattern <= limits.MAX_LAYERS:
         sliding = tuple(i for i in range(layers) if pattern == 0 or (i + 1) % pattern)
     elif isinstance(pattern, list) and len(pattern) >= layers and all(type(x) is bool for x in pattern):
@@ -210,11 +210,11 @@ def _olmo2(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:
 def _granite(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:
     names = {
         "attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale",
-        "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale",
+        "residual_multiplier": "residual_scale",
     }  # fmt: skip
     if keys.maybe("rope.scaling.finetuned", bool) is False:  # which for Granite means that nothing turns
         raise ModelError(f"{keys.name('rope.scaling.finetuned')} is False, supported: True")
-    return dict(keys.given(names))
+    return {**keys.given(names), "logits_scaling": keys.expect("logit_scale", float)}
 
 
 def _gpt_oss(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:

@@ -239,6 +239,7 @@ def test_a_folder_made_of_a_file_says_the_same(name: str, tmp_path: Path) -> Non
         ("llama_linear", {"attention.clamp_kqv": 0.5}, "attention.clamp_kqv is 0.5, supported: 0"),
         ("llama_linear", {"use_parallel_residual": True}, "use_parallel_residual is True"),
         ("gpt_oss", {"swiglu_clamp_exp": [1.0, 1.0, 1.0]}, "swiglu_clamp_exp is [1.0, 1.0, 1.0], supported: 0"),
+        ("granite", {"logit_scale": None}, "no granite.logit_scale, expected a number"),
         ("gpt_oss", {"attention.sliding_window": None}, "no gpt-oss.attention.sliding_window"),
         ("llama_yarn", {"rope.scaling.yarn_ext_factor": 0.0}, "yarn_ext_factor is 0, supported: 1 or -1"),
         ("llama_yarn", {"rope.scaling.yarn_attn_factor": 2.0}, "yarn_attn_factor is 2.0, supported: 1.0"),
