@@ -57,6 +57,8 @@ def _layers(keys: Fields, slides: Callable[[int], bool]) -> Fields:
         raise ModelError(
             f"layer_types is {shown(types)}; it must name {_FULL} or {_SLIDING} for each of the {count} layers"
         )
+    if sliding and window is None:
+        raise ModelError(f"layer_types names {_SLIDING}, but no sliding_window is in use")
     return {"sliding_window": window if sliding else None, "sliding_layers": sliding}
 
 

@@ -336,8 +336,9 @@ def _rope_type(keys: _Keys) -> str:
     elif _FREQS in keys.file.tensors:
         allowed, beside = ("none",), f" beside {_FREQS}"
     kind = keys.maybe("rope.scaling.type", str)
-    if kind is None:  # then it is linear for llama.cpp
-        kind = "none" if keys.maybe("rope.scaling.factor", float) in (None, 0.0, 1.0) else "linear"
+    if kind is None:  # then a factor is linear, as llama.cpp has it
+        stretched = "linear" in allowed and keys.maybe("rope.scaling.factor", float) not in (None, 0.0, 1.0)
+        kind = "linear" if stretched else "none"
     if kind not in allowed:
         key = keys.name("rope.scaling.type")
         raise ModelError(f"{key} is {shown(kind)}, supported{beside}: {', '.join(allowed)}")
