@@ -1,6 +1,7 @@
 """Configs and weights written in Hugging Face's form, and read back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,13 @@ def test_every_architecture_is_written_as_it_was_read(name: str, tmp_path: Path)
         return
     (tmp_path / "config.json").write_text(json.dumps(hf_config(config)))
     assert config_from_hf(tmp_path) == config
+
+
+@pytest.mark.parametrize("bias", ["attention_bias", "attention_out_bias", "mlp_bias"])
+def test_biases_of_a_llama_with_a_window_have_no_key(bias: str) -> None:
+    config = replace(config_from_hf(FOLDER / "mistral"), **{bias: True})
+    with pytest.raises(ModelError, match="some matrices have biases, for which mistral has no key"):
+        hf_config(config)
 
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (2, 2, 2), "d": (1, 100), "e": ()}
