@@ -110,23 +110,23 @@ class TextStream:
 class BPETokenizer:
     """A tokenizer read from a model's files; make one with ``tokenizer_from_json`` or ``tokenizer_from_gguf``.
 
-    ``pieces[i]`` holds the bytes of token i, empty for control tokens. ``prefix`` is what a raw prompt begins with
-    (BOS or nothing). ``strip_left`` drops one space from the start of decoded text (SentencePiece vocabularies).
-    ``byte_level`` says that every byte must have a token of its own, so a prompt with a byte that has none is
-    refused rather than shortened in silence.
+    ``backend`` is the library's tokenizer. ``pieces[i]`` holds the bytes of token i, empty for control tokens. ``prefix``
+    is what a raw prompt begins with (BOS or nothing). ``strip_left`` drops one space from the start of decoded text
+    (SentencePiece vocabularies). ``byte_level`` says that every byte must have a token of its own, so a prompt with a
+    byte that has none is refused rather than shortened in silence.
     """
 
     __slots__ = (
-        "_backend",
         "_missing",
-        "_pieces",
-        "_prefix",
-        "_strip_left",
+        "backend",
         "bos_id",
         "bos_token",
         "chat_template",
         "eos_ids",
         "eos_token",
+        "pieces",
+        "prefix",
+        "strip_left",
         "vocab_size",
     )
 
@@ -143,10 +143,10 @@ class BPETokenizer:
         more_eos_ids: Sequence[int] = (),
         chat_template: str | None = None,
     ) -> None:
-        self._backend = backend
-        self._pieces = pieces
-        self._prefix = list(prefix)
-        self._strip_left = strip_left
+        self.backend = backend
+        self.pieces = pieces
+        self.prefix = list(prefix)
+        self.strip_left = strip_left
         self._missing = _missing_bytes(backend) if byte_level else None
         self.vocab_size = len(pieces)
         self.bos_id = bos[0] if bos else None
@@ -169,21 +169,21 @@ class BPETokenizer:
                 f"prompt: character {position} is U+{ord(text[position]):04X}, and this model's tokenizer has no "
                 f"token for its byte 0x{found[0][0]:02X}; remove it"
             )
-        encoding = guarded("the model's tokenizer", lambda: self._backend.encode(text, add_special_tokens=False))
+        encoding = guarded("the model's tokenizer", lambda: self.backend.encode(text, add_special_tokens=False))
         ids = encoding.ids
-        if ids[: len(self._prefix)] != self._prefix:
-            ids = self._prefix + ids
+        if ids[: len(self.prefix)] != self.prefix:
+            ids = self.prefix + ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; control tokens and ids outside the vocabulary have none, bad UTF-8 becomes U+FFFD."""
         size = self.vocab_size
-        text = b"".join([self._pieces[i] for i in ids if 0 <= i < size]).decode("utf-8", "replace")
-        return text.removeprefix(" ") if self._strip_left else text
+        text = b"".join([self.pieces[i] for i in ids if 0 <= i < size]).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self.strip_left else text
 
     def stream(self) -> TextStream:
         """A fresh incremental decoder."""
-        return TextStream(self._pieces, strip_left=self._strip_left)
+        return TextStream(self.pieces, strip_left=self.strip_left)
 
 
 def _missing_bytes(backend: Backend) -> re.Pattern[bytes] | None:

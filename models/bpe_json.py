@@ -28,6 +28,10 @@ def tokenizer_from_json(path: Path, vocab_size: int | None = None) -> BPETokeniz
     kind = content["model"].get("type", "BPE") if isinstance(content.get("model"), dict) else None
     if kind != "BPE":
         raise ModelError(f"{file}: model.type is {shown(kind)}, only 'BPE' is supported")
+    if content["model"].get("dropout"):
+        raise ModelError(
+            f"{file}: model.dropout is {shown(content['model']['dropout'])}, only null and 0 are supported"
+        )
     check_growth(content, str(file))
     decoders = list(_decoders(content.get("decoder")))
     names = [_checked(file, each) for each in decoders]

@@ -117,15 +117,16 @@ def whole(field: str, value: object, smallest: int, largest: int) -> int:
     return value
 
 
-def positive_float(field: str, value: object) -> float:
-    """``value`` as a float, which must be above 0 and no more or less than float32 can hold; ModelError names the field."""
+def positive_float(field: str, value: object, largest: float = _LARGEST) -> float:
+    """``value`` as a float from 1 / ``largest`` to ``largest``, unless said what float32 can hold; ModelError names it."""
+    smallest = max(1 / largest, _SMALLEST)
     try:
         number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     except OverflowError:
         number = math.inf
-    if not _SMALLEST <= number <= _LARGEST:
+    if not smallest <= number <= largest:
         raise ModelError(
-            f"{field} is {shown(value)}; it must be a finite number above 0, from {_SMALLEST:.3g} to {_LARGEST:.3g}"
+            f"{field} is {shown(value)}; it must be a finite number above 0, from {smallest:.3g} to {largest:.3g}"
         )
     return number
 

@@ -35,7 +35,8 @@ LARGEST = {
     "head_dim": limits.MAX_HEAD_DIM,
     "max_position_embeddings": limits.MAX_CONTEXT,
 }
-_POSITIVE = ("rms_norm_eps", "embedding_multiplier", "residual_multiplier", "logits_scaling")
+_POSITIVE = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+_POSITIVE_OR_ZERO = ("attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier", "norm_offset")
 _FLAGS = (
     "tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias", "fused_projections", "pre_norms",
     "post_norms", "sink_logits", "norm_topk_prob", "router_bias",
@@ -135,11 +136,11 @@ class ModelConfig:
                 f"num_attention_heads is {self.num_attention_heads}; it must be at most {most} for "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
-        for field in _POSITIVE:
-            object.__setattr__(self, field, positive_float(field, getattr(self, field)))
-        for field in ("attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier", "norm_offset"):
-            if getattr(self, field) != 0:
-                object.__setattr__(self, field, positive_float(field, getattr(self, field)))
+        object.__setattr__(self, "rms_norm_eps", positive_float("rms_norm_eps", self.rms_norm_eps, limits.MAX_NORM_EPS))
+        for field in (*_POSITIVE, *_POSITIVE_OR_ZERO):
+            value = getattr(self, field)
+            if field in _POSITIVE or value != 0:
+                object.__setattr__(self, field, positive_float(field, value, limits.MAX_MULTIPLIER))
         for field in _FLAGS:
             if not isinstance(getattr(self, field), bool):
                 raise ModelError(f"{field} is {shown(getattr(self, field))}; it must be true or false")

@@ -19,16 +19,38 @@ _EMBEDDING = "token_embd.weight"
 _END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _SHORT, _LONG, _FREQS = "rope_factors_short.weight", "rope_factors_long.weight", "rope_freqs.weight"
 
-# Keys that change the computation in ways we do not follow, with the values that leave it as it is.
+# A key of the architecture that no reader of its family asks for is refused unless it changes nothing: it is 0, false or
+# empty, which switches off what it is about, or one of these values, or it says nothing about the computation at all.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "attention.causal": (True,),
+    "attention.output_scale": (1.0,),
+    "attention.temperature_scale": (1.0,),
+    "embedding_scale": (1.0,),
+    "expert_gating_func": (1,),  # softmax
+    "expert_group_count": (1,),
+    "expert_group_used_count": (1,),
+    "expert_weights_scale": (1.0,),
+    "interleave_moe_layer_step": (1,),
+    "logit_scale": (1.0,),
+    "moe_every_n_layers": (1,),
+    "residual_scale": (1.0,),
     "rope.scale_linear": (1.0,),
-    "rope.scaling.alpha": (0.0, 1.0),
-    "attention.temperature_scale": (0.0, 1.0),
-    "expert_shared_count": (0,),
-    "expert_weights_scale": (0.0, 1.0),
-    "router_logit_softcapping": (0.0,),
+    "rope.scaling.alpha": (1.0,),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (-1.0,),  # what it is without yarn
 }
+_IDLE = {
+    "attention.layer_norm_epsilon",  # of another kind of norm
+    "attention.sliding_window_pattern",  # without a window, which is another key
+    "attention.temperature_length",  # without a temperature
+    "expert_weights_norm",  # without experts
+    "pooling_type",  # of embeddings of texts
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",  # without yarn
+    "tensor_data_layout",
+    "vocab_size",
+}  # fmt: skip
 
 
 class _Keys:
@@ -36,20 +58,42 @@ class _Keys:
 
     def __init__(self, file: GGUFFile, prefix: str) -> None:
         self.file, self._prefix = file, prefix
+        self._asked: set[str] = set()
 
     def name(self, key: str) -> str:
         return f"{self._prefix}.{key}"
 
     def number(self, key: str) -> int:
-        return self.file.expect(self.name(key), int)
+        return int(self.expect(key, int))
+
+    def expect(self, key: str, kind: type[Any]) -> Any:
+        self._asked.add(key)
+        return self.file.expect(self.name(key), kind)
 
     def maybe(self, key: str, kind: type[Any]) -> Any:
+        self._asked.add(key)
         return self.file.optional(self.name(key), kind)
+
+    def raw(self, key: str, default: object) -> Any:
+        """A value of whatever type."""
+        self._asked.add(key)
+        return self.file.metadata.get(self.name(key), default)
 
     def given(self, names: Mapping[str, str]) -> dict[str, Any]:
         """Numbers by field, of the keys that there are."""
         found = {field: self.maybe(key, float) for field, key in names.items()}
         return {field: value for field, value in found.items() if value is not None}
+
+    def refuse_unread(self, more: Mapping[str, tuple[object, ...]]) -> None:
+        """ModelError for a key that nobody has asked for and that changes the computation; ``more``: see _NEUTRAL."""
+        for name, value in self.file.metadata.items():
+            key = name.removeprefix(f"{self._prefix}.")
+            if key == name or key in self._asked or key in _IDLE:
+                continue
+            neutral = _NEUTRAL.get(key, ()) + more.get(key, ())
+            if value not in neutral and any(value if isinstance(value, list) else [value]):
+                allowed = " or ".join(map(repr, neutral or (0,)))
+                raise ModelError(f"{name} is {shown(value)}, supported: {allowed}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +109,13 @@ class _Family:
     permuted: bool = False
 
 
-def _windows(keys: _Keys, fields: dict[str, Any], period: int) -> dict[str, Any]:
+def _windows(keys: _Keys, fields: dict[str, Any], period: int, window: int | None) -> dict[str, Any]:
     """Layers slide but for every ``period``-th, unless the file says otherwise; all for a period of 0."""
-    window, layers = keys.maybe("attention.sliding_window", int), fields["num_hidden_layers"]
+    layers = fields["num_hidden_layers"]
     if not window:
         return {}
     key = "attention.sliding_window_pattern"
-    pattern = keys.file.metadata.get(keys.name(key), period)
+    pattern = keys.raw(key, period)
     if type(pattern) is int and 0 <= pattern <= limits.MAX_LAYERS:
         sliding = tuple(i for i in range(layers) if pattern == 0 or (i + 1) % pattern)
     elif isinstance(pattern, list) and len(pattern) >= layers and all(type(x) is bool for x in pattern):
@@ -88,9 +132,11 @@ def _plain(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _llama(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:
-    if not keys.maybe("expert_count", int):
-        return {}
-    return {"architecture": "mixtral", **_experts(keys, fields)}
+    """Llama, or with experts Mixtral, or with a window Mistral, where every layer has it."""
+    windows = _windows(keys, fields, 0, keys.maybe("attention.sliding_window", int))
+    if keys.maybe("expert_count", int):
+        return {"architecture": "mixtral", **windows, **_experts(keys, fields)}
+    return {"architecture": "mistral", **windows} if windows else {}
 
 
 def _experts(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:
@@ -118,30 +164,36 @@ def _gemma(keys: _Keys, fields: dict[str, Any], largest: int) -> dict[str, Any]:
     """``largest``: the layers of the 27B model, whose softmax has another scale; norms have their 1 added already."""
     heads = fields["num_attention_heads"]
     scalar = fields["hidden_size"] / heads if fields["num_hidden_layers"] == largest else fields["head_dim"]
-    soft = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
     return {
         "post_norms": True,
         "activation": "gelu_tanh",
         "embedding_multiplier": fields["hidden_size"] ** 0.5,
         "attention_multiplier": scalar**-0.5,
-        **keys.given(soft),
+        **keys.given({"final_logit_softcapping": "final_logit_softcapping"}),
     }
 
 
 def _gemma2(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:
-    return {**_gemma(keys, fields, 46), **_windows(keys, fields, 2)}
+    window = keys.maybe("attention.sliding_window", int)
+    return {
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **_gemma(keys, fields, 46),
+        **keys.given({"attn_logit_softcapping": "attn_logit_softcapping"}),
+        **_windows(keys, fields, 2, 4096 if window is None else window),
+    }  # fmt: skip
 
 
 def _gemma3(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:
     local = keys.maybe("rope.freq_base_swa", float)
     return {
-        **_gemma(keys, fields, 62), **_windows(keys, fields, 6), "qk_norm": "head",
+        **_gemma(keys, fields, 62), **_windows(keys, fields, 6, keys.maybe("attention.sliding_window", int)),
+        "qk_norm": "head",
         "rope_local": Rope(10_000.0 if local is None else local),
     }  # fmt: skip
 
 
 def _phi3(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:
-    return {"fused_projections": True, **_windows(keys, fields, 0)}
+    windows = _windows(keys, fields, 0, keys.maybe("attention.sliding_window", int))
+    return {"fused_projections": True, **windows}
 
 
 def _smollm3(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:
@@ -149,21 +201,26 @@ def _smollm3(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _olmo2(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:
+    window = keys.maybe("attention.sliding_window", int)
+    if window:
+        raise ModelError(f"{keys.name('attention.sliding_window')} is {window}: this is OLMo 3, supported: OLMo 2")
     return {"qk_norm": "all", "pre_norms": False, "post_norms": True}
 
 
 def _granite(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:
     names = {
         "attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale",
-        "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale",
+        "residual_multiplier": "residual_scale",
     }  # fmt: skip
-    return dict(keys.given(names))
+    if keys.maybe("rope.scaling.finetuned", bool) is False:  # which for Granite means that nothing turns
+        raise ModelError(f"{keys.name('rope.scaling.finetuned')} is False, supported: True")
+    return {**keys.given(names), "logits_scaling": keys.expect("logit_scale", float)}
 
 
 def _gpt_oss(keys: _Keys, fields: dict[str, Any]) -> dict[str, Any]:
     return {
         "activation": "clamped", "sink_logits": True, "router_bias": True, **_experts(keys, fields),
-        **_windows(keys, fields, 2),
+        **_windows(keys, fields, 2, keys.number("attention.sliding_window")),
     }  # fmt: skip
 
 
@@ -196,7 +253,11 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     if prefix not in _FAMILIES:
         raise ModelError(f"{file.path}: general.architecture is {shown(prefix)}, supported: {', '.join(_FAMILIES)}")
     keys = _Keys(file, prefix)
-    _refuse_unsupported(keys)
+    parts = file.optional("split.count", int)
+    if parts is not None and parts > 1:
+        raise ModelError(f"{file.path}: split.count is {parts}, supported: 1; join the parts with llama-gguf-split")
+    if keys.maybe("attention.causal", bool) is False:
+        raise ModelError(f"{file.path}: {keys.name('attention.causal')} is False, supported: True")
     family = _FAMILIES[prefix]
     heads = keys.number("attention.head_count")
     kv_heads = keys.maybe("attention.head_count_kv", int)
@@ -211,7 +272,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         "num_key_value_heads": heads if kv_heads is None else kv_heads,
         "head_dim": _head_dim(keys, heads),
         "max_position_embeddings": keys.number("context_length"),
-        "rms_norm_eps": file.expect(keys.name("attention.layer_norm_rms_epsilon"), float),
+        "rms_norm_eps": keys.expect("attention.layer_norm_rms_epsilon", float),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors or "blk.0.attn_qkv.bias" in file.tensors,
         "attention_out_bias": "blk.0.attn_output.bias" in file.tensors,
@@ -224,7 +285,12 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
             whole(field, fields[field], 1, LARGEST[field])  # as ModelConfig does; but they are counted with before
         fields["rotary_dim"] = _rotary_dim(keys, fields["head_dim"])
         fields["rope"] = _rope(keys, fields)
-        return ModelConfig(**(fields | family.fields(keys, fields)))
+        config = ModelConfig(**(fields | family.fields(keys, fields)))
+        keys.refuse_unread({
+            "attention.key_length_swa": (config.head_dim,), "attention.value_length_swa": (config.head_dim,),
+            "rope.dimension_count_swa": (config.rotary_channels,), "rope.freq_base_swa": (config.rope.theta,),
+        })  # fmt: skip
+        return config
     except ModelError as error:
         raise ModelError(f"{file.path}: {str(error).removeprefix(f'{file.path}: ')}") from None
 
@@ -232,9 +298,9 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
 def _rope(keys: _Keys, fields: dict[str, Any]) -> Rope:
     """The rotary embedding; factors that the file has as tensors are longrope's, whatever they were made for."""
     theta = keys.given({"theta": "rope.freq_base"})
-    kind = keys.maybe("rope.scaling.type", str)
     context, file = fields["max_position_embeddings"], keys.file
     original = keys.maybe("rope.scaling.original_context_length", int) or context
+    kind = _rope_type(keys)
     if _SHORT in file.tensors or _LONG in file.tensors:
         factors: dict[str, Any] = {
             "short_factor": _factors(keys, _SHORT, fields),
@@ -245,13 +311,14 @@ def _rope(keys: _Keys, fields: dict[str, Any]) -> Rope:
     if _FREQS in file.tensors:
         same = _factors(keys, _FREQS, fields)
         return Rope(rope_type="longrope", original_context=context, short_factor=same, long_factor=same, **theta)
-    if kind in (None, "none"):
+    if kind == "none":
         return Rope(**theta)
-    factor = keys.file.expect(keys.name("rope.scaling.factor"), float)
+    factor = keys.expect("rope.scaling.factor", float)
     if kind == "linear":
         return Rope(rope_type="linear", factor=factor, **theta)
-    if kind != "yarn":
-        raise ModelError(f"{keys.name('rope.scaling.type')} is {shown(kind)}, supported: none, linear, yarn")
+    extrapolated = keys.maybe("rope.scaling.yarn_ext_factor", float)
+    if extrapolated not in (None, -1.0, 1.0):
+        raise ModelError(f"{keys.name('rope.scaling.yarn_ext_factor')} is {extrapolated:g}, supported: 1 or -1")
     betas = keys.given({"beta_fast": "rope.scaling.yarn_beta_fast", "beta_slow": "rope.scaling.yarn_beta_slow"})
     more = keys.given({"attention_factor": "rope.scaling.attn_factor"}).get("attention_factor", 1.0)
     return Rope(
@@ -260,24 +327,30 @@ def _rope(keys: _Keys, fields: dict[str, Any]) -> Rope:
     )  # fmt: skip
 
 
+def _rope_type(keys: _Keys) -> str:
+    """How the context was stretched: none, linear, yarn, or longrope where there are its tensors."""
+    allowed: tuple[str, ...] = ("none", "linear", "yarn")
+    beside = ""
+    if _SHORT in keys.file.tensors or _LONG in keys.file.tensors:
+        allowed, beside = ("none", "longrope"), f" beside {_SHORT} and {_LONG}"
+    elif _FREQS in keys.file.tensors:
+        allowed, beside = ("none",), f" beside {_FREQS}"
+    kind = keys.maybe("rope.scaling.type", str)
+    if kind is None:  # then a factor is linear, as llama.cpp has it
+        stretched = "linear" in allowed and keys.maybe("rope.scaling.factor", float) not in (None, 0.0, 1.0)
+        kind = "linear" if stretched else "none"
+    if kind not in allowed:
+        key = keys.name("rope.scaling.type")
+        raise ModelError(f"{key} is {shown(kind)}, supported{beside}: {', '.join(allowed)}")
+    return str(kind)
+
+
 def _factors(keys: _Keys, name: str, fields: dict[str, Any]) -> tuple[float, ...]:
     tensor, pairs = keys.file.tensors.get(name), (fields["rotary_dim"] or fields["head_dim"]) // 2
     if tensor is None or tensor.shape != (pairs,):
         found = "there is none" if tensor is None else f"its shape is {tensor.shape}"
         raise ModelError(f"{name} must have a number for each of {pairs} pairs of channels, but {found}")
     return tuple(keys.file.read(name).tolist())
-
-
-def _refuse_unsupported(keys: _Keys) -> None:
-    file = keys.file
-    for key, neutral in _NEUTRAL.items():
-        value: Any = file.metadata.get(keys.name(key), neutral[0])
-        if value not in neutral:
-            allowed = " or ".join(map(repr, neutral))
-            raise ModelError(f"{file.path}: {keys.name(key)} is {shown(value)}, supported: {allowed}")
-    parts = file.optional("split.count", int)
-    if parts is not None and parts > 1:
-        raise ModelError(f"{file.path}: split.count is {parts}, supported: 1; join the parts with llama-gguf-split")
 
 
 def _vocab_size(keys: _Keys) -> int:

@@ -70,7 +70,10 @@ class GGUFSource:
     def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
         """Raises ModelError for tensors without a role in such a model, or rotary ones unlike ``config``."""
         self._file = file
-        self._stored, unknown = _renamed(file.tensors, config)
+        try:
+            self._stored, unknown = _renamed(file.tensors, config)
+        except ModelError as error:
+            raise ModelError(f"{file.path}: {error}") from None
         if unknown:
             raise ModelError(
                 f"{file.path}: tensors that a model of the kind {config.architecture} does not have: "
@@ -133,7 +136,7 @@ def unpermute_heads(values: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
 
 
 def _renamed(tensors: Mapping[str, GGUFTensor], config: ModelConfig) -> tuple[dict[str, GGUFTensor], list[str]]:
-    """The tensors under Hugging Face's names, and the names that have none."""
+    """The tensors under Hugging Face's names, and the names that have none; ModelError where two have one name."""
     stored: dict[str, GGUFTensor] = {}
     unknown: list[str] = []
     names = _block_names(config)
@@ -141,17 +144,21 @@ def _renamed(tensors: Mapping[str, GGUFTensor], config: ModelConfig) -> tuple[di
         match = _BLOCK_NAME.fullmatch(name)
         prefix, part, kind = (f"model.layers.{match[1]}.", match[2], match[3]) if match else ("", "", "")
         within = match is not None and int(match[1]) < config.num_hidden_layers
+        found = {}
         if within and part in _EXPERTS and tensor.shape[0] == config.num_experts:
             for i, expert in enumerate(tensor.parts()):
-                stored[f"{prefix}{expert_name(i, _EXPERTS[part])}.{kind}"] = expert
+                found[f"{prefix}{expert_name(i, _EXPERTS[part])}.{kind}"] = expert
         elif within and part in names:
-            stored[f"{prefix}{names[part]}.{kind}"] = tensor
+            found[f"{prefix}{names[part]}.{kind}"] = tensor
         elif within and part == "attn_sinks" and config.sink_logits:
-            stored[f"{prefix}self_attn.sinks"] = tensor
+            found[f"{prefix}self_attn.sinks"] = tensor
         elif name in _NAMES:
-            stored[_NAMES[name]] = tensor
+            found[_NAMES[name]] = tensor
         elif name not in _FACTORS:
             unknown.append(name)
+        if twice := found.keys() & stored.keys():
+            raise ModelError(f"{shown(stored[min(twice)].name)} and {shown(name)} are both {min(twice)}")
+        stored |= found
     return stored, unknown
 
 

@@ -5,17 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from . import limits
-from .architectures import FAMILIES
+from .architectures import FAMILIES, LAYER_TYPES, Family
 from .check import read_json_object, shown, whole
 from .config import ARCHITECTURES, LARGEST, ModelConfig
 from .errors import ModelError
 from .hf_rope import ropes_from_keys
 
-_SAME = {  # keys that are fields by the same name; the first five must be there
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
-    "bos_token_id",
-}  # fmt: skip
-_REQUIRED = sorted(_SAME - {"bos_token_id"}) + ["intermediate_size", "rms_norm_eps"]
+_SIZES = ("hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "vocab_size")
+_SAME = (*_SIZES, "intermediate_size", "rms_norm_eps")  # fields by the same name; they must be there
 
 
 def config_from_hf(path: Path) -> ModelConfig:
@@ -41,29 +38,30 @@ def config_from_hf(path: Path) -> ModelConfig:
 def _from_keys(keys: dict[str, Any]) -> ModelConfig:
     _refuse_unsupported(keys)
     family = FAMILIES[keys["model_type"]]
-    if missing := sorted(set(_REQUIRED) - keys.keys()):
+    if missing := sorted(set(_SAME) - keys.keys()):
         raise ModelError(f"missing {', '.join(missing)}")
+    keys = {**family.defaults, **keys}
     heads = keys["num_attention_heads"]
     kv_heads, head_dim = keys.get("num_key_value_heads"), keys.get("head_dim")
     head_dim = _derived_head_dim(keys["hidden_size"], heads) if head_dim is None else head_dim
     # Values go in as found: ModelConfig refuses those of a wrong type or range by name.
-    fields: dict[str, Any] = {key: keys.get(key) for key in _SAME}
+    fields: dict[str, Any] = {key: keys[key] for key in _SAME}
     fields |= {
         "architecture": keys["model_type"],
-        "intermediate_size": keys["intermediate_size"],
-        "rms_norm_eps": keys["rms_norm_eps"],
         "num_key_value_heads": heads if kv_heads is None else kv_heads,
         "head_dim": head_dim,
         "tie_word_embeddings": keys.get("tie_word_embeddings", family.tied),
-        "activation": _activation(keys, family.activations),
+        "activation": _activation(keys, family),
+        "bos_token_id": keys.get("bos_token_id"),
         "eos_token_ids": _token_ids(keys.get("eos_token_id")),
     }
-    for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "max_position_embeddings"):
+    for field in (*_SIZES, "head_dim"):
         whole(field, fields[field], 1, LARGEST[field])  # as ModelConfig does; but they are counted with before
-    ropes = ropes_from_keys(
-        keys, fields, family.rope_types, partial=family.partial_rope, local=family.local_rope
-    )  # fmt: skip
-    return ModelConfig(**(fields | ropes | family.fields(keys)))
+    config = ModelConfig(**(fields | ropes_from_keys(keys, fields, family) | family.fields(keys)))
+    types = [LAYER_TYPES[window is not None] for window in config.sliding_windows]
+    if keys.get("layer_types") not in (None, types):  # some families read it, and for some it can only be in the way
+        raise ModelError(f"layer_types is {shown(keys['layer_types'])}; the other keys say {shown(types)}")
+    return config
 
 
 def _refuse_unsupported(keys: dict[str, Any]) -> None:
@@ -83,13 +81,13 @@ def _refuse_unsupported(keys: dict[str, Any]) -> None:
             raise ModelError(f"{key} is {shown(keys[key])}; only weights that are not quantized are supported")
 
 
-def _activation(keys: dict[str, Any], activations: dict[str, str]) -> str:
-    """The activation under our name; ``activations`` has those of the family, the first is what it is unless said."""
-    key = "hidden_act" if keys.get("hidden_activation") is None else "hidden_activation"
-    found = keys.get(key, next(iter(activations)))
-    if not isinstance(found, str) or found not in activations:
-        raise ModelError(f"{key} is {shown(found)}; supported: {', '.join(activations)}")
-    return activations[found]
+def _activation(keys: dict[str, Any], family: Family) -> str:
+    """The activation under our name."""
+    key, known = family.activation_key, family.activations
+    found = keys.get(key, next(iter(known)))
+    if not isinstance(found, str) or found not in known:
+        raise ModelError(f"{key} is {shown(found)}; supported: {', '.join(known)}")
+    return known[found]
 
 
 def _with_generation_config(config: ModelConfig, file: Path) -> ModelConfig:

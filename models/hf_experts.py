@@ -7,7 +7,9 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from .check import shown
 from .config import ModelConfig
+from .errors import ModelError
 from .safetensors import SafetensorsSource
 
 Float32 = NDArray[np.float32]
@@ -28,7 +30,10 @@ _GPT_OSS: Mapping[str, tuple[tuple[str, Callable[[Float32], Float32]], ...]] = {
 
 
 class ExpertSource:
-    """The tensors of a folder, experts one by one. Attributes and methods are those of ``SafetensorsSource``."""
+    """The tensors of a folder, experts one by one. Attributes and methods are those of ``SafetensorsSource``.
+
+    Raises ModelError where two tensors of the folder are one.
+    """
 
     def __init__(self, source: SafetensorsSource, n_layers: int, n_experts: int) -> None:
         self._source = source
@@ -36,6 +41,8 @@ class ExpertSource:
         shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in source.shapes.items():
             for own, found in _renamed(name, shape, n_layers, n_experts).items():
+                if own in self._found:
+                    raise ModelError(f"{source.where}: {shown(self._found[own][0])} and {shown(name)} are both {own}")
                 self._found[own] = found
                 example = np.broadcast_to(np.float32(0), shape if found[1] is None else shape[1:])
                 shapes[own] = found[2](example).shape

@@ -12,13 +12,13 @@ def hf_tokenizer(tokenizer: BPETokenizer, max_length: int) -> dict[str, dict[str
 
 
 def _tokenizer_json(tokenizer: BPETokenizer) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(tokenizer._backend.to_str())
+    content: dict[str, Any] = json.loads(tokenizer.backend.to_str())
     for added in content["added_tokens"]:  # special is what has no text
-        added["special"] = not tokenizer._pieces[added["id"]]
+        added["special"] = not tokenizer.pieces[added["id"]]
     if content["decoder"] is None:  # decoding is our own, so nothing but readers of the file needs one
         byte_level = '"ByteLevel"' in json.dumps(content["pre_tokenizer"])
-        content["decoder"] = _BYTE_LEVEL if byte_level else _sentencepiece(tokenizer._strip_left)
-    if tokenizer._prefix and content["post_processor"] is None:
+        content["decoder"] = _BYTE_LEVEL if byte_level else _sentencepiece(tokenizer.strip_left)
+    if tokenizer.prefix and content["post_processor"] is None:
         content["post_processor"] = _prefixed(tokenizer)
     return content
 
@@ -39,8 +39,8 @@ def _sentencepiece(strip_left: bool) -> dict[str, Any]:
 
 def _prefixed(tokenizer: BPETokenizer) -> dict[str, Any]:
     """The template that puts the tokens in front of a text which ``encode`` puts there."""
-    names = {index: tokenizer._backend.id_to_token(index) for index in tokenizer._prefix}
-    before = [{"SpecialToken": {"id": names[index], "type_id": 0}} for index in tokenizer._prefix]
+    names = {index: tokenizer.backend.id_to_token(index) for index in tokenizer.prefix}
+    before = [{"SpecialToken": {"id": names[index], "type_id": 0}} for index in tokenizer.prefix]
     text = {"Sequence": {"id": "A", "type_id": 0}}
     other = {"Sequence": {"id": "B", "type_id": 1}}
     tokens = {name: {"id": name, "ids": [index], "tokens": [name]} for index, name in names.items()}
@@ -53,7 +53,7 @@ def _config(tokenizer: BPETokenizer, max_length: int) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
-        "add_bos_token": bool(tokenizer._prefix),
+        "add_bos_token": bool(tokenizer.prefix),
     }
     optional = {
         "bos_token": tokenizer.bos_token,

@@ -109,6 +109,12 @@ def _every_window(config: ModelConfig) -> dict[str, Any]:
     return {"sliding_window": config.sliding_window}
 
 
+def _mistral(config: ModelConfig) -> dict[str, Any]:
+    if config.attention_bias or config.attention_out_bias or config.mlp_bias:
+        raise ModelError("some matrices have biases, for which mistral has no key")
+    return _every_window(config)
+
+
 def _biases(config: ModelConfig) -> dict[str, Any]:
     if config.attention_bias != config.attention_out_bias:
         raise ModelError(f"some of attention's layers have biases, for which {config.architecture} has no key")
@@ -158,7 +164,8 @@ def _gemma(config: ModelConfig) -> dict[str, Any]:
 
 def _smollm3(config: ModelConfig) -> dict[str, Any]:
     turns = [int(i not in config.no_rope_layers) for i in range(config.num_hidden_layers)]
-    return {**_llama(config), "no_rope_layers": turns, "use_sliding_window": False}
+    windows = {**_layer_types(config), "use_sliding_window": config.sliding_window is not None}
+    return {**_llama(config), **windows, "no_rope_layers": turns}
 
 
 def _granite(config: ModelConfig) -> dict[str, Any]:
@@ -168,7 +175,7 @@ def _granite(config: ModelConfig) -> dict[str, Any]:
 
 
 _WRITERS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
-    "llama": _llama, "mistral": _every_window, "mixtral": _mixtral, "qwen2": _qwen, "qwen3": _qwen3,
+    "llama": _llama, "mistral": _mistral, "mixtral": _mixtral, "qwen2": _qwen, "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe, "gemma2": _gemma, "gemma3_text": _gemma, "phi3": _every_window, "smollm3": _smollm3,
     "olmo2": _biases, "granite": _granite,
 }  # fmt: skip

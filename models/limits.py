@@ -32,6 +32,12 @@ MAX_EXPERTS_IN_ALL = 1 << 15  # of all layers; the largest published model has s
 MAX_HEAD_DIM = 256
 MAX_CONTEXT = 1 << 24
 
+# Numbers of a model, which are no less than 1 divided by their limit: float32 can go on with all of them
+MAX_ROPE_THETA = 10**15
+MAX_ROPE_FACTOR = 10_000  # by which a context was stretched, or one channel pair of it
+MAX_MULTIPLIER = 10**6  # of embeddings, residuals, logits, queries, cosines; soft-caps
+MAX_NORM_EPS = 10**15
+
 # Text
 MAX_PROMPT_BYTES = 16 << 20  # a prompt is refused beyond this before it is tokenized
 MAX_TOKENIZER_STEPS = 64  # of a tokenizer.json, before a text is cut into tokens

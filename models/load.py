@@ -164,6 +164,8 @@ def open_model(name: str, *, progress: Progress | None = None) -> Opened:
             inside(path, each)
         found = config_from_hf(path)
         source = with_experts(found, open_safetensors(path))
+        if found.tie_word_embeddings and _has_own_head(source):
+            found = replace(found, tie_word_embeddings=False)
         return Opened(name, path, found, source, lambda: _folder_tokenizer(path, found.vocab_size))
     if not path.is_file():
         known = ", ".join([*hub.REGISTRY, "toy"])
@@ -176,6 +178,18 @@ def open_model(name: str, *, progress: Progress | None = None) -> Opened:
     file = open_gguf(path)
     config = config_from_gguf(file)
     return Opened(name, path, config, GGUFSource(file, config), lambda: _gguf_tokenizer(file))
+
+
+def _has_own_head(source: Source) -> bool:
+    """Whether there is an output head that is not the embedding: then it counts, in transformers too."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    if not all(name in source.shapes for name in names):
+        return False
+    embedding, head = (np.asarray(source.stored(name)) for name in names)
+    same = np.array_equal(embedding, head)
+    for name in names:
+        source.forget(name)
+    return not same
 
 
 def _folder_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:

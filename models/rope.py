@@ -18,6 +18,7 @@ from .errors import ModelError
 Float32 = NDArray[np.float32]
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _BY_CONTEXT = ("dynamic", "longrope")
+_LARGEST = {"theta": limits.MAX_ROPE_THETA, "attention_factor": limits.MAX_MULTIPLIER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +55,16 @@ class Rope:
             raise ModelError(f"rope_type is {shown(self.rope_type)}; supported: {', '.join(ROPE_TYPES)}")
         for field in fields(self):
             value = getattr(self, field.name)
+            largest = _LARGEST.get(field.name, limits.MAX_ROPE_FACTOR)
             if field.type is float:
                 name = "rope_theta" if field.name == "theta" else f"rope {field.name}"
-                object.__setattr__(self, field.name, positive_float(name, value))
+                object.__setattr__(self, field.name, positive_float(name, value, largest))
             elif field.name.endswith("_factor"):
                 if not isinstance(value, tuple):
                     raise ModelError(f"rope {field.name} is {shown(value)}; it must be a list of numbers")
-                object.__setattr__(self, field.name, tuple(positive_float(f"rope {field.name}", x) for x in value))
+                object.__setattr__(
+                    self, field.name, tuple(positive_float(f"rope {field.name}", x, largest) for x in value)
+                )
         whole("rope original_max_position_embeddings", self.original_context, 0, limits.MAX_CONTEXT)
         if not isinstance(self.truncate, bool):
             raise ModelError(f"rope truncate is {shown(self.truncate)}; it must be true or false")
@@ -73,6 +77,8 @@ class Rope:
             )
         if self.rope_type in ("dynamic", "llama3", "linear", "yarn") and self.factor < 1:
             raise ModelError(f"rope factor is {self.factor:g}; it must be 1 or more")
+        if self.rope_type == "yarn" and self.theta <= 1:
+            raise ModelError(f"rope_theta is {self.theta:g}; for yarn it must be above 1")
 
     def check_dim(self, rotary_dim: int) -> None:
         """ModelError where the factors are not one for each channel pair, or there are too few channels to stretch."""

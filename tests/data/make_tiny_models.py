@@ -36,8 +36,8 @@ HEAD = {"head_dim": 16}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
-SIX = np.linspace(1.0, 1.6, 5).round(3).tolist()
-LONG = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": SIX, "long_factor": [2 * x for x in SIX],
+FACTORS = np.linspace(1.0, 1.6, 5).round(3).tolist()
+LONG = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": FACTORS, "long_factor": [2 * x for x in FACTORS],
         "original_max_position_embeddings": 32}  # fmt: skip
 MODELS = {
     "llama_llama3": ("Llama", {**HEAD, "rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),

@@ -299,6 +299,20 @@ def test_partial_rotation_is_refused(tmp_path, value):
     assert "rope_parameters.partial_rotary_factor is" in refusal(tmp_path, {"rope_parameters": new})
 
 
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "gemma2", "smollm3"])
+def test_layers_that_slide_without_a_window_are_refused(tmp_path, model_type):
+    types = ["full_attention", "sliding_attention", "full_attention"]
+    changes = {"model_type": model_type, "architectures": ABSENT, "hidden_act": ABSENT, "layer_types": types}
+    message = refusal(tmp_path, {**changes, "sliding_window": None, "use_sliding_window": False})
+    assert "layer_types names sliding_attention, but no sliding_window is in use" in message
+
+
+def test_a_part_of_the_channels_that_is_none_is_refused(tmp_path):
+    phi = {"model_type": "phi3", "architectures": ABSENT, "rope_parameters": {"rope_type": "default"}}
+    assert config_from_hf(write(tmp_path, {**phi, "partial_rotary_factor": 0.5})).rotary_dim == 8
+    assert "no channel would turn" in refusal(tmp_path, {**phi, "partial_rotary_factor": 0.05})
+
+
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config", "quantization"])
 def test_quantized_weights_are_refused(tmp_path, key):
     assert "not quantized" in refusal(tmp_path, {key: {"quant_method": "gptq", "bits": 4}})

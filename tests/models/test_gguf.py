@@ -558,6 +558,12 @@ def test_configuration_with_everything_stated(tmp_path: Path) -> None:
         ({"llama.rope.scale_linear": 2.0}, "rope.scale_linear is 2.0, supported: 1.0"),
         ({"llama.attention.causal": False}, "attention.causal is False, supported: True"),
         ({"llama.expert_count": 8}, "no llama.expert_used_count"),
+        (
+            {"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.attn_factor": 1.5},
+            "attn_factor is 1.5, supported: 1.0",
+        ),
+        ({"llama.a_key_of_the_future": [0, 3]}, "llama.a_key_of_the_future is [0, 3], supported: 0"),
+        ({"llama.pooling_type": 3, "llama.full_attention_interval": 4}, "llama.full_attention_interval is 4"),
         ({"split.count": 3}, "split.count is 3"),
         ({"llama.vocab_size": 11}, "llama.vocab_size says 11 tokens, but token_embd.weight has 10 rows"),
         ({"tokenizer.ggml.tokens": ["a"] * 9}, "has 9 tokens, but token_embd.weight has 10 rows"),
@@ -573,6 +579,35 @@ def test_unsupported_and_absurd_metadata_is_refused_by_name(
     with pytest.raises(ModelError, match=re.escape(message)) as caught:
         config_from_gguf(file)
     assert str(caught.value).count("llama.gguf: ") == 1 and str(caught.value).startswith(str(file.path))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"llama.attention.clamp_kqv": 0.0, "llama.expert_count": 0, "llama.expert_used_count": 0},
+        {"llama.logit_scale": 1.0, "llama.residual_scale": 1.0, "llama.attention.scale": 0.0},
+        {"llama.use_parallel_residual": False, "llama.tensor_data_layout": "Meta AI original pth"},
+        {"llama.rope.scaling.finetuned": True, "llama.rope.scaling.yarn_beta_fast": 32.0},
+        {
+            "llama.attention.key_length_swa": 8,
+            "llama.rope.dimension_count_swa": 8,
+            "llama.rope.freq_base_swa": 10_000.0,
+        },
+        {"llama.rope.dimension_sections": [0, 0, 0, 0], "llama.attention.sliding_window": 0},
+        {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 1.0},
+        {"general.a_key": 3, "a.key": 3, "llamas.key": 3},
+    ],
+)
+def test_keys_that_change_nothing_pass(tmp_path: Path, changes: dict[str, object | None]) -> None:
+    plain = config_from_gguf(open_gguf(write_model(tmp_path / "plain.gguf")))
+    assert config_from_gguf(open_gguf(write_model(tmp_path / "llama.gguf", changes))) == plain
+
+
+def test_a_factor_without_a_type_is_linear_and_a_window_is_mistrals(tmp_path: Path) -> None:
+    rope = config_from_gguf(open_gguf(write_model(tmp_path / "rope.gguf", {"llama.rope.scaling.factor": 4.0}))).rope
+    assert (rope.rope_type, rope.factor) == ("linear", 4.0)
+    config = config_from_gguf(open_gguf(write_model(tmp_path / "window.gguf", {"llama.attention.sliding_window": 20})))
+    assert (config.architecture, config.sliding_windows) == ("mistral", (20,) * LAYERS)
 
 
 def test_rope_frequencies_of_another_length_and_a_missing_embedding_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The tiny models written as GGUF, by ggml's own package, say the same as from their folders."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 
 from mixkv import CachePolicy, Session
 from mixkv.experiments.convert import convert
+from mixkv.models.errors import ModelError
+from mixkv.models.gguf import open_gguf
+from mixkv.models.gguf_config import config_from_gguf
 from mixkv.models.load import load
 from mixkv.models.rope import Rope
 
@@ -23,9 +27,9 @@ ARCHS = {
     "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3", "olmo2": "olmo2",
     "granite": "granite", "gpt_oss": "gpt-oss",
 }  # fmt: skip
-# What the format, or llama.cpp, has no word for: windows of Mistral and Qwen 2, layers of SmolLM3 that turn otherwise than
+# What the format, or llama.cpp, has no word for: windows of Qwen 2, layers of SmolLM3 that turn otherwise than
 # all but every fourth, and contexts that stretch while they grow; three of these have models besides that it has words for
-WITHOUT = {"llama_dynamic", "mistral", "qwen2", "smollm3"}
+WITHOUT = {"llama_dynamic", "qwen2", "smollm3"}
 PERMUTED = {"llama", "mistral", "mixtral", "smollm3", "granite"}
 PARTS = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -80,7 +84,10 @@ def stacks(kind: str, held: dict[str, Float32], layer: int, count: int) -> dict[
 
 
 def write(name: str, path: Path, changes: dict[str, Any] | None = None) -> None:
-    """One of the tiny models as a GGUF file in float32, the keys as convert_hf_to_gguf.py writes them."""
+    """One of the tiny models as a GGUF file in float32, the keys as convert_hf_to_gguf.py writes them, but for ``changes``.
+
+    Where these say None, there is no such key.
+    """
     config, held = json.loads((FOLDER / name / "config.json").read_text()), tensors(name)
     kind, heads, kv_heads = config["model_type"], config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -115,6 +122,11 @@ def write(name: str, path: Path, changes: dict[str, Any] | None = None) -> None:
     for own, x in held.items():
         if target := renamed(kind, own):
             writer.add_tensor(target, np.ascontiguousarray(converted(kind, own, x, heads, kv_heads, config)))
+    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in (changes or {}).items():
+        writer.kv_data[0].pop(f"{ARCHS[kind]}.{key}", None)
+        if value is not None:
+            adders.get(type(value), writer.add_array)(f"{ARCHS[kind]}.{key}", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -195,3 +207,58 @@ def test_a_folder_made_of_a_file_says_the_same(name: str, tmp_path: Path) -> Non
     ids, positions, expected = reference(name)
     found = Session(load(str(tmp_path / "folder")), CachePolicy.full()).forward(ids)
     assert found is not None and np.abs(found[positions] - expected).max() < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("olmo2", {"attention.sliding_window": 20}, "olmo2.attention.sliding_window is 20: this is OLMo 3"),
+        ("qwen2_plain", {"attention.sliding_window": 8}, "qwen2.attention.sliding_window is 8, supported: 0"),
+        ("qwen3", {"attention.sliding_window": 8}, "qwen3.attention.sliding_window is 8"),
+        ("qwen3_moe", {"attention.sliding_window": 8}, "qwen3moe.attention.sliding_window is 8"),
+        ("smollm3_four", {"attention.sliding_window": 8}, "smollm3.attention.sliding_window is 8"),
+        ("granite", {"attention.sliding_window": 8}, "granite.attention.sliding_window is 8"),
+        ("granite", {"rope.scaling.finetuned": False}, "finetuned is False, supported: True"),
+        ("llama_llama3", {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, "'linear', supported beside"),
+        ("llama_llama3", {"rope.scaling.factor": 4.0}, "llama.rope.scaling.factor is 4.0, supported: 1.0"),
+        ("llama_llama3", {"rope.scaling.type": "banana"}, "'banana', supported beside rope_freqs.weight: none"),
+        ("llama_llama3", {"rope.scaling.attn_factor": 1.5}, "attn_factor is 1.5, supported: 1.0"),
+        ("phi3_longrope", {"rope.scaling.type": "yarn"}, "'yarn', supported beside rope_factors_short.weight and"),
+        ("phi3_longrope", {"rope.scaling.factor": 4.0}, "phi3.rope.scaling.factor is 4.0, supported: 1.0"),
+        ("phi3_partial", {"rope.dimension_count_swa": 4}, "dimension_count_swa is 4, supported: 12"),
+        ("qwen3_moe", {"expert_gating_func": 2}, "expert_gating_func is 2, supported: 1"),
+        ("qwen3_moe", {"expert_group_count": 2}, "expert_group_count is 2, supported: 1"),
+        ("mixtral", {"interleave_moe_layer_step": 2}, "interleave_moe_layer_step is 2, supported: 1"),
+        ("llama_linear", {"attention.scale": 0.01}, "attention.scale is 0.00"),
+        ("llama_linear", {"logit_scale": 0.5}, "logit_scale is 0.5, supported: 1.0"),
+        ("llama_linear", {"embedding_scale": 9.0}, "embedding_scale is 9.0, supported: 1.0"),
+        ("llama_linear", {"residual_scale": 9.0}, "residual_scale is 9.0, supported: 1.0"),
+        ("llama_linear", {"final_logit_softcapping": 2.0}, "final_logit_softcapping is 2.0, supported: 0"),
+        ("gemma3", {"attn_logit_softcapping": 2.0}, "attn_logit_softcapping is 2.0, supported: 0"),
+        ("gemma3", {"attention.key_length_swa": 8}, "key_length_swa is 8, supported: 16"),
+        ("llama_linear", {"attention.clamp_kqv": 0.5}, "attention.clamp_kqv is 0.5, supported: 0"),
+        ("llama_linear", {"use_parallel_residual": True}, "use_parallel_residual is True"),
+        ("gpt_oss", {"swiglu_clamp_exp": [1.0, 1.0, 1.0]}, "swiglu_clamp_exp is [1.0, 1.0, 1.0], supported: 0"),
+        ("granite", {"logit_scale": None}, "no granite.logit_scale, expected a number"),
+        ("gpt_oss", {"attention.sliding_window": None}, "no gpt-oss.attention.sliding_window"),
+        ("llama_yarn", {"rope.scaling.yarn_ext_factor": 0.0}, "yarn_ext_factor is 0, supported: 1 or -1"),
+        ("llama_yarn", {"rope.scaling.yarn_attn_factor": 2.0}, "yarn_attn_factor is 2.0, supported: 1.0"),
+        ("llama_yarn", {"rope.scaling.yarn_log_multiplier": 0.5}, "yarn_log_multiplier is 0.5, supported: 0"),
+    ],
+)  # fmt: skip
+def test_a_key_that_is_not_followed_is_refused_by_name(
+    name: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write(name, tmp_path / "tiny.gguf", changes)
+    with pytest.raises(ModelError, match=re.escape(message)):
+        config_from_gguf(open_gguf(tmp_path / "tiny.gguf"))
+
+
+def test_absent_keys_are_what_llama_cpp_takes_them_for(tmp_path: Path) -> None:
+    keys = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window")
+    write("gemma2", tmp_path / "tiny.gguf", dict.fromkeys(keys))
+    config = config_from_gguf(open_gguf(tmp_path / "tiny.gguf"))
+    assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (50.0, 30.0)
+    assert config.sliding_windows == (4096, None, 4096)
+    write("phi3_longrope", tmp_path / "phi3.gguf", {"rope.scaling.type": "longrope"})
+    assert config_from_gguf(open_gguf(tmp_path / "phi3.gguf")).rope.rope_type == "longrope"

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from mixkv import CachePolicy, Session
 from mixkv.models.errors import ModelError, UsageError
@@ -16,7 +18,9 @@ from mixkv.models.folder import TEXT_FILES
 from mixkv.models.load import Model, load
 from mixkv.models.toy import CONFIG
 
+from .test_gguf_architectures import write as write_gguf
 from .test_safetensors import hub_cache, link
+from .tiny_models import FOLDER as TINY_MODELS
 
 TINY_LLAMA = Path(__file__).parents[1] / "data" / "tiny_llama"
 IDS = np.random.default_rng(3).integers(0, 97, 60)
@@ -215,3 +219,39 @@ def test_a_weight_format_is_refused_before_a_model_is_looked_for() -> None:
 @pytest.mark.parametrize("weights", ["auto", "f32", "bf16", "q8", "q4"])
 def test_supported_weight_formats_load(weights: str) -> None:
     assert load("toy", weights).config == CONFIG
+
+
+@pytest.mark.fault("duplicate-tensor")
+@pytest.mark.parametrize(
+    ("model", "one", "other"),
+    [
+        ("mixtral", "block_sparse_moe.gate.weight", "mlp.gate.weight"),
+        ("mixtral", "block_sparse_moe.experts.0.w1.weight", "mlp.experts.0.gate_proj.weight"),
+        ("gpt_oss", "mlp.router.bias", "mlp.gate.bias"),
+    ],
+)
+def test_two_tensors_that_are_one_are_refused(model: str, one: str, other: str, tmp_path: Path) -> None:
+    shutil.copy(TINY_MODELS / model / "config.json", tmp_path)
+    held = load_file(TINY_MODELS / model / "model.safetensors")
+    layer = "model.layers.1."
+    save_file(held | {layer + other: held[layer + one].copy()}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ModelError, match=f"{layer}{one}' and '{layer}{other}' are both|{other}' and '{layer}{one}' are"
+    ):
+        load(str(tmp_path))
+
+
+@pytest.mark.fault("duplicate-tensor")
+def test_two_tensors_of_a_gguf_file_that_are_one_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = gguf.GGUFWriter.write_header_to_file
+
+    def with_bias(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("blk.0.attn_sinks.bias", np.ones(4, np.float32))
+        original(writer)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", with_bias)
+    write_gguf("gpt_oss", tmp_path / "tiny.gguf")
+    with pytest.raises(
+        ModelError, match=r"tiny.gguf: 'blk.0.attn_sinks.weight' and 'blk.0.attn_sinks.bias' are both model"
+    ):
+        load(str(tmp_path / "tiny.gguf"))

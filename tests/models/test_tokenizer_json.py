@@ -134,6 +134,11 @@ def test_damaged_or_unsupported_json_tokenizers_are_refused(tmp_path):
     broken["model"]["vocab"]["a"] = 2**31
     file.write_text(json.dumps(broken))
     refused(f"the largest token id is {2**31}, must be from 0 to")
+    for dropout in (0.1, 1.0, "x"):  # what is read would be another text each time
+        broken = json.loads(write_json(tmp_path).joinpath("tokenizer.json").read_text())
+        broken["model"]["dropout"] = dropout
+        file.write_text(json.dumps(broken))
+        refused(f"model.dropout is {dropout!r}, only null and 0 are supported")
     for config, message in (
         ({"bos_token": "<nope>"}, "tokenizer_config.json: bos_token '<nope>' is not in the vocabulary"),
         ({"eos_token": 3}, "eos_token is 3, must be a string"),

@@ -103,7 +103,7 @@ def compare_json(name: str, folder: Path, texts: list[str]) -> None:
     file = folder / "tokenizer.json"
     expected = of_library(file, texts)
     tokenizer = tokenizer_from_json(file)
-    tokenizer._prefix = []
+    tokenizer.prefix = []
     report("tokenizer.json: library / mixkv", expected, ours(tokenizer, texts), texts)
     metadata = gguf_metadata(json.loads(file.read_text("utf-8")), None if name == "llama" else name)
     report("as GGUF: library / mixkv", expected, ours(tokenizer_from_gguf(metadata, "made"), texts), texts)
