@@ -81,6 +81,7 @@ class View:
         boundaries = np.maximum((seen - cache.ages) // tile, 0)  # (tiers, T), in tiles
         # Tiles below are in the tier, unless a sliding window never reaches it
         self.sealed = [stop if yes else 0 for stop, yes in zip(boundaries[:, -1].tolist(), cache.in_reach, strict=True)]
+        self.held = [*reversed(self.sealed), 0]  # tiles that must be there, as ``LayerCache`` orders its stores
         # Of sink, tiers from the oldest on, recent: where each query starts and stops
         ranges = self.ranges = np.empty((2 * n_tiers + 4, n_queries), np.int64)
         ranges[0] = 0 if cache.sliding_window is None else np.maximum(seen - cache.sliding_window, 0)
@@ -94,12 +95,18 @@ class View:
         fields = np.zeros(CALL_FIELDS, np.int64)
         fields[N_QUERIES], fields[Q_STRIDE], fields[APPENDED] = n_queries, 4 * qkv.shape[1] * width, APPEND_ROTATED
         fields[POSITION] = position
-        fields[N_PARTS] = n_parts(n_queries, heads, n_kv_heads, spans, self.threads)
+        parts = fields[N_PARTS] = n_parts(n_queries, heads, n_kv_heads, spans, self.threads)
         address, nbytes = self.ranges.ctypes.data, 8 * n_queries
         for i, (low, high) in enumerate(spans):
             own = address + 2 * i * nbytes, address + (2 * i + 1) * nbytes, low, high
             fields[RANGES + 4 * i : RANGES + 4 * (i + 1)] = own
         self.fields = fields[STEP:]
+        self._parts = (
+            np.empty(parts * n_queries * heads * width + LANES, np.float32),
+            np.empty(parts * n_queries * heads * 2 + 1, np.float32),
+        )
+        # Of the state and of the parts, as a chain takes them (kernels/project.py, ATTENTIONS)
+        self.addresses = self.state.ctypes.data, *(x.ctypes.data for x in self._parts)
 
 
 class LayerCache:
@@ -135,6 +142,10 @@ class LayerCache:
         dtype = DENSE_DTYPES[DENSE[policy.dense]]
         self._set_sinks(*np.zeros((2, self.sinks, n_kv_heads, -(-head_dim // LANES) * LANES), dtype))
         self._call: Int64 | None = None
+        self._call_address, self._room_stop = 0, 0
+        self._described_for: tuple[Softmax | None, bool, int] = None, False, 0
+        self._versions: list[object] = []  # of the stores, when the call was described
+        self._entering: list[tuple[int, int]] = []  # what the last call described quantizes: (tier, tile)
         self._options = np.zeros(3, np.float32)
         self._jobs: Int64 | None = None
         self.ledger: Float32 | None = None  # (segments, H, T, 2): the state after each segment of the last ``attend``
@@ -188,20 +199,15 @@ class LayerCache:
         padded, result = qkv, out
         if head_dim != width:
             padded, result = pad_last_axis(qkv), np.empty((view.n_queries, heads, width), np.float32)
-        tiles = self._places_in_tiers(view)
-        call = self._describe(view, softmax, tiles)
+        call = self.describe(view, softmax)
         while True:
             call[FRESH] = softmax.sink_logits is None
             if not call[FRESH]:  # go on from these instead of from nothing
                 view.state[...], result[...] = softmax.first_state(heads, view.n_queries), 0
             attend_segments(call, padded, result, view.state, view.threads)
-            if call[LOST] and self._lost_any(padded[:, heads:]):
-                self.widen_dense()
-            elif not (tiles and self._widened(tiles)):
+            if self.is_done(padded[:, heads:]):
                 break
-            # Once more, with more room; what is rotated must not be so twice
-            call = self._describe(view, softmax, tiles)
-            call[APPENDED] = APPEND_AS_IS
+            call = self.describe_again(view, softmax)
         if result is not out:
             out[...] = result[..., :head_dim]
         return out
@@ -209,6 +215,59 @@ class LayerCache:
     def view(self, position: int, qkv: Float32) -> View:
         """What the queries of ``attend`` see."""
         return View(self, position, qkv)
+
+    def describe(self, view: View, softmax: Softmax) -> Int64:
+        """The call of ``attend_segments`` for one step; places for its tokens, and in the tiers, are made."""
+        if (call := self._call) is not None and self._is_as_described(view, softmax):
+            call[STEP:CALL_FIELDS] = view.fields
+            return call
+        self._entering = self._places_in_tiers(view)
+        return self._describe(view, softmax, self._entering)
+
+    def _is_as_described(self, view: View, softmax: Softmax) -> bool:
+        """Whether the last call needs nothing but other ranges: no new tile, nothing moved, and it had no jobs."""
+        then, exact, heads = self._described_for
+        if then is not softmax or exact != self.exact or heads != view.heads or view.stop > self._room_stop:
+            return False
+        if self._jobs is not None or self.keeps_ledger or self.ledger is not None:
+            return False
+        for store, version, sealed in zip(self._by_position, self._versions, view.held, strict=True):
+            if store.version is not version or store.stop < sealed:
+                return False
+        return True
+
+    def is_done(self, kv: Float32) -> bool:
+        """Whether everything fitted where the last call put it; else there is room now, and it is to be repeated.
+
+        kv: float32 (T, 2 * n_kv_heads, width), the keys and values that were appended.
+
+        Raises:
+            NumericalError: a tile that cannot be quantized.
+
+        """
+        assert self._call is not None
+        if self._call[LOST] and self._lost_any(kv):
+            self.widen_dense()
+            return False
+        return self.is_quantized()
+
+    def is_quantized(self) -> bool:
+        """Whether all tiles of the last call fitted into codes; see ``is_done``."""
+        if self._entering and self._widened(self._entering):
+            return False
+        self._entering = []
+        return True
+
+    def describe_again(self, view: View, softmax: Softmax) -> Int64:
+        """The last call, with more room; what is rotated must not be so twice."""
+        call = self._describe(view, softmax, self._entering)
+        call[APPENDED] = APPEND_AS_IS
+        return call
+
+    @property
+    def call_address(self) -> int:
+        """Of the last call."""
+        return self._call_address
 
     def _places_in_tiers(self, view: View) -> list[tuple[int, int]]:
         """Make places for the tiles that are to enter a tier: (tier, tile) of each, tier after tier."""
@@ -230,7 +289,7 @@ class LayerCache:
             self._call = self._begin_call(view.heads)
         call = self._call
         self._options[:] = softmax.scale, softmax.softcap, self.exact  # SCALE, SOFTCAP, EXACT
-        call[STEP:] = view.fields
+        call[STEP:CALL_FIELDS] = view.fields
         stop = SEGMENTS + 2 + 2 * len(self._by_position)
         call[SEGMENTS + 2 : stop] = [x for store in self._by_position for x in store.addresses()]
         if tiles:
@@ -246,6 +305,8 @@ class LayerCache:
             call[LEDGER] = self.ledger.ctypes.data
         elif self.ledger is not None:
             self.ledger, call[LEDGER] = None, 0
+        self._described_for, self._room_stop = (softmax, self.exact, view.heads), recent.stop * recent.layout.tile
+        self._versions = [store.version for store in self._by_position]
         return call
 
     def _begin_call(self, heads: int) -> Int64:
@@ -260,6 +321,7 @@ class LayerCache:
         call[K_BLOCK], call[V_BLOCK] = (block_size(self.head_dim) * rotates for rotates in self.policy.rotates)
         call[OPTIONS] = self._options.ctypes.data
         call[SEGMENTS : SEGMENTS + 2] = self._sink_addresses
+        call[FRESH], self._call_address = True, call.ctypes.data
         return call
 
     def _lost_any(self, kv: Float32) -> bool:
@@ -386,6 +448,7 @@ class LayerCache:
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._call, other._jobs, other._options = None, None, self._options.copy()
+        other._entering = []
         other.ledger = None
         other._set_sinks(self.sink_k.copy(), self.sink_v.copy())
         other.recent, other.tiers = self.recent.fork(), [tier.fork() for tier in self.tiers]
@@ -527,14 +590,54 @@ class Cache:
 
     def attend(self, layer: int, qkv: Float32, position: int, softmax: Softmax, out: Float32 | None = None) -> Float32:
         """Append and attend in one layer; see ``LayerCache.attend``."""
-        cache, key = self.layers[layer], self._keys[layer]
-        view = self._views.get(key)
-        if layer == 0 or view is None or (view.position, view.n_queries) != (position, len(qkv)):
-            view = self._views[key] = cache.view(position, qkv)
         try:
-            return cache.attend(qkv, position, softmax, out, view)
+            return self.layers[layer].attend(qkv, position, softmax, out, self._view(layer, position, qkv))
         except NumericalError as error:
             raise NumericalError(f"layer {layer}, position {position}: {error}") from None
+
+    def _view(self, layer: int, position: int, qkv: Float32) -> View:
+        """What the queries of a step see in a layer."""
+        key = self._keys[layer]
+        view = self._views.get(key)
+        if layer == 0 or view is None or (view.position, view.n_queries) != (position, len(qkv)):
+            view = self._views[key] = self.layers[layer].view(position, qkv)
+        return view
+
+    def attentions(self, qkv: Float32, position: int, softmaxes: Sequence[Softmax]) -> Int64 | None:
+        """The attention of all layers in one step, described as a chain of the kernels takes it (ATTENTIONS, project.py).
+
+        qkv: the array (T, n_heads + 2 * n_kv_heads, head_dim), C order, that has each layer's queries, keys and values in
+        turn. None where a layer needs more than the kernels do: ``attend`` has to do it then.
+        """
+        plain = all(type(layer) is LayerCache for layer in self.layers)
+        if not plain or qkv.shape[2] % LANES or any(softmax.sink_logits is not None for softmax in softmaxes):
+            return None
+        rows = []
+        for i, (layer, softmax) in enumerate(zip(self.layers, softmaxes, strict=True)):
+            view = self._view(i, position, qkv)
+            layer.describe(view, softmax)
+            rows.append((layer.call_address, *view.addresses))
+        return np.array(rows, np.int64)
+
+    def is_to_be_repeated(self, layer: int, qkv: Float32, softmax: Softmax, attentions: Int64) -> bool:
+        """Whether one of the ``attentions`` did not fit: then there is room now, and it is described anew.
+
+        qkv: what the kernels stopped at.
+        """
+        cache, view = self.layers[layer], self._views[self._keys[layer]]
+        try:
+            if cache.is_done(qkv[:, view.heads :]):
+                return False
+        except NumericalError as error:
+            raise NumericalError(f"layer {layer}, position {view.position}: {error}") from None
+        cache.describe_again(view, softmax)
+        attentions[layer, 0] = cache.call_address
+        return True
+
+    def finish_attentions(self) -> None:
+        """After all of them are done."""
+        for layer in self.layers:
+            layer.is_quantized()
 
     def commit(self, position: int) -> None:
         """Make everything below ``position`` final, in all layers."""

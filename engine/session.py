@@ -293,13 +293,12 @@ class Session:
         step = Step(ids, np.arange(self.position, stop), [(self.cache, 0, len(ids))], self.context)
         healthy = True
 
-        def watch(layer: int, x: Float32) -> None:  # NaN in any layer is NaN in the last; the cache must not keep it
+        def watch(x: Float32) -> None:  # NaN in any layer is NaN in the last; the cache must not keep it
             nonlocal healthy
-            if layer == len(self.cache.layers) - 1:
-                healthy = bool(np.isfinite(x).all())
+            healthy = bool(np.isfinite(x).all())
 
         with np.errstate(invalid="ignore", over="ignore"):  # NaN is looked for here; NumPy need not warn of it as well
-            result = self.model.transformer.forward(step, wanted, on_layer=watch)
+            result = self.model.transformer.forward(step, wanted, on_output=watch)
             if not healthy or (result is not None and not np.isfinite(result.max(axis=1)).all()):
                 self._explain(step)
         self.position = stop

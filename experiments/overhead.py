@@ -64,7 +64,7 @@ def _region(threads: int, clock: Callable[[], float]) -> float:
     times = []
     for links in (1, 1 + LINKS):
         table = chain_table([link] * links)
-        call = lambda table=table: run_chain(table, addresses, 1, threads)  # noqa: E731
+        call = lambda table=table: run_chain(table, 0, addresses, 1, threads)  # noqa: E731
         times.append(_median(call, STEPS, clock))
     del tasks  # in use until here
     return max(times[1] - times[0], 0.0) / LINKS

@@ -115,12 +115,11 @@ class Reference:
         cache = Cache(policy, *shape, len(ids), config.sliding_windows)
         step, x = Step(ids, np.arange(len(ids)), [(cache, 0, len(ids))]), []
 
-        def last(layer: int, out: Float32) -> None:
-            if layer == config.num_hidden_layers - 1:
-                x.append(out[self.first :].copy())
+        def last(out: Float32) -> None:
+            x.append(out[self.first :].copy())
 
         transformer = self.model.transformer
-        transformer.forward(step, None, on_layer=last, on_attention=on_attention, begin=begin)
+        transformer.forward(step, None, on_output=last, on_attention=on_attention, begin=begin)
         return transformer.logits(x[0])
 
     def divergence(self, policy: CachePolicy, layer: int = 0) -> float:

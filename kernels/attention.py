@@ -15,16 +15,18 @@ from numba import prange, types
 
 from . import simd
 from .append import store_share
+from .crew import TASK_NBYTES, finish_share, take_share, wait_for_all
 from .hadamard import rotate_head
 from .jit import SHARE, inner, parallel_kernel, standalone
 from .products import multiply_dense, multiply_tile
-from .quantize import quantize_share
+from .quantize import JOB_FIELDS, TOO_WIDE_AT, quantize_share
 from .simd import LANES
 from .split import split_kernel
 from .state import clear, merge_parts, merge_rows
 from .tables import (
     APPENDED,
     BLOCK_ROWS,
+    CALL_TASKS,
     COLUMNS,
     DENSE_FUNCTION,
     DENSE_KERNEL,
@@ -32,11 +34,14 @@ from .tables import (
     DISTANCES,
     FIELDS,
     FLOAT_FIELDS,
+    FOLLOW_KERNEL,
     FRESH,
     HEAD_DIM,
     JOB_STARTS,
+    JOBS,
     LEDGER,
     LEDGER_KERNEL,
+    LOST,
     MASK,
     MASK_HEAD,
     MASK_QUERY,
@@ -81,6 +86,7 @@ from .tables import (
     WORK_KERNEL,
     M,
     S,
+    call_tasks,
     float_field,
     get,
     lay_out_room,
@@ -270,6 +276,9 @@ def attend_share(call, worker, workers, _, q, out, state, outs, states):  # type
     memory[0] = room[0] = table[0] = numbers[0] = 0
 
 
+_share = attend_share.call
+
+
 @standalone(types.void(*[types.int64] * 2))
 def enter_parts(call, states):  # type: ignore[no-untyped-def]
     """The ledger of a call whose splits were attended to apart: ``states`` (parts, H, T, 2) added up in their order."""
@@ -298,7 +307,56 @@ def enter_parts(call, states):  # type: ignore[no-untyped-def]
         before = at
 
 
-_share, _enter_parts = attend_share.call, enter_parts.call
+_enter_parts = enter_parts.call
+
+
+@inner
+def _do(kernel, call, nth_round, q, out, state, outs, states, shares, task):  # type: ignore[no-untyped-def]
+    """A worker's part in a task whose shares are done by a kernel of the type SHARE."""
+    share = take_share(task)
+    while share < shares:
+        _share(kernel, call, share, shares, nth_round, q, out, state, outs, states)
+        finish_share(task)
+        share = take_share(task)
+    wait_for_all(task, shares)
+
+
+@inner
+def _merge_all(call, out, state, outs, states):  # type: ignore[no-untyped-def]
+    """Merge the parts in their order."""
+    rows, width = get(call, N_QUERIES) * get(call, N_HEADS), get(call, ROW_WIDTH)
+    _merge(
+        get(call, MERGE_KERNEL), outs, states, get(call, N_PARTS), get(call, N_QUERIES), get(call, N_HEADS), width, out,
+        state, get(call, FRESH),
+    )  # fmt: skip
+    for row in range(rows if get(call, V_BLOCK) else 0):
+        rotate_head(out + 4 * row * width, get(call, HEAD_DIM), get(call, V_BLOCK))
+    if get(call, LEDGER):
+        _enter_parts(get(call, LEDGER_KERNEL), call, states)
+
+
+@standalone(types.void(*[types.int64] * 7))
+def follow_attention(call, q, out, state, outs, states, workers):  # type: ignore[no-untyped-def]
+    """One worker's part in a call, whose tasks are zeros. All arguments are numbers or addresses."""
+    task = call_tasks(call)
+    if get(call, APPENDED):
+        storing = np.int64(1) if get(call, N_QUERIES) <= ALONE else workers
+        _do(get(call, STORE_KERNEL), call, np.int64(0), q, out, state, outs, states, storing, task)
+    for nth_round in range(MAX_ROUNDS):
+        task += TASK_NBYTES
+        if get(call, JOB_STARTS + nth_round) < get(call, JOB_STARTS + nth_round + 1):
+            _do(get(call, SEAL_KERNEL), call, nth_round, q, out, state, outs, states, workers, task)
+    task += TASK_NBYTES
+    _do(get(call, WORK_KERNEL), call, np.int64(0), q, out, state, outs, states, workers, task)
+    task += TASK_NBYTES
+    if get(call, N_PARTS):
+        if take_share(task) == 0:
+            _merge_all(call, out, state, outs, states)
+            finish_share(task)
+        wait_for_all(task, 1)
+
+
+_follow = follow_attention.call
 KERNELS = {
     SPLIT_KERNEL: split_kernel,
     TILE_FUNCTION: multiply_tile,
@@ -309,8 +367,29 @@ KERNELS = {
     SEAL_KERNEL: quantize_share,
     LEDGER_KERNEL: enter_parts,
     UNPACK_FUNCTION: unpack_head,
+    FOLLOW_KERNEL: follow_attention,
 }
 """The kernels that are called by their address, by the field of a call that has it."""
+
+
+@inner
+def begin_tasks(call):  # type: ignore[no-untyped-def]
+    """Before workers follow a call: its tasks are zeros."""
+    for i in range(0, CALL_TASKS * TASK_NBYTES, 8):
+        simd.store_integer(call_tasks(call) + i, np.int64(0))
+
+
+@inner
+def is_to_be_repeated(call):  # type: ignore[no-untyped-def]
+    """Whether something did not fit where a call put it: then it is described anew, with more room (engine/cache.py)."""
+    if get(call, LOST):
+        return True
+    jobs, stop = get(call, JOBS), get(call, JOB_STARTS + MAX_ROUNDS)
+    for job in range(stop):
+        for field in range(TOO_WIDE_AT, JOB_FIELDS):
+            if get(jobs + 8 * JOB_FIELDS * job, field):
+                return True
+    return False
 
 
 @parallel_kernel
@@ -326,35 +405,10 @@ def attend_segments(call, q, out, state, workers):  # type: ignore[no-untyped-de
         np.empty(parts * rows * call[ROW_WIDTH] + LANES, np.float32),
         np.empty(parts * rows * 2 + 1, np.float32),
     )
-    attending = MAX_ROUNDS + 1
-    for phase in range(attending + 1):
-        if phase == 0:
-            phase_kernel, needed, wanted = call[STORE_KERNEL], call[APPENDED] != 0, workers
-            if call[N_QUERIES] <= ALONE:
-                wanted = 1
-        elif phase < attending:
-            phase_kernel, wanted = call[SEAL_KERNEL], workers
-            needed = call[JOB_STARTS + phase - 1] < call[JOB_STARTS + phase]
-        else:
-            phase_kernel, needed, wanted = call[WORK_KERNEL], True, workers
-        if needed and wanted == 1:
-            _share(
-                phase_kernel, call.ctypes.data, np.int64(0), np.int64(1), np.int64(phase - 1), q.ctypes.data,
-                out.ctypes.data, state.ctypes.data, outs.ctypes.data, states.ctypes.data,
-            )  # fmt: skip
-        elif needed:
-            for worker in prange(workers):
-                _share(
-                    phase_kernel, call.ctypes.data, np.int64(worker), workers, np.int64(phase - 1), q.ctypes.data,
-                    out.ctypes.data, state.ctypes.data, outs.ctypes.data, states.ctypes.data,
-                )  # fmt: skip
-    if parts:
-        _merge(
-            call[MERGE_KERNEL], outs.ctypes.data, states.ctypes.data, parts, call[N_QUERIES], call[N_HEADS],
-            call[ROW_WIDTH], out.ctypes.data, state.ctypes.data, call[FRESH],
+    begin_tasks(np.int64(call.ctypes.data))
+    for _ in prange(workers):
+        _follow(
+            call[FOLLOW_KERNEL], call.ctypes.data, q.ctypes.data, out.ctypes.data, state.ctypes.data, outs.ctypes.data,
+            states.ctypes.data, np.int64(workers),
         )  # fmt: skip
-        for row in range(rows if call[V_BLOCK] else 0):
-            rotate_head(out.ctypes.data + 4 * row * call[ROW_WIDTH], call[HEAD_DIM], call[V_BLOCK])
-        if call[LEDGER]:
-            _enter_parts(call[LEDGER_KERNEL], call.ctypes.data, states.ctypes.data)
     outs[0] = states[0] = 0

@@ -9,6 +9,7 @@ from .activations import GROUP_NBYTES, SILU
 from .dots import GROUP, TILE_ROWS
 from .project import (
     ALL_BLOCKS,
+    ATTEND,
     BIAS,
     BY_ROW,
     COLUMNS,
@@ -19,6 +20,7 @@ from .project import (
     HEAD_DIM,
     HEADS,
     HOW,
+    LAYER,
     LINK_FIELDS,
     MULTIPLY_KERNEL,
     N_PARTS,
@@ -108,7 +110,7 @@ class Projection:
         room = np.empty(self.room_nbytes(len(x)) if len(x) > 1 else 1, np.uint8)
         if len(x):
             tasks, addresses = chain_addresses(1, room, [x, out])
-            run_chain(self._alone, addresses, len(x), workers)
+            run_chain(self._alone, 0, addresses, len(x), workers)
             del tasks, room  # in use until here
         return out
 
@@ -130,6 +132,13 @@ def rotation(turns: int, buffer: int, heads: int, head_dim: int, rotary_dim: int
     fields[HOW], fields[SOURCE], fields[TARGET], fields[OUT_COLUMNS] = BY_ROW, turns, buffer, width
     fields[HEADS], fields[HEAD_DIM], fields[ROTARY_DIM] = heads, head_dim, rotary_dim
     fields[ROW_KERNEL] = rotate_rows.address()
+    return fields
+
+
+def attention(layer: int, source: int, target: int) -> list[int]:
+    """A row of a chain's table: the attention of a layer, as ATTENTIONS describes it (project.py)."""
+    fields = [0] * LINK_FIELDS
+    fields[HOW], fields[SOURCE], fields[TARGET], fields[LAYER] = ATTEND, source, target, layer
     return fields
 
 
@@ -172,7 +181,7 @@ def chain_addresses(links: int, room: NDArray[np.uint8], buffers: Sequence[Float
     """What a chain of so many links or fewer runs on: memory for its tasks, which is to be kept, and all addresses."""
     tasks = np.empty(TASK_NUMBERS * links + 8, np.int64)
     at = -(-tasks.ctypes.data // 64) * 64
-    return tasks, np.array([follow_chain.address(), at, room.ctypes.data, *(x.ctypes.data for x in buffers)])
+    return tasks, np.array([follow_chain.address(), at, 0, room.ctypes.data, *(x.ctypes.data for x in buffers)])
 
 
 def chain_table(links: Sequence[list[int]]) -> Int64:

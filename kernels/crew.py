@@ -16,8 +16,8 @@ from numba.core import cgutils
 from .jit import inner
 from .simd import _IS_X86, _operation
 
-TASK_NBYTES = 128  # of counters: shares taken and shares done, each in a cache line of its own
-_LINE = 64
+TASK_NBYTES = 64  # of counters: shares taken, shares done; a cache line
+_DONE = 8
 _ROUNDS = 2000  # of waiting, some 20 us, before the core is offered to others
 
 
@@ -54,13 +54,13 @@ def take_share(task):  # type: ignore[no-untyped-def]
 @inner
 def finish_share(task):  # type: ignore[no-untyped-def]
     """Say that a share that was taken is done."""
-    _add_atomically(task + _LINE, 1)
+    _add_atomically(task + _DONE, 1)
 
 
 @inner
 def wait_for_all(task, shares):  # type: ignore[no-untyped-def]
     """Wait until all shares are done, none being left to take."""
     rounds = 0
-    while _read_atomically(task + _LINE) < shares:
+    while _read_atomically(task + _DONE) < shares:
         rounds += 1
         _rest(rounds)

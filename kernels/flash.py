@@ -15,7 +15,7 @@ from .simd import LANES
 from .state import Float32, check_out, check_state, empty_state, merge_partials, pad_last_axis
 from .tables import (
     BLOCK_ROWS,
-    CALL_FIELDS,
+    CALL_NUMBERS,
     DISTANCES,
     MASK_HEAD,
     MASK_QUERY,
@@ -203,7 +203,7 @@ def attend(
 
 
 def empty_call(n_heads: int, n_kv_heads: int, width: int, most_parts: int) -> Int64:
-    """What describes a call of ``attend_segments``, int64 (CALL_FIELDS,): what does not change from call to call."""
+    """What describes a call of ``attend_segments``, int64 (CALL_NUMBERS,): what does not change from call to call."""
     call = _kernels().copy()
     call[N_HEADS : MOST_PARTS + 1] = n_heads, n_kv_heads, width, most_parts
     return call
@@ -212,7 +212,7 @@ def empty_call(n_heads: int, n_kv_heads: int, width: int, most_parts: int) -> In
 @functools.cache
 def _kernels() -> Int64:
     """A call of nothing, with the addresses of the kernels."""
-    call = np.zeros(CALL_FIELDS, np.int64)
+    call = np.zeros(CALL_NUMBERS, np.int64)
     for field, kernel in KERNELS.items():
         call[field] = kernel.address()
     return call

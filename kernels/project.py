@@ -21,12 +21,13 @@ from .activations import (
     quantize_row,
     tile_nbytes,
 )
+from .attention import begin_tasks, follow_attention, is_to_be_repeated
 from .crew import TASK_NBYTES, finish_share, take_share, wait_for_all
 from .dots import GROUP, TILE_ROWS, multiply_bytes4, multiply_bytes4m, multiply_bytes8, next_byte_rows
 from .jit import inner, kernel, parallel_kernel, standalone
 from .rotary import rotate_heads
 from .simd import LANES
-from .tables import get
+from .tables import FOLLOW_KERNEL, get
 from .weights import W4, W4M, W8, WBF16, WF16, WF32, codes_of, row_of
 
 VECTOR = 4 * LANES
@@ -34,13 +35,15 @@ VECTOR = 4 * LANES
 HOW, SOURCE, TARGET, COLUMNS, OUT_COLUMNS, ONTO, NORM_WEIGHT, EPS, BIAS, HAS_CODES, HAS_FLOATS = range(11)
 N_PARTS, ALL_BLOCKS, HEADS, HEAD_DIM, ROTARY_DIM, FIRST_CHANNEL = range(11, 17)
 MULTIPLY_KERNEL, PREPARE_KERNEL, ROW_KERNEL = range(17, 20)  # addresses
-LINK_FIELDS = 20
+LAYER = 20
+LINK_FIELDS = 21
 KIND, DATA, BLOCK_NBYTES, BLOCKS, ROWS, FIRST = range(6)
 PART_FIELDS = 6
 # A value of HOW besides those of activations.py: no product, but what ROW_KERNEL does with each row, from SOURCE to TARGET
 BY_ROW = 16
-# Whose addresses a chain runs on
-FOLLOW, TASKS, ROOM, OWN_BUFFERS = range(4)
+ATTEND = 17  # the attention of LAYER: its queries, keys and values are SOURCE
+# Whose addresses a chain runs on. ATTENTIONS: int64 (layers, 4), of each layer's call, state, and parts (attention.py)
+FOLLOW, TASKS, ATTENTIONS, ROOM, OWN_BUFFERS = range(5)
 TASK_NUMBERS = 2 * TASK_NBYTES // 8  # int64 of a link: it is two tasks at most
 CACHED_NBYTES = 1 << 16  # of weights: part of a second-level cache
 
@@ -254,16 +257,26 @@ def _do_multiply(call, source, target, rows, room, shares, task):  # type: ignor
 
 
 @standalone(types.void(*[types.int64] * 7))
-def follow_chain(table, links, link_nbytes, addresses, rows, workers, tasks):  # type: ignore[no-untyped-def]
-    """One worker's part in a chain. All arguments are numbers or addresses; tasks: two for each link, zeros (crew.py)."""
+def follow_chain(table, first, links, link_nbytes, addresses, rows, workers):  # type: ignore[no-untyped-def]
+    """One worker's part in a chain, whose tasks are zeros. All arguments are numbers or addresses."""
     own_nbytes = np.int64(0)
-    for i in range(links if rows == 1 else 0):
+    for i in range(first, links if rows == 1 else first):
         own_nbytes = max(own_nbytes, _prepared_nbytes(table + link_nbytes * i, rows))
     own = np.empty(own_nbytes + 64, np.uint8)
     room = np.int64(own.ctypes.data) if rows == 1 else get(addresses, ROOM)
-    for i in range(links):
-        call, task = table + link_nbytes * i, tasks + 2 * TASK_NBYTES * i
+    for i in range(first, links):
+        call, task = table + link_nbytes * i, get(addresses, TASKS) + 2 * TASK_NBYTES * i
         source, target = get(addresses, get(call, SOURCE)), get(addresses, get(call, TARGET))
+        if get(call, HOW) == ATTEND:
+            entry = get(addresses, ATTENTIONS) + 32 * get(call, LAYER)
+            attention = get(entry, 0)
+            _follow_attention(
+                get(attention, FOLLOW_KERNEL), attention, source, target, get(entry, 1), get(entry, 2), get(entry, 3),
+                workers,
+            )  # fmt: skip
+            if is_to_be_repeated(attention):
+                break
+            continue
         if get(call, HOW) == BY_ROW:
             _do_by_row(call, source, target, rows, np.int64(1) if rows == 1 else workers, task)
             continue
@@ -274,24 +287,33 @@ def follow_chain(table, links, link_nbytes, addresses, rows, workers, tasks):  #
     own[0] = 0
 
 
-_follow = follow_chain.call
+_follow, _follow_attention = follow_chain.call, follow_attention.call
 
 
 @parallel_kernel
-def run_chain(table, addresses, rows, workers):  # type: ignore[no-untyped-def]
-    """Run ``rows`` rows through the links of ``table``, one after the other.
+def run_chain(table, first, addresses, rows, workers):  # type: ignore[no-untyped-def]
+    """Run ``rows`` rows through the links of ``table``, one after the other, from link ``first`` on.
 
     table: int64 (links, LINK_FIELDS and more). addresses: int64; FOLLOW that of ``follow_chain``, TASKS of TASK_NUMBERS
     int64 a link, whatever they are (crew.py), ROOM of room for rows made ready, then those of the buffers.
+
+    Returns how many links are done: all, or those before an attention that is to be repeated (attention.py).
     """
     links, fields = table.shape
     for i in range(TASK_NUMBERS * links):
-        simd.store_integer(addresses[TASKS] + 8 * i, 0)
+        simd.store_integer(addresses[TASKS] + 8 * i, np.int64(0))
+    for i in range(first, links):
+        if table[i, HOW] == ATTEND:
+            begin_tasks(get(addresses[ATTENTIONS], 4 * table[i, LAYER]))
     for _ in prange(workers):
         _follow(
-            addresses[FOLLOW], table.ctypes.data, links, np.int64(8 * fields), addresses.ctypes.data, np.int64(rows),
-            np.int64(workers), addresses[TASKS],
+            addresses[FOLLOW], table.ctypes.data, np.int64(first), links, np.int64(8 * fields), addresses.ctypes.data,
+            np.int64(rows), np.int64(workers),
         )  # fmt: skip
+    for i in range(first, links):
+        if table[i, HOW] == ATTEND and is_to_be_repeated(get(addresses[ATTENTIONS], 4 * table[i, LAYER])):
+            return i
+    return links
 
 
 @kernel

@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import simd
+from .crew import TASK_NBYTES
 from .fold import FOLDED
 from .jit import inner
 from .layout import ADDRESSES, HEAD, PAGE, SIDE_NUMBERS, Side, side_numbers
@@ -28,7 +29,8 @@ HEAD_DIM, K_BLOCK, V_BLOCK = range(20, 23)  # channels, and those of a block of 
 N_SINKS, LOST = range(23, 25)  # see append.py
 DENSE_KIND = 25  # of the dense parts, though they may be float32 where not all numbers fit
 LEDGER = 26  # address of float32 (N_SEGMENTS, H, T, 2): the state after each segment
-N_SEGMENTS, SEGMENTS = 27, 28  # for each of up to MAX_SEGMENTS segments, the addresses of its table and geometry
+FOLLOW_KERNEL = 27
+N_SEGMENTS, SEGMENTS = 28, 29  # for each of up to MAX_SEGMENTS segments, the addresses of its table and geometry
 MAX_SEGMENTS = 6
 JOBS, JOB_STARTS = SEGMENTS + 2 * MAX_SEGMENTS, SEGMENTS + 2 * MAX_SEGMENTS + 1  # tiles to quantize first (quantize.py)
 MAX_ROUNDS = 4  # of jobs: those of each only depend on rounds before
@@ -38,6 +40,8 @@ APPEND_AS_IS, APPEND_ROTATED = 1, 2  # APPENDED: whether keys and values are to 
 N_PARTS = STEP + 4  # of splits that are attended to apart and merged; 0: all in one go
 RANGES = STEP + 5  # for each segment, where each query starts and stops, and the first and last + 1 position
 CALL_FIELDS = RANGES + 4 * MAX_SEGMENTS
+CALL_TASKS = MAX_ROUNDS + 3  # of a call (attention.py): storing, rounds of jobs, attending, merging
+CALL_NUMBERS = CALL_FIELDS + CALL_TASKS * TASK_NBYTES // 8 + 8  # int64 of a call: its fields, then its tasks (crew.py)
 
 CHUNK_ROWS = 32  # few rows are folded for several tiles at once, up to so many: none waits for another's maximum then
 DIRECT_ROWS = 8  # up to so many rows, unpacking a dense tile costs more than converting its numbers for every four rows
@@ -88,6 +92,12 @@ def make_geometry(tile: int, first_tile: int, width: int, k: Side, v: Side) -> N
 def get(base, i):  # type: ignore[no-untyped-def]
     """Number i of the int64 at an address."""
     return simd.integer_at(base + 8 * i)
+
+
+@inner
+def call_tasks(call):  # type: ignore[no-untyped-def]
+    """Where the tasks of a call begin."""
+    return (call + 8 * CALL_FIELDS + 63) // 64 * 64
 
 
 @inner

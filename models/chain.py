@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.chain import Normalization, chain_addresses, chain_table, rotation
+from ..kernels.chain import Normalization, attention, chain_addresses, chain_table, rotation
 from ..kernels.project import OWN_BUFFERS, run_chain
 from ..kernels.threads import get_num_threads
 from .experts import Experts
@@ -67,6 +67,23 @@ class Apply:
             target[:] = y
 
 
+@dataclass(frozen=True, slots=True)
+class Attend:
+    """The attention of a layer, from one buffer into another, where the kernels run all layers in one go."""
+
+    layer: int
+    source: int
+    target: int
+
+    def row(self) -> list[int] | None:
+        """See ``Link``."""
+        return attention(self.layer, OWN_BUFFERS + self.source, OWN_BUFFERS + self.target)
+
+    def __call__(self, buffers: Buffers) -> None:
+        """See ``Link``."""
+        raise AssertionError("the kernels run it")
+
+
 class ByRow:
     """What the kernels do with each row by itself; links of this kind keep what their addresses point to."""
 
@@ -120,6 +137,12 @@ class Chain:
         return len(self._packed)
 
     @property
+    def table(self) -> NDArray[np.int64] | None:
+        """All links as the kernels take them; None where some of them cannot be."""
+        only = self._runs[0]
+        return only if len(self._runs) == 1 and isinstance(only, np.ndarray) else None
+
+    @property
     def links(self) -> int:
         """How many links it has."""
         return len(self._links)
@@ -132,6 +155,6 @@ class Chain:
         """Run all links."""
         for run in self._runs:
             if isinstance(run, np.ndarray):
-                run_chain(run, buffers.addresses, buffers.rows, buffers.threads)
+                run_chain(run, 0, buffers.addresses, buffers.rows, buffers.threads)
             else:
                 run(buffers)

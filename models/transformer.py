@@ -4,16 +4,17 @@ Rows belong to sequences only through ``spans``, and only attention looks at the
 batch, are the same code.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels import forks
+from ..kernels.project import ATTENTIONS, LAYER, run_chain
 from ..kernels.state import empty_state
-from .chain import Apply, Buffers, Chain, Link, normalize, rotate
+from .chain import Apply, Attend, Buffers, Chain, Link, normalize, rotate
 from .config import ModelConfig
 from .errors import MixkvError
 from .experts import MLP, Experts
@@ -55,6 +56,23 @@ class AttentionCache(Protocol):
         qkv: (T, n_heads + 2 * n_kv_heads, head_dim), the queries, keys and values of each token, C order. out: (T, n_heads,
         head_dim), C order, receives the output.
         """
+
+
+@runtime_checkable
+class DescribingCache(AttentionCache, Protocol):
+    """A cache that can also say, for all layers at once, what the kernels have to do."""
+
+    def attentions(self, qkv: Float32, position: int, softmaxes: Sequence[Softmax]) -> NDArray[np.int64] | None:
+        """``attend`` of all layers, as a chain takes it (ATTENTIONS): int64 (layers, 4). None if the kernels cannot.
+
+        qkv: the array that has the queries, keys and values of one layer after the other.
+        """
+
+    def is_to_be_repeated(self, layer: int, qkv: Float32, softmax: Softmax, attentions: NDArray[np.int64]) -> bool:
+        """Whether a layer's attention, at which the kernels stopped, is to be done again; it is described anew then."""
+
+    def finish_attentions(self) -> None:
+        """After the last one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +146,9 @@ class Weights:
 # The buffers of a pass. BRANCH is what attention or an MLP gives where a norm comes before it is added to X. From TURNS on
 # there are the cosines and sines of each rotary embedding
 X, QKV, ATTENDED, GATE_UP, BRANCH, TURNS = range(6)
+# So many rows go through all layers in one call of the kernels, which saves what Python does in between. More of them take
+# long enough for that not to count, and an interrupt would have to wait
+WHOLE_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +176,11 @@ class Transformer:
         before = [self._queries(i, layer) for i, layer in enumerate(weights.layers)]
         after = [self._attended(layer) + self._mlp(layer) for layer in weights.layers]
         self.chains = [Chain([*behind, *ahead]) for behind, ahead in zip([[], *after], [*before, []], strict=True)]
-        self._most_links = max(chain.links for chain in self.chains)
+        attentions = [Attend(i, QKV, ATTENDED) for i in range(len(weights.layers))]
+        between = [
+            [*ahead, attention, *behind] for ahead, attention, behind in zip(before, attentions, after, strict=True)
+        ]
+        self._whole = Chain([link for links in between for link in links])
         self._softmax = [
             Softmax(config.softmax_scale, config.attn_logit_softcapping, layer.sink_logits) for layer in weights.layers
         ]
@@ -199,6 +224,7 @@ class Transformer:
         step: Step,
         logits: Literal["all", "last"] | None,
         *,
+        on_output: Callable[[Float32], None] | None = None,
         on_layer: Callable[[int, Float32], None] | None = None,
         on_attention: Callable[[Midway], None] | None = None,
         begin: Midway | None = None,
@@ -206,14 +232,15 @@ class Transformer:
         """Run the rows of ``step`` through all layers.
 
         Returns logits float32 (T, V) for "all", (len(spans), V) of each span's last row for "last", None for None.
-        ``on_layer`` is called with the number of each layer and its output (T, E), ``on_attention`` before each attention,
-        with arrays that are written to afterwards. ``begin``: where an earlier pass of the same rows stood, to go on there.
+        ``on_output`` is called with the output (T, E) of the last layer, ``on_layer`` with the number of each and its
+        output, ``on_attention`` before each attention, with arrays that are written to afterwards. ``begin``: where an
+        earlier pass of the same rows stood, to go on there.
         MixkvError in a process that was forked from one that had used the kernels.
         """
         if not forks.usable():
             raise MixkvError(forks.MESSAGE)
         weights, n_rows = self.weights, len(step.token_ids)
-        buffers = Buffers(n_rows, self._widths, self._most_links, self._room_nbytes(n_rows))
+        buffers = Buffers(n_rows, self._widths, self._whole.links, self._room_nbytes(n_rows))
         ropes = self._ropes(step.context or self.config.max_position_embeddings)
         for (rope, frequencies), turns in zip(ropes, buffers.arrays[TURNS:], strict=True):
             rope.turns(step.positions, frequencies, turns)
@@ -224,21 +251,43 @@ class Transformer:
             x[:] = weights.embedding.take(step.token_ids)
             if self._embedding_scale != 1:
                 x *= self._embedding_scale
-            self.chains[0](buffers)
         else:
             x[:], qkv[:] = begin.x, begin.qkv
-        for i in range(0 if begin is None else begin.layer, len(weights.layers)):
-            if on_attention is not None:
-                on_attention(Midway(i, x, qkv))
-            for cache, start, stop in step.spans:
-                position = int(step.positions[start])
-                cache.attend(i, qkv[start:stop], position, self._softmax[i], attended[start:stop])
-            self.chains[i + 1](buffers)
-            if on_layer is not None:
-                on_layer(i, x)
+        watched = on_layer is not None or on_attention is not None
+        if begin is not None or watched or not self._run_whole(step, buffers, qkv):
+            if begin is None:
+                self.chains[0](buffers)
+            for i in range(0 if begin is None else begin.layer, len(weights.layers)):
+                if on_attention is not None:
+                    on_attention(Midway(i, x, qkv))
+                for cache, start, stop in step.spans:
+                    position = int(step.positions[start])
+                    cache.attend(i, qkv[start:stop], position, self._softmax[i], attended[start:stop])
+                self.chains[i + 1](buffers)
+                if on_layer is not None:
+                    on_layer(i, x)
+        if on_output is not None:
+            on_output(x)
         if logits is None:
             return None
         return self.logits(x if logits == "all" else x[[stop - 1 for _, _, stop in step.spans]])
+
+    def _run_whole(self, step: Step, buffers: Buffers, qkv: Float32) -> bool:
+        """All layers of a few rows of one sequence in one call of the kernels; False, and nothing done, if they cannot."""
+        table, cache = self._whole.table, step.spans[0][0]
+        if buffers.rows > WHOLE_ROWS or len(step.spans) > 1 or table is None or not isinstance(cache, DescribingCache):
+            return False
+        attentions = cache.attentions(qkv, int(step.positions[0]), self._softmax)
+        if attentions is None:
+            return False
+        buffers.addresses[ATTENTIONS] = attentions.ctypes.data
+        done = 0
+        while (done := run_chain(table, done, buffers.addresses, buffers.rows, buffers.threads)) < len(table):
+            layer = int(table[done, LAYER])
+            if not cache.is_to_be_repeated(layer, qkv, self._softmax[layer], attentions):
+                done += 1
+        cache.finish_attentions()
+        return True
 
     def _ropes(self, context: int) -> list[tuple[Rope, Float32]]:
         """Each rotary embedding with its angles a position; those of the last context are kept."""

@@ -306,7 +306,7 @@ def run(links: Sequence[list[int]], arrays: Sequence[np.ndarray], room_nbytes: i
     """Run a chain on arrays (rows, width), whose numbers are A and following; nothing may be written beside its room."""
     room = np.full(room_nbytes + 128, 0xA5, np.uint8)
     tasks, addresses = chain_addresses(len(links), room[64:], arrays)
-    run_chain(chain_table(links), addresses, len(arrays[0]), workers)
+    assert run_chain(chain_table(links), 0, addresses, len(arrays[0]), workers) == len(links)
     del tasks
     assert (room[:64] == 0xA5).all() and (room[-64:] == 0xA5).all()
 

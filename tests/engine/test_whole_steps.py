@@ -1,0 +1,119 @@
+"""A few rows go through all layers in one call of the kernels: bit for bit as layer by layer, and whatever does not fit."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mixkv.models.transformer
+from mixkv import CachePolicy, Session
+from mixkv.models.config import ModelConfig
+from mixkv.models.errors import NumericalError
+from mixkv.models.load import Model, read_weights
+from mixkv.models.names import expected_tensors
+from mixkv.models.toy import ToySource
+from mixkv.models.transformer import WHOLE_ROWS, Transformer
+
+CONFIG = ModelConfig(
+    architecture="llama", vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+    num_attention_heads=3, num_key_value_heads=1, head_dim=32, max_position_embeddings=1000,
+)  # fmt: skip
+IDS = np.random.default_rng(1).integers(0, 64, 400)
+CUTS = [0, 5, 6, 7, 20, 36, 100, 116, 117, *range(118, 170), 186, 200, 330, *range(331, 400)]
+
+
+class Scaled(ToySource):
+    """The toy's weights, some of them times a factor."""
+
+    factors: dict[str, float]
+
+    def read(self, name: str, *args: Any) -> Any:
+        found = super().read(name, *args)
+        return found * np.float32(next((x for part, x in self.factors.items() if part in name), 1))
+
+
+def model_of(config: ModelConfig = CONFIG, factors: dict[str, float] | None = None) -> Model:
+    source = Scaled(expected_tensors(config))
+    source.factors = factors or {}
+    return Model("small", config, Transformer(config, read_weights(config, source, "q8")), None)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many links each call of all layers did, call after call."""
+    found, run_chain = [], mixkv.models.transformer.run_chain
+
+    def counted(*args: Any) -> int:
+        found.append(run_chain(*args))
+        return found[-1]
+
+    monkeypatch.setattr(mixkv.models.transformer, "run_chain", counted)
+    yield found
+
+
+def fed(model: Model, policy: CachePolicy, cuts: list[int] = CUTS) -> tuple[np.ndarray, dict[str, int], list[int]]:
+    """Logits of all tokens, fed from cut to cut, what the cache takes, and how often tiles were quantized."""
+    session = Session(model, policy)
+    logits = [session.forward(IDS[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return np.concatenate(logits), session.nbytes(), [layer.tiles_quantized for layer in session.cache.layers]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "k4v4:window=40:tile=32",
+        "k2v3:window=0:sinks=0:tile=32",
+        "sinks=4 recent=70:f16 tile=64 old=130:k8c/v4t old=k4c/v2t32 rot=kv",
+        "f16",
+        "f32",
+    ],
+)
+@pytest.mark.parametrize("window", [None, 50])
+def test_all_layers_at_once_give_what_one_by_one_give(
+    text: str, window: int | None, runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CONFIG if window is None else ModelConfig(**{**_fields(), "sliding_window": window})
+    model, policy = model_of(config), CachePolicy.parse(text)
+    found = fed(model, policy)
+    at_once = sum(b - a <= WHOLE_ROWS for a, b in zip(CUTS, CUTS[1:], strict=False))
+    assert len(runs) == at_once > 100 and len(set(runs)) == 1
+    monkeypatch.setattr(mixkv.models.transformer, "WHOLE_ROWS", 0)
+    expected = fed(model, policy)
+    assert len(runs) == at_once
+    assert found[0].tobytes() == expected[0].tobytes()
+    assert found[1:] == expected[1:]
+
+
+def _fields() -> dict[str, Any]:
+    return {name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__}
+
+
+@pytest.mark.parametrize("factors", [{"k_proj": 3e6}, {"v_proj": 3e6}, {"layers.1.self_attn.v_proj": 2e5}])
+@pytest.mark.parametrize("text", ["k4v4:window=40:tile=32", "sinks=0 recent=0:f16 tile=32 old=k8c/v8t rot=k"])
+def test_keys_or_values_beyond_float16_are_given_room_on_the_way(
+    factors: dict[str, float], text: str, runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense parts and scales become float32, layer by layer, where the kernels stop; what came before is not repeated."""
+    model, policy = model_of(factors=factors), CachePolicy.parse(text)
+    found = fed(model, policy)
+    assert len(set(runs)) > 1, "nothing was repeated"
+    monkeypatch.setattr(mixkv.models.transformer, "WHOLE_ROWS", 0)
+    expected = fed(model, policy)
+    assert np.isfinite(expected[0]).all()
+    assert found[0].tobytes() == expected[0].tobytes()
+    assert found[1:] == expected[1:]
+
+
+@pytest.mark.parametrize("done", [0, 40])
+def test_what_cannot_be_kept_names_layer_and_position_and_leaves_the_session(done: int, runs: list[int]) -> None:
+    """Keys of layer 1 are beyond float16, and the policy asks for just that."""
+    model = model_of(factors={"layers.1.self_attn.k_proj": 3e6})
+    session = Session(model, CachePolicy(window=done, sinks=0, tile=32, k_bits=16))
+    for token in IDS[: done + 31]:
+        session.forward([token], None)
+    for _ in range(2):
+        with pytest.raises(NumericalError, match=rf"^layer 1, position {done + 31}: tile \d cannot be quantized: "):
+            session.forward(IDS[done + 31 : done + 33])
+        assert session.position == done + 31
+    assert len(runs) >= done + 33
