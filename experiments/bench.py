@@ -157,7 +157,7 @@ class Bench:
 
     def _overhead(self, model: Model, threads: int) -> Row:
         """What a step costs besides arithmetic; None where layers are float32, which are not run by chains alone."""
-        names = "python_seconds", "handover_seconds", "regions_per_layer"
+        names = "python_seconds", "handover_seconds", "handovers_per_layer"
         if not all(isinstance(linear, PackedLinear) for linear in model.transformer.weights.linears()):
             return dict.fromkeys(names)
         key = model.config.num_hidden_layers, threads  # that is all it depends on
@@ -197,11 +197,11 @@ def heading(rows: list[Row]) -> str:
     if rates:
         each = ", ".join(f"{rate / 1e9:.1f} GB/s with {threads} threads" for threads, rate in rates.items())
         lines.append(f"memory is read at {each}; roofline: GB/s as a part of that")
-    aside = {row["threads"]: row for row in rows if row["regions_per_layer"]}
+    aside = {row["threads"]: row for row in rows if row["handovers_per_layer"]}
     lines += [
         f"besides arithmetic, a token takes {row['python_seconds'] * 1e3:.2f} ms in Python and "
         f"{row['handover_seconds'] * 1e3:.2f} ms in handing work to {threads} threads "
-        f"({row['regions_per_layer']} times a layer)"
+        f"({row['handovers_per_layer']} times a layer)"
         for threads, row in aside.items()
     ]
     lines.append(f"peak resident memory {rows[-1]['peak_memory_bytes'] / 1e6:.0f} MB")

@@ -27,22 +27,22 @@ LINKS = 100
 
 @dataclass(frozen=True, slots=True)
 class Overhead:
-    """Of one decode step: seconds in Python, seconds of handing work to threads, and parallel regions a layer."""
+    """Of one decode step: seconds in Python, seconds of handing work to threads, and how often a layer does that."""
 
     python_seconds: float
     handover_seconds: float
-    regions_per_layer: int
+    handovers_per_layer: int
 
 
 def overhead(n_layers: int, threads: int, *, clock: Callable[[], float] = time.perf_counter) -> Overhead:
     """Measure it, medians of many steps. The threads are those in force."""
     model = _small_model(n_layers)
-    a_layer = 1 + sum(chain.regions for chain in model.transformer.chains) // n_layers  # 1: attention
-    regions = a_layer * n_layers + 1  # 1: the output head
+    a_layer = 1 + sum(chain.handovers for chain in model.transformer.chains) // n_layers  # 1: attention
+    handovers = a_layer * n_layers + 1  # 1: the output head
     session = Session(model)
     session.forward([1, 2, 3], None)
     step = _median(lambda: session.forward([1], "last"), STEPS, clock)
-    handover = regions * _region(threads, clock)
+    handover = handovers * _link(threads, clock)
     return Overhead(max(step - handover, 0.0), handover, a_layer)
 
 
@@ -55,8 +55,8 @@ def _small_model(n_layers: int) -> Model:
     return Model("small", config, Transformer(config, read_weights(config, source, "q8")), None)
 
 
-def _region(threads: int, clock: Callable[[], float]) -> float:
-    """Seconds of a parallel region: what a link more costs a chain whose products are of 16 x 32 numbers."""
+def _link(threads: int, clock: Callable[[], float]) -> float:
+    """Seconds of a handover: what a link more costs a chain whose products are of 16 x 32 numbers."""
     layer = Projection([empty_matrix(W8, 16, 32)], None, PLAIN, None, 0.0)
     x, out = np.ones((1, 32), np.float32), np.empty((1, 16), np.float32)
     tasks, addresses = chain_addresses(1 + LINKS, np.empty(0, np.uint8), [x, out])

@@ -132,8 +132,8 @@ class Chain:
             self._runs.append(chain_table(rows))
 
     @property
-    def regions(self) -> int:
-        """Parallel regions of one row."""
+    def handovers(self) -> int:
+        """How often one row is handed from all workers to all workers."""
         return len(self._packed)
 
     @property

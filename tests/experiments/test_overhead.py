@@ -20,17 +20,17 @@ def test_each_call_of_a_clock_that_ticks_evenly_costs_one_tick() -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 4])
-def test_a_layer_has_five_parallel_regions(layers: int) -> None:
+def test_a_layer_is_handed_over_five_times(layers: int) -> None:
     found = overhead(layers, 1)
-    assert found.regions_per_layer == 5
+    assert found.handovers_per_layer == 5
     assert found.python_seconds + found.handover_seconds > 0
 
 
-@pytest.mark.parametrize(("weights", "regions"), [("q8", 5), ("f32", None)])
-def test_a_benchmark_says_so_where_all_weights_are_packed(weights: str, regions: int | None) -> None:
+@pytest.mark.parametrize(("weights", "handovers"), [("q8", 5), ("f32", None)])
+def test_a_benchmark_says_so_where_all_weights_are_packed(weights: str, handovers: int | None) -> None:
     """Layers of float32 go through NumPy one by one: what chains cost says nothing about them."""
     model, plan = mixkv.load("toy", weights), Plan([weights], [1], [CachePolicy()], [Case(1, 0, 0)], 1, warmup=False)
     (row,) = Bench(plan, lambda _: model, lambda _: None).rows()
-    assert row["regions_per_layer"] == regions
-    assert ("besides arithmetic" in heading([row])) == (regions is not None)
-    assert (row["python_seconds"] is None) == (row["handover_seconds"] is None) == (regions is None)
+    assert row["handovers_per_layer"] == handovers
+    assert ("besides arithmetic" in heading([row])) == (handovers is not None)
+    assert (row["python_seconds"] is None) == (row["handover_seconds"] is None) == (handovers is None)
