@@ -104,21 +104,21 @@ def _copy(source, count, target, padded):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _norm(row, count, padded, weight, eps):  # type: ignore[no-untyped-def]
-    """RMSNorm in place: x / sqrt(mean(x^2) + eps) * weight (https://arxiv.org/abs/1910.07467)."""
+def _norm(source, row, count, padded, weight, eps):  # type: ignore[no-untyped-def]
+    """RMSNorm: x / sqrt(mean(x^2) + eps) * weight (https://arxiv.org/abs/1910.07467). ``source`` may be ``row``."""
     even, odd = simd.splat(np.float32(0)), simd.splat(np.float32(0))
     for i in range(0, 4 * padded, 2 * VECTOR):
-        a, b = simd.load_f32(row + i), simd.load_f32(row + i + VECTOR)
+        a, b = simd.load_f32(source + i), simd.load_f32(source + i + VECTOR)
         even, odd = simd.fma(a, a, even), simd.fma(b, b, odd)
     mean = simd.sum_lanes(simd.add(even, odd)) / np.float32(count)
     factor = simd.splat(np.float32(1) / np.sqrt(mean + eps))
     for i in range(0, 4 * padded, VECTOR):
-        simd.store_f32(row + i, simd.mul(simd.mul(simd.load_f32(row + i), factor), simd.load_f32(weight + i)))
+        simd.store_f32(row + i, simd.mul(simd.mul(simd.load_f32(source + i), factor), simd.load_f32(weight + i)))
 
 
 @inner
-def _gate(row, up, padded, how):  # type: ignore[no-untyped-def]
-    """Gate * sigmoid(f(gate)) * up in place, gate being ``row`` (https://arxiv.org/abs/2002.05202).
+def _gate(source, up, row, padded, how):  # type: ignore[no-untyped-def]
+    """Gate * sigmoid(f(gate)) * up, the gate being ``source`` (https://arxiv.org/abs/2002.05202).
 
     SILU: f(x) = x. GELU, by its tanh (https://arxiv.org/abs/1606.08415): f(x) = 2 sqrt(2 / pi) (x + 0.044715 x^3). CLAMPED
     is gpt-oss's: f(x) = 1.702 x, gate at most 7, up from -7 to 7, and then 1 more (https://github.com/openai/gpt-oss).
@@ -128,7 +128,7 @@ def _gate(row, up, padded, how):  # type: ignore[no-untyped-def]
     slope = np.float32(-CLAMPED_SLOPE) if how == CLAMPED else np.float32(-_GELU) if how == GELU else np.float32(-1)
     bend = np.float32(-_GELU * 0.044715) if how == GELU else np.float32(0)
     for i in range(0, 4 * padded, VECTOR):
-        gate, other = simd.load_f32(row + i), simd.load_f32(up + i)
+        gate, other = simd.load_f32(source + i), simd.load_f32(up + i)
         if how == CLAMPED:
             gate = simd.smaller(largest, gate)
             other = simd.add(one, simd.smaller(largest, simd.larger(smallest, other)))
@@ -140,18 +140,26 @@ def _gate(row, up, padded, how):  # type: ignore[no-untyped-def]
 
 
 @inner
-def prepare_row(x, count, padded, how, weight, eps, row):  # type: ignore[no-untyped-def]
-    """One row of ``count`` float32 at ``x`` (for a gate two, gate and up) into ``row``, normed or gated, zeros behind it.
+def prepare_row(x, count, padded, how, weight, eps, room):  # type: ignore[no-untyped-def]
+    """One row of ``count`` float32 at ``x`` (for a gate two, gate and up), normed or gated, zeros behind it.
 
-    padded: ``count`` rounded up to 32. weight: the address of the norm's padded weight. row: room for two padded rows.
+    padded: ``count`` rounded up to 32. weight: the address of the norm's padded weight. room: for two padded rows. Returns
+    the row's address, which is ``x`` where nothing is to be done.
     """
     simd.never_inline()
-    _copy(x, count, row, padded)
+    source, up = x, x + 4 * count
+    if count < padded:
+        source, up = room, room + 4 * padded
+        _copy(x, count, source, padded)
+        if how >= SILU:
+            _copy(x + 4 * count, count, up, padded)
     if how == NORM:
-        _norm(row, count, padded, weight, eps)
+        _norm(source, room, count, padded, weight, eps)
     elif how >= SILU:
-        _copy(x + 4 * count, count, row + 4 * padded, padded)
-        _gate(row, row + 4 * padded, padded, how)
+        _gate(source, up, room, padded, how)
+    else:
+        return source
+    return room
 
 
 @inner
@@ -167,7 +175,7 @@ def normalize_segments(  # type: ignore[no-untyped-def]
     for run in range(count):
         at = 4 * size * run
         _copy(source + at, size, scratch, padded)
-        _norm(scratch, size, padded, weight, eps)
+        _norm(scratch, scratch, size, padded, weight, eps)
         for i in range(0, 4 * size, 4):
             value = simd.scalar_at(scratch + i)
             if onto:

@@ -158,15 +158,15 @@ def prepare_rows(call, x, first, stop, tiles, floats):  # type: ignore[no-untype
     scratch = (own.ctypes.data + 63) // 64 * 64
     x_stride = 4 * columns * (2 if how >= SILU else 1)
     for row in range(first, stop):
-        prepare_row(
+        made = prepare_row(
             x + row * x_stride, columns, padded, how, simd.integer_at(call + 8 * NORM_WEIGHT),
             simd.scalar_at(call + 8 * EPS), scratch,
         )  # fmt: skip
         if simd.integer_at(call + 8 * HAS_CODES):
-            quantize_row(scratch, groups, tiles + row // TILE_ROWS * tile_nbytes(groups), row % TILE_ROWS)
+            quantize_row(made, groups, tiles + row // TILE_ROWS * tile_nbytes(groups), row % TILE_ROWS)
         if simd.integer_at(call + 8 * HAS_FLOATS):
             for i in range(0, 4 * padded, VECTOR):
-                simd.store_f32(floats + 4 * row * padded + i, simd.load_f32(scratch + i))
+                simd.store_f32(floats + 4 * row * padded + i, simd.load_f32(made + i))
     own[0] = 0
 
 
