@@ -71,6 +71,7 @@ class View:
 
     def __init__(self, cache: "LayerCache", position: int, qkv: Float32) -> None:
         n_kv_heads, tile, n_tiers = cache.recent.layout.n_kv_heads, cache.policy.tile, len(cache.tiers)
+        self.tile = tile
         n_queries, heads = len(qkv), qkv.shape[1] - 2 * n_kv_heads
         if heads > MAX_N_REP * n_kv_heads:  # the kernels would write beyond their tables
             raise ValueError(f"at most {MAX_N_REP} query heads may share a KV head, found {heads} and {n_kv_heads}")
@@ -81,7 +82,6 @@ class View:
         boundaries = np.maximum((seen - cache.ages) // tile, 0)  # (tiers, T), in tiles
         # Tiles below are in the tier, unless a sliding window never reaches it
         self.sealed = [stop if yes else 0 for stop, yes in zip(boundaries[:, -1].tolist(), cache.in_reach, strict=True)]
-        self.held = [*reversed(self.sealed), 0]  # tiles that must be there, as ``LayerCache`` orders its stores
         # Of sink, tiers from the oldest on, recent: where each query starts and stops
         ranges = self.ranges = np.empty((2 * n_tiers + 4, n_queries), np.int64)
         ranges[0] = 0 if cache.sliding_window is None else np.maximum(seen - cache.sliding_window, 0)
@@ -142,9 +142,9 @@ class LayerCache:
         dtype = DENSE_DTYPES[DENSE[policy.dense]]
         self._set_sinks(*np.zeros((2, self.sinks, n_kv_heads, -(-head_dim // LANES) * LANES), dtype))
         self._call: Int64 | None = None
-        self._call_address, self._room_stop = 0, 0
+        self._call_address = 0
         self._described_for: tuple[Softmax | None, bool, int] = None, False, 0
-        self._versions: list[object] = []  # of the stores, when the call was described
+        self._addresses: list[int] = []  # of the stores, when the call was described
         self._entering: list[tuple[int, int]] = []  # what the last call described quantizes: (tier, tile)
         self._options = np.zeros(3, np.float32)
         self._jobs: Int64 | None = None
@@ -227,14 +227,23 @@ class LayerCache:
     def _is_as_described(self, view: View, softmax: Softmax) -> bool:
         """Whether the last call needs nothing but other ranges: no new tile, nothing moved, and it had no jobs."""
         then, exact, heads = self._described_for
-        if then is not softmax or exact != self.exact or heads != view.heads or view.stop > self._room_stop:
+        if (
+            then is not softmax
+            or exact != self.exact
+            or heads != view.heads
+            or self.recent.stop * view.tile < view.stop
+        ):
             return False
         if self._jobs is not None or self.keeps_ledger or self.ledger is not None:
             return False
-        for store, version, sealed in zip(self._by_position, self._versions, view.held, strict=True):
-            if store.version is not version or store.stop < sealed:
+        for tier, sealed in zip(self.tiers, view.sealed, strict=True):
+            if tier.stop < sealed:
                 return False
-        return True
+        return self._addresses == self._store_addresses()
+
+    def _store_addresses(self) -> list[int]:
+        """Of the tables and geometries of tiers and recent tiles, in the order of positions."""
+        return [x for store in self._by_position for x in store.addresses()]
 
     def is_done(self, kv: Float32) -> bool:
         """Whether everything fitted where the last call put it; else there is room now, and it is to be repeated.
@@ -291,7 +300,7 @@ class LayerCache:
         self._options[:] = softmax.scale, softmax.softcap, self.exact  # SCALE, SOFTCAP, EXACT
         call[STEP:CALL_FIELDS] = view.fields
         stop = SEGMENTS + 2 + 2 * len(self._by_position)
-        call[SEGMENTS + 2 : stop] = [x for store in self._by_position for x in store.addresses()]
+        self._addresses = call[SEGMENTS + 2 : stop] = self._store_addresses()
         if tiles:
             stores = [recent, *self.tiers]
             jobs = [seal_job(stores[i], stores[i + 1], t, self._dead(t), self._fitted) for i, t in tiles]
@@ -305,8 +314,7 @@ class LayerCache:
             call[LEDGER] = self.ledger.ctypes.data
         elif self.ledger is not None:
             self.ledger, call[LEDGER] = None, 0
-        self._described_for, self._room_stop = (softmax, self.exact, view.heads), recent.stop * recent.layout.tile
-        self._versions = [store.version for store in self._by_position]
+        self._described_for = softmax, self.exact, view.heads
         return call
 
     def _begin_call(self, heads: int) -> Int64:

@@ -153,11 +153,6 @@ class TileStore:
         tiles = held.stop - max(in_page, min(held.written, held.first))
         return tiles * self.layout.nbytes + sum(self._wide_nbytes(side) for _, side in held.wide)
 
-    @property
-    def version(self) -> object:
-        """An object that is another one after every change of what is held."""
-        return self._held
-
     def place(self, tile: int) -> tuple[Bytes, int]:
         """The page and the slot of a tile that is held, or of the next one, which ``append`` will hold."""
         number, slot = divmod(tile, self.layout.page_tiles)
