@@ -234,7 +234,8 @@ class LayerCache:
             or self.recent.stop * view.tile < view.stop
         ):
             return False
-        if self._jobs is not None or self.keeps_ledger or self.ledger is not None:
+        # Tiles that were to enter may be left from a step that was interrupted
+        if self._entering or self._jobs is not None or self.keeps_ledger or self.ledger is not None:
             return False
         for tier, sealed in zip(self.tiers, view.sealed, strict=True):
             if tier.stop < sealed:

@@ -1,5 +1,7 @@
 """A few rows go through all layers in one call of the kernels: bit for bit as layer by layer, and whatever does not fit."""
 
+import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 
 import mixkv.models.transformer
 from mixkv import CachePolicy, Session
+from mixkv.engine.cache import LayerCache
 from mixkv.models.config import ModelConfig
 from mixkv.models.errors import NumericalError
 from mixkv.models.load import Model, read_weights
@@ -117,3 +120,45 @@ def test_what_cannot_be_kept_names_layer_and_position_and_leaves_the_session(don
             session.forward(IDS[done + 31 : done + 33])
         assert session.position == done + 31
     assert len(runs) >= done + 33
+
+
+@pytest.mark.parametrize("where", ["_describe", "_store_addresses", "is_quantized", "commit"])
+def test_an_interrupt_at_any_place_leaves_a_session_that_goes_on_as_if_there_was_none(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that let a tile enter are interrupted in one layer after the other, before and after a method's work."""
+    model, policy = model_of(), CachePolicy.parse("k4v4:window=0:sinks=0:tile=32")
+    expected = fed(model, policy, [0, *range(20, 73)])
+    original = getattr(LayerCache, where)
+    for layer, late in itertools.product(range(3), (False, True)):
+        session, left = Session(model, policy), -1
+
+        def interrupting(self: LayerCache, *args: Any, late: bool = late) -> Any:
+            nonlocal left
+            left -= 1
+            found = original(self, *args) if late or left else None
+            if left == 0:
+                raise KeyboardInterrupt
+            return found
+
+        monkeypatch.setattr(LayerCache, where, interrupting)
+        logits = [session.forward(IDS[:20])]
+        while session.position < 69:
+            position = session.position
+            if position in (
+                30,
+                31,
+                62,
+                63,
+            ):  # a tile enters with one of the next four rows, but maybe not with the next
+                left = layer + 1
+                with contextlib.suppress(KeyboardInterrupt):
+                    session.forward(IDS[position : position + 4])
+                assert left <= 0, "nothing was interrupted"
+                left = -1
+            if session.position > position:  # all was done but forgetting
+                logits.append(expected[0][position : session.position])
+            else:
+                logits.append(session.forward(IDS[position : position + 1]))
+        assert np.concatenate(logits).tobytes() == expected[0][: session.position].tobytes(), (layer, late)
+        monkeypatch.setattr(LayerCache, where, original)
