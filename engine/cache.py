@@ -171,9 +171,10 @@ class LayerCache:
         return min(max(self.sinks - tile * self.policy.tile, 0), self.policy.tile)
 
     def _set_sinks(self, k: NDArray[np.generic], v: NDArray[np.generic]) -> None:
-        self.sink_k, self.sink_v = k, v
         segment = self._sink_segment = segment_of_arrays(k, v)
         self._sink_addresses = segment.table.ctypes.data, segment.geometry.ctypes.data
+        self.sink_v = v
+        self.sink_k = k  # last: an interrupt may come before, and this one's type tells whether all is done
 
     def attend(
         self, qkv: Float32, position: int, softmax: Softmax, out: Float32 | None = None, view: View | None = None
