@@ -633,6 +633,10 @@ class Cache:
         """Whether one of the ``attentions`` did not fit: then there is room now, and it is described anew.
 
         qkv: what the kernels stopped at.
+
+        Raises:
+            NumericalError: a tile that cannot be quantized.
+
         """
         cache, view = self.layers[layer], self._views[self._keys[layer]]
         try:

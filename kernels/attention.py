@@ -101,7 +101,7 @@ from .tiles import VECTOR, unpack_head
 
 _attend_split, _merge = split_kernel.call, merge_parts.call
 SHARE_KEYS = 48  # keys that a split's fixed costs are worth, when work is shared out
-ALONE = 16  # tokens that are stored before a region for them would have begun
+ALONE = 16  # tokens that are stored before a second worker would have begun
 
 
 @inner

@@ -3,7 +3,7 @@
 A task is cut into shares. Whoever is free takes the next one, and when none is left waits until all are done: then the next
 task begins. So one worker that is held up is helped by the others; it does not matter how many there are, nor whether they
 really run at the same time; and going from task to task costs a fraction of a microsecond, where a parallel region costs
-two or three.
+two or three. A share must not raise an error: the others would wait for it.
 """
 
 import sys

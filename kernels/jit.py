@@ -82,7 +82,7 @@ class Standalone:
 
 
 SHARE = types.void(*[types.int64] * 9)
-"""What a worker of a parallel region runs (attention.py): the call, the worker, their number, the round, and addresses."""
+"""A share of a task of attention (attention.py): the call, the share, their number, the round, and addresses."""
 
 
 def standalone(signature: Any) -> Callable[[Any], Standalone]:

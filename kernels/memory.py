@@ -1,6 +1,7 @@
 """Where large arrays lie: memory from the system, in pages as small or as large as suits what is done with it."""
 
 import contextlib
+import errno
 import mmap
 import threading
 
@@ -30,7 +31,12 @@ def _mapped(nbytes: int, advice: str) -> Bytes:
     """Zeros from the system, with some advice for it if it knows such."""
     if not hasattr(mmap, "MAP_PRIVATE"):
         return aligned_zeros(nbytes)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise MemoryError(f"{nbytes:,} bytes are not to be had") from None
     if hasattr(mmap, advice):
         with contextlib.suppress(OSError):
             memory.madvise(getattr(mmap, advice))

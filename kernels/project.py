@@ -1,8 +1,8 @@
 """Chains of linear layers: rows of activations, normed or gated, times packed weights, into or onto an output, and on.
 
 In a layer, the rows are made ready once for all weights (activations.py), then blocks of 16 weight rows are shared out to
-the threads. A single row is so quickly made ready that each thread does it for itself: there is one parallel region then,
-not two. All layers between two attentions are one call: what Python does between calls is time in which no memory is read.
+the threads. A single row is so quickly made ready that each thread does it for itself. All that lies between two attentions
+is one call, or all layers with their attentions are: what Python does between calls is time in which no memory is read.
 """
 
 import numpy as np

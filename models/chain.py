@@ -1,4 +1,4 @@
-"""What happens between two attentions: links from one buffer of a pass into another.
+"""What happens between two attentions, or in all layers: links from one buffer of a pass into another.
 
 Links of packed weights, and what is done row by row, that follow one another are one call of the kernels; layers of float32
 go through NumPy, and experts choose their rows one layer at a time.

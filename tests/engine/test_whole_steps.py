@@ -76,7 +76,9 @@ def fed(model: Model, policy: CachePolicy, cuts: list[int] = CUTS) -> tuple[np.n
 def test_all_layers_at_once_give_what_one_by_one_give(
     text: str, window: int | None, runs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = CONFIG if window is None else ModelConfig(**{**_fields(), "sliding_window": window})
+    config = (
+        CONFIG if window is None else ModelConfig(**{**_fields(), "sliding_window": window, "sliding_layers": (0, 2)})
+    )
     model, policy = model_of(config), CachePolicy.parse(text)
     found = fed(model, policy)
     at_once = sum(b - a <= WHOLE_ROWS for a, b in zip(CUTS, CUTS[1:], strict=False))
