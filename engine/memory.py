@@ -113,7 +113,7 @@ def plan(
 
 
 def _stores(policy: CachePolicy, page_tiles: list[int], tokens: int, window: int | None, chunk: int) -> list[_Tiles]:
-    """The recent segment and the tiers of a layer that has read so many tokens (engine/cache.py ``LayerCache``)."""
+    """The recent segment and the tiers of a layer that has read so many tokens (engine/layer.py ``LayerCache``)."""
     recent, tiers = _Tiles(1), [_Tiles(each) for each in page_tiles]
     tile = policy.tile
 

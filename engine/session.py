@@ -11,7 +11,8 @@ from ..models.errors import NumericalError, PromptError, UsageError
 from ..models.fingerprint import fingerprint
 from ..models.load import Model
 from ..models.transformer import Step
-from .cache import Cache, LayerCache
+from .cache import Cache
+from .layer import LayerCache
 from .ledger import MassLedger
 from .policy import CachePolicy
 from .shadow import PARTS, ShadowLayer

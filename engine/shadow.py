@@ -19,7 +19,7 @@ from ..kernels.segment import Segment, TileStore
 from ..kernels.state import pad_last_axis
 from ..kernels.tables import FIRST_TILE, V_SIDE
 from ..models.transformer import Softmax
-from .cache import LayerCache, View
+from .layer import LayerCache, View
 
 Float64 = NDArray[np.float64]
 

@@ -40,7 +40,8 @@ from ..kernels.segment import TileStore
 from ..models.check import parse_json_object, shown
 from ..models.errors import ModelError, SessionFileError, UsageError
 from ..models.limits import MAX_SESSION_HEADER_BYTES
-from .cache import Cache, LayerCache
+from .cache import Cache
+from .layer import LayerCache
 from .policy import CachePolicy
 
 FORMAT = "mixkv session 1"

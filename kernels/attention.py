@@ -381,7 +381,7 @@ def begin_tasks(call):  # type: ignore[no-untyped-def]
 
 @inner
 def is_to_be_repeated(call):  # type: ignore[no-untyped-def]
-    """Whether something did not fit where a call put it: then it is described anew, with more room (engine/cache.py)."""
+    """Whether something did not fit where a call put it: then it is described anew, with more room (engine/layer.py)."""
     if get(call, LOST):
         return True
     jobs, stop = get(call, JOBS), get(call, JOB_STARTS + MAX_ROUNDS)

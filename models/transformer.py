@@ -6,7 +6,7 @@ batch, are the same code.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,21 +57,24 @@ class AttentionCache(Protocol):
         head_dim), C order, receives the output.
         """
 
+    def attentions(self, qkv: Float32, position: int, softmaxes: Sequence[Softmax]) -> "Attentions | None":
+        """``attend`` of all layers for the kernels, or None if they cannot. All layers use the array ``qkv``, in turn."""
 
-@runtime_checkable
-class DescribingCache(AttentionCache, Protocol):
-    """A cache that can also say, for all layers at once, what the kernels have to do."""
 
-    def attentions(self, qkv: Float32, position: int, softmaxes: Sequence[Softmax]) -> NDArray[np.int64] | None:
-        """``attend`` of all layers, as a chain takes it (ATTENTIONS): int64 (layers, 4). None if the kernels cannot.
+class Attentions(Protocol):
+    """The attentions of all layers in one step.
 
-        qkv: the array that has the queries, keys and values of one layer after the other.
-        """
+    Attributes:
+        table: int64 (layers, 4), as a chain takes them (kernels/project.py, ATTENTIONS).
 
-    def is_to_be_repeated(self, layer: int, qkv: Float32, softmax: Softmax, attentions: NDArray[np.int64]) -> bool:
-        """Whether a layer's attention, at which the kernels stopped, is to be done again; it is described anew then."""
+    """
 
-    def finish_attentions(self) -> None:
+    table: NDArray[np.int64]
+
+    def settle(self, i: int) -> bool:
+        """Where the kernels stopped at layer i, False if its attention is to be repeated; there is room for it now."""
+
+    def finish(self) -> None:
         """After the last one."""
 
 
@@ -274,19 +277,17 @@ class Transformer:
 
     def _run_whole(self, step: Step, buffers: Buffers, qkv: Float32) -> bool:
         """All layers of a few rows of one sequence in one call of the kernels; False, and nothing done, if they cannot."""
-        table, cache = self._whole.table, step.spans[0][0]
-        if buffers.rows > WHOLE_ROWS or len(step.spans) > 1 or table is None or not isinstance(cache, DescribingCache):
+        table, (cache, *_) = self._whole.table, step.spans[0]
+        if table is None or buffers.rows > WHOLE_ROWS or len(step.spans) > 1:
             return False
         attentions = cache.attentions(qkv, int(step.positions[0]), self._softmax)
         if attentions is None:
             return False
-        buffers.addresses[ATTENTIONS] = attentions.ctypes.data
+        buffers.addresses[ATTENTIONS] = attentions.table.ctypes.data
         done = 0
         while (done := run_chain(table, done, buffers.addresses, buffers.rows, buffers.threads)) < len(table):
-            layer = int(table[done, LAYER])
-            if not cache.is_to_be_repeated(layer, qkv, self._softmax[layer], attentions):
-                done += 1
-        cache.finish_attentions()
+            done += attentions.settle(int(table[done, LAYER]))
+        attentions.finish()
         return True
 
     def _ropes(self, context: int) -> list[tuple[Rope, Float32]]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...engine import memory
-from ...engine.cache import LayerCache
+from ...engine.layer import LayerCache
 from ...engine.policy import MAX_WINDOW, CachePolicy
 from ...engine.session import Session
 from ...kernels.threads import get_num_threads
@@ -187,6 +187,9 @@ class _WholeText:
     def __init__(self, config: ModelConfig, look: Look | None) -> None:
         self._shape, self._sliding_windows = (config.num_key_value_heads, config.head_dim), config.sliding_windows
         self._look = look
+
+    def attentions(self, *_: object) -> None:
+        """As the models' ``AttentionCache``: layers are looked at one by one."""
 
     def attend(self, layer: int, qkv: Float32, position: int, softmax: Softmax, out: Float32) -> None:
         """As the models' ``AttentionCache``."""

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ...engine.cache import LayerCache, View
+from ...engine.layer import LayerCache, View
 from ...engine.policy import CachePolicy
 from ...kernels.flash import attend
 from ...kernels.hadamard import rotated

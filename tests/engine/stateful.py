@@ -9,7 +9,8 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mixkv.engine.cache import Cache, LayerCache
+from mixkv.engine.cache import Cache
+from mixkv.engine.layer import LayerCache
 from mixkv.engine.policy import CachePolicy, Override, Tier
 from mixkv.kernels.hadamard import rotated
 from mixkv.kernels.segment import TileStore

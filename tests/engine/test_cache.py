@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import mixkv.engine.cache
-from mixkv.engine.cache import Cache, LayerCache
+import mixkv.engine.layer
+from mixkv.engine.cache import Cache
+from mixkv.engine.layer import LayerCache
 from mixkv.engine.policy import CachePolicy
 from mixkv.kernels.layout import F32, LANES
 from mixkv.kernels.segment import TileStore
@@ -106,7 +107,7 @@ def test_every_token_is_quantized_exactly_once(
     q, k, v = draw_qkv(3, N)
     k[:, 0, 0] = np.arange(N)
     cache, due, seen = LayerCache(small(rotate_k=False), HEADS, DIM), [], []
-    seal_job, attend_segments = mixkv.engine.cache.seal_job, mixkv.engine.cache.attend_segments
+    seal_job, attend_segments = mixkv.engine.layer.seal_job, mixkv.engine.layer.attend_segments
 
     def noting(source: TileStore, target: TileStore, tile: int, dead: int, fitted: bool) -> list[int]:
         assert (source, target) == (cache.recent, cache.old)
@@ -120,8 +121,8 @@ def test_every_token_is_quantized_exactly_once(
             seen.append(cache.recent.layout.dense_k(page)[0, slot, 0].astype(int).tolist())
         due.clear()
 
-    monkeypatch.setattr(mixkv.engine.cache, "seal_job", noting)
-    monkeypatch.setattr(mixkv.engine.cache, "attend_segments", recording)
+    monkeypatch.setattr(mixkv.engine.layer, "seal_job", noting)
+    monkeypatch.setattr(mixkv.engine.layer, "attend_segments", recording)
     feed(cache, (q, k, v), cuts(size))
     sealed = small().boundary(N - 1)
     assert sealed >= 200

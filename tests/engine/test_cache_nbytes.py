@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import mixkv.engine.cache
-from mixkv.engine.cache import Cache, LayerCache
+import mixkv.engine.layer
+from mixkv.engine.cache import Cache
+from mixkv.engine.layer import LayerCache
 from mixkv.engine.policy import CachePolicy
 from mixkv.kernels.layout import TileLayout
 from mixkv.kernels.segment import TileStore
@@ -152,7 +153,7 @@ def test_four_bits_take_at_most_32_percent_of_float16_at_4096_tokens(
     4,159 tokens are the worst case near by: one more, and another tile is sealed. The kernel is left out, since memory
     is what is measured.
     """
-    monkeypatch.setattr(mixkv.engine.cache, "attend_segments", lambda *_, **__: None)
+    monkeypatch.setattr(mixkv.engine.layer, "attend_segments", lambda *_, **__: None)
     policy = CachePolicy(window=128, sinks=4, k_bits=4, v_bits=4, dense="f16")
     cache = LayerCache(policy, 3, 64)
     feed(cache, draw_qkv(4, n, 3, 3, 64), [*range(0, n, 512), n])
@@ -175,7 +176,7 @@ def test_a_long_prompt_is_never_held_dense_and_coded_at_once(
         nonlocal largest
         largest = max(largest, cache.nbytes()["recent"])
 
-    monkeypatch.setattr(mixkv.engine.cache, "attend_segments", watched)
+    monkeypatch.setattr(mixkv.engine.layer, "attend_segments", watched)
     feed(cache, draw_qkv(5, n, 1, 1, 32), [*range(0, n, size), n])
     assert 0 < largest <= (size + policy.window + 2 * policy.tile) * 2 * 32 * 2
     assert cache.nbytes()["recent"] <= (policy.window + 2 * policy.tile) * 2 * 32 * 2

@@ -1,4 +1,4 @@
-"""The cache against a slow float64 oracle that does, query by query, what the docstring of engine/cache.py says.
+"""The cache against a slow float64 oracle that does, query by query, what the docstring of engine/layer.py says.
 
 The oracle shares nothing with the package: it keeps every token in every form it may be seen in, as plain arrays over
 absolute positions, rotates and quantizes with its own few lines, and picks for each query and position the form that it
@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mixkv.engine.cache import LayerCache
+from mixkv.engine.layer import LayerCache
 from mixkv.engine.policy import CachePolicy, Tier
 
 Float32 = NDArray[np.float32]

@@ -31,7 +31,7 @@ NO_WINDOW = CachePolicy(window=0, sinks=3, tile=32)
 PACKAGE = Path(mixkv.__file__).parent
 TRACED = {
     str(PACKAGE / name)
-    for name in ("engine/cache.py", "engine/session.py", "kernels/segment.py", "kernels/quantize.py")
+    for name in ("engine/cache.py", "engine/layer.py", "engine/session.py", "kernels/segment.py", "kernels/quantize.py")
 }
 
 

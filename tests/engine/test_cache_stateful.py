@@ -25,8 +25,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-import mixkv.engine.cache
-from mixkv.engine.cache import LayerCache
+import mixkv.engine.layer
+from mixkv.engine.layer import LayerCache
 from mixkv.engine.policy import CachePolicy
 from mixkv.engine.session import Session
 from mixkv.kernels.segment import TileStore, seal_job
@@ -82,7 +82,7 @@ class Sessions(RuleBasedStateMachine):
         patch = mock.patch.object
         self.resources.enter_context(patch(Session, "_new_cache", new_cache))
         self.resources.enter_context(patch(Session, "_fingerprint", staticmethod(lambda model: "stub")))
-        self.resources.enter_context(patch(mixkv.engine.cache, "seal_job", self.noting))
+        self.resources.enter_context(patch(mixkv.engine.layer, "seal_job", self.noting))
         self.folder = Path(self.resources.enter_context(tempfile.TemporaryDirectory()))
 
     def noting(self, source: TileStore, target: TileStore, tile: int, *rest: Any) -> list[int]:

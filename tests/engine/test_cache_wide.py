@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mixkv.engine.cache import LayerCache
+from mixkv.engine.layer import LayerCache
 from mixkv.engine.policy import CachePolicy, Tier
 from mixkv.kernels.reference import reference_attention
 from mixkv.models.errors import NumericalError

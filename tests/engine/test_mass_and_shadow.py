@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 import mixkv
-from mixkv.engine.cache import LayerCache
+from mixkv.engine.layer import LayerCache
 from mixkv.engine.policy import CachePolicy, Override, Tier
 from mixkv.engine.session import Session
 from mixkv.engine.shadow import ShadowLayer

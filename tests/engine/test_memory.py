@@ -16,7 +16,7 @@ STATM = Path("/proc/self/statm")
 PROGRAM = """
 import gc, json, os
 import numpy as np
-import mixkv.engine.cache
+import mixkv.engine.layer
 from mixkv.engine.cache import Cache
 from mixkv.engine.policy import CachePolicy
 from mixkv.kernels.append import store_rows_of
@@ -36,7 +36,7 @@ def store_and_seal(call, qkv, *_):
         if call[JOB_STARTS + i] < call[JOB_STARTS + i + 1]:
             quantize_share.function(call.ctypes.data, 0, 1, i, 0, 0, 0, 0, 0)
 
-mixkv.engine.cache.attend_segments = store_and_seal
+mixkv.engine.layer.attend_segments = store_and_seal
 generator = np.random.default_rng(0)
 q = np.zeros((CHUNK, HEADS, DIM), np.float32)
 k, v = (generator.standard_normal((CHUNK, HEADS, DIM), np.float32) for _ in range(2))

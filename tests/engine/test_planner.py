@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mixkv.engine.cache
+import mixkv.engine.layer
 from mixkv import CachePolicy, Override, Session, Tier
 from mixkv.engine import memory
 from mixkv.engine.cache import Cache
@@ -62,7 +62,7 @@ def filled(policy: CachePolicy, cuts: list[int], context: int, windows: list[int
 def without_the_kernel() -> Any:
     """Memory is planned and held whatever the kernel computes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixkv.engine.cache, "attend_segments", lambda *_, **__: None)
+        patch.setattr(mixkv.engine.layer, "attend_segments", lambda *_, **__: None)
         yield
 
 
@@ -254,7 +254,7 @@ def test_a_plan_is_what_a_session_of_the_model_says(toy: Model, monkeypatch: pyt
     """With the real kernel."""
     from mixkv.kernels.attention import attend_segments
 
-    monkeypatch.setattr(mixkv.engine.cache, "attend_segments", attend_segments)
+    monkeypatch.setattr(mixkv.engine.layer, "attend_segments", attend_segments)
     policies = CachePolicy(), TIERS, CachePolicy(tile=32, overrides=(Override("1", k_bits=8),))
     for policy in policies:
         session = Session(toy, policy, context=1500)

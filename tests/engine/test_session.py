@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 import mixkv
 import mixkv.engine.cache
 from mixkv import CachePolicy, Session, Tier
-from mixkv.engine.cache import Cache, LayerCache
+from mixkv.engine.cache import Cache
+from mixkv.engine.layer import LayerCache
 from mixkv.models.errors import PromptError, UsageError
 from mixkv.models.load import Model
 from mixkv.models.transformer import Step

@@ -10,7 +10,7 @@ import pytest
 
 import mixkv.models.transformer
 from mixkv import CachePolicy, Session
-from mixkv.engine.cache import LayerCache
+from mixkv.engine.layer import LayerCache
 from mixkv.models.config import ModelConfig
 from mixkv.models.errors import NumericalError
 from mixkv.models.load import Model, read_weights
@@ -124,7 +124,7 @@ def test_what_cannot_be_kept_names_layer_and_position_and_leaves_the_session(don
     assert len(runs) >= done + 33
 
 
-@pytest.mark.parametrize("where", ["_describe", "_store_addresses", "is_quantized", "commit"])
+@pytest.mark.parametrize("where", ["_describe", "_store_addresses", "settle_tiles", "commit"])
 def test_an_interrupt_at_any_place_leaves_a_session_that_goes_on_as_if_there_was_none(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ import numba
 import numpy as np
 import pytest
 
-from mixkv.engine.cache import LayerCache
+from mixkv.engine.layer import LayerCache
 from mixkv.engine.policy import CachePolicy, Tier
 from mixkv.kernels.tables import N_PARTS, STEP
 from mixkv.models.transformer import Softmax

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import mixkv
-from mixkv.engine.cache import LayerCache
+from mixkv.engine.layer import LayerCache
 from mixkv.engine.policy import CachePolicy, Override, Tier
 from mixkv.engine.session import Session
 from mixkv.engine.shadow import ShadowLayer

@@ -1,0 +1,564 @@
+"""The mixed KV cache of a layer: a list of segments - sink, tiers of codes, recent - and one rule for who sees what.
+
+Positions are absolute. Tile t holds the positions t * tile .. (t + 1) * tile. While it is recent it is dense; it is
+*sealed* (quantized into the youngest tier) as soon as a query comes that may not see it densely, and goes on from tier to
+tier as it ages. With B_0(p) >= B_1(p) >= ... the boundaries of the tiers (``CachePolicy.boundary``), and L(p) the first
+position of a sliding window, or 0, the query at position p sees
+
+    sinks        [L(p), min(sinks, p + 1))             in tier i    [max(B_i+1(p), sinks, L(p)), B_i(p))
+    recent       [max(B_0(p), sinks, L(p)), p + 1)     the oldest   [max(sinks, L(p)), B_n-1(p))
+
+While a prompt is processed in chunks, a tile may exist in several forms; the range of each query picks one. So a query sees
+what it would have seen token by token, however the prompt was cut.
+
+Keys, and queries with them, or values may be rotated (kernels/hadamard.py); then every segment holds them so.
+"""
+
+import math
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..kernels.attention import attend_segments
+from ..kernels.flash import empty_call, n_parts
+from ..kernels.hadamard import block_size, rotated
+from ..kernels.layout import DENSE_DTYPES, F32, Q8
+from ..kernels.quantize import IMPOSSIBLE_AT, Float32, narrow, store_rows
+from ..kernels.segment import Int64, TileStore, seal, seal_job, segment_of_arrays, widen_as_found
+from ..kernels.simd import LANES
+from ..kernels.state import pad_last_axis
+from ..kernels.tables import (
+    APPEND_AS_IS,
+    APPEND_ROTATED,
+    APPENDED,
+    CALL_FIELDS,
+    DENSE_KIND,
+    FRESH,
+    HEAD_DIM,
+    JOB_STARTS,
+    JOBS,
+    K_BLOCK,
+    LEDGER,
+    LOST,
+    MAX_N_REP,
+    MAX_ROUNDS,
+    N_HEADS,
+    N_PARTS,
+    N_QUERIES,
+    N_SEGMENTS,
+    N_SINKS,
+    OPTIONS,
+    POSITION,
+    Q_STRIDE,
+    RANGES,
+    SEGMENTS,
+    STEP,
+    V_BLOCK,
+)
+from ..kernels.threads import get_num_threads
+from ..models.errors import NumericalError, UsageError
+from ..models.transformer import Softmax
+from .policy import DENSE, CachePolicy
+
+_WIDER = "use a policy with dense='f32' and k_bits and v_bits of 32"
+
+
+class View:
+    """What the queries of one step see, the same in every layer of one policy and window: positions, by segment."""
+
+    def __init__(self, cache: "LayerCache", position: int, qkv: Float32) -> None:
+        n_kv_heads, tile, n_tiers = cache.recent.layout.n_kv_heads, cache.policy.tile, len(cache.tiers)
+        n_queries, heads = len(qkv), qkv.shape[1] - 2 * n_kv_heads
+        if heads > MAX_N_REP * n_kv_heads:  # the kernels would write beyond their tables
+            raise ValueError(f"at most {MAX_N_REP} query heads may share a KV head, found {heads} and {n_kv_heads}")
+        self.position, self.n_queries, self.heads = position, n_queries, heads
+        self.stop, self.threads = position + n_queries, get_num_threads()
+        self.state = np.empty((heads, n_queries, 2), np.float32)
+        seen = np.arange(position + 1, self.stop + 1, dtype=np.int64)
+        boundaries = np.maximum((seen - cache.ages) // tile, 0)  # (tiers, T), in tiles
+        # Tiles below are in the tier, unless a sliding window never reaches it
+        self.sealed = [stop if yes else 0 for stop, yes in zip(boundaries[:, -1].tolist(), cache.in_reach, strict=True)]
+        # Of sink, tiers from the oldest on, recent: where each query starts and stops
+        ranges = self.ranges = np.empty((2 * n_tiers + 4, n_queries), np.int64)
+        ranges[0] = 0 if cache.sliding_window is None else np.maximum(seen - cache.sliding_window, 0)
+        np.minimum(seen, cache.sinks, out=ranges[1])
+        np.maximum(ranges[0], cache.sinks, out=ranges[2])
+        np.multiply(boundaries[::-1], tile, out=ranges[3:-1:2])
+        np.maximum(ranges[3:-1:2], ranges[2], out=ranges[4::2])
+        ranges[-1] = seen
+        spans = list(zip(ranges[::2, 0].tolist(), ranges[1::2, -1].tolist(), strict=True))
+        width = -(-qkv.shape[2] // LANES) * LANES
+        fields = np.zeros(CALL_FIELDS, np.int64)
+        fields[N_QUERIES], fields[Q_STRIDE], fields[APPENDED] = n_queries, 4 * qkv.shape[1] * width, APPEND_ROTATED
+        fields[POSITION] = position
+        parts = fields[N_PARTS] = n_parts(n_queries, heads, n_kv_heads, spans, self.threads)
+        address, nbytes = self.ranges.ctypes.data, 8 * n_queries
+        for i, (low, high) in enumerate(spans):
+            own = address + 2 * i * nbytes, address + (2 * i + 1) * nbytes, low, high
+            fields[RANGES + 4 * i : RANGES + 4 * (i + 1)] = own
+        self.fields = fields[STEP:]
+        self._room = parts * n_queries * heads, width
+
+    @cached_property
+    def _parts(self) -> tuple[Float32, Float32]:
+        """Room for the outputs and the states of parts that are merged (kernels/attention.py)."""
+        rows, width = self._room
+        return np.empty(rows * width + LANES, np.float32), np.empty(rows * 2 + 1, np.float32)
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Of the state and the parts, as a chain takes them (kernels/project.py, ATTENTIONS)."""
+        return self.state.ctypes.data, *(x.ctypes.data for x in self._parts)
+
+
+class LayerCache:
+    """Keys and values of one layer, from position 0 to the last one appended.
+
+    ``exact`` keeps attention float32 throughout, as ``precision="f32"`` of ``flash_attention`` does.
+
+    Args:
+        policy: one without overrides (``CachePolicy.for_layer``).
+        n_kv_heads, head_dim: shape of a token's keys and of its values.
+        context: the most tokens there will be, if that is known.
+        sliding_window: a query sees no more than so many positions, itself included; None for all.
+
+    """
+
+    exact = False
+    keeps_dense = False  # dense tiles for ever, as shadow mode does (shadow.py)
+
+    def __init__(
+        self,
+        policy: CachePolicy,
+        n_kv_heads: int,
+        head_dim: int,
+        context: int | None = None,
+        sliding_window: int | None = None,
+    ) -> None:
+        self.policy, self.head_dim, self.sliding_window = policy, head_dim, sliding_window
+        self.sinks = policy.sinks if context is None else min(policy.sinks, context)
+        self.ages = np.array([[tier.after] for tier in policy.tiers])
+        self.in_reach = [sliding_window is None or sliding_window > age for age in self.ages[:, 0].tolist()]
+        self.recent = TileStore(policy.dense_layout(n_kv_heads, head_dim))
+        self.tiers = [TileStore(layout) for layout in policy.tier_layouts(n_kv_heads, head_dim)]  # youngest first
+        dtype = DENSE_DTYPES[DENSE[policy.dense]]
+        self._set_sinks(*np.zeros((2, self.sinks, n_kv_heads, -(-head_dim // LANES) * LANES), dtype))
+        self._call: Int64 | None = None
+        self.call_address = 0  # of the last call
+        self._described_for: tuple[Softmax | None, bool, int] = None, False, 0
+        self._addresses: list[int] = []  # of the stores, when the call was described
+        self._entering: list[tuple[int, int]] = []  # what the last call described quantizes: (tier, tile)
+        self._options = np.zeros(3, np.float32)
+        self._jobs: Int64 | None = None
+        self.ledger: Float32 | None = None  # (segments, H, T, 2): the state after each segment of the last ``attend``
+        self.keeps_ledger = False
+        self.tiles_quantized = 0  # each tile once for every tier that it enters, which is tested by this count
+
+    @property
+    def old(self) -> TileStore:
+        """The youngest tier."""
+        return self.tiers[0]
+
+    @property
+    def view_key(self) -> tuple[object, ...]:
+        """Layers for which this is the same have the same ``View``."""
+        return self.sinks, self.policy.tile, *self.ages[:, 0].tolist(), self.sliding_window
+
+    @property
+    def _fitted(self) -> bool:
+        return self.policy.scales == "fit"
+
+    def _dead(self, tile: int) -> int:
+        """How many of the first tokens of a tile are sinks, and so never seen in it."""
+        return min(max(self.sinks - tile * self.policy.tile, 0), self.policy.tile)
+
+    def _set_sinks(self, k: NDArray[np.generic], v: NDArray[np.generic]) -> None:
+        segment = self._sink_segment = segment_of_arrays(k, v)
+        self._sink_addresses = segment.table.ctypes.data, segment.geometry.ctypes.data
+        self.sink_v = v
+        self.sink_k = k  # last: an interrupt may come before, and this one's type tells whether all is done
+
+    def attend(
+        self, qkv: Float32, position: int, softmax: Softmax, out: Float32 | None = None, view: View | None = None
+    ) -> Float32:
+        """Append keys and values at ``position``, and attend with the queries there.
+
+        Args:
+            qkv: float32 (T, n_heads + 2 * n_kv_heads, head_dim), queries, keys and values of T tokens, C order. What the
+                policy rotates is rotated in place.
+            position: of the first of them.
+            softmax: scale, soft-cap and sink logits.
+            out: float32 (T, n_heads, head_dim), C order, to write to.
+            view: what the queries see, where the caller has it already.
+
+        Returns o, float32 (T, n_heads, head_dim). Nothing is final before ``commit``; to append something else at the
+        same position, ``truncate`` to it first.
+        """
+        if view is None:
+            view = self.view(position, qkv)
+        heads, head_dim, width = view.heads, qkv.shape[2], self.recent.layout.width
+        if out is None:
+            out = np.empty((view.n_queries, heads, head_dim), np.float32)
+        padded, result = qkv, out
+        if head_dim != width:
+            padded, result = pad_last_axis(qkv), np.empty((view.n_queries, heads, width), np.float32)
+        call = self.describe(view, softmax)
+        while True:
+            if not call[FRESH]:  # go on from the sink logits instead of from nothing
+                view.state[...], result[...] = softmax.first_state(heads, view.n_queries), 0
+            attend_segments(call, padded, result, view.state, view.threads)
+            if self.settle(padded[:, heads:]):
+                break
+            call = self.describe_again(view, softmax)
+        if result is not out:
+            out[...] = result[..., :head_dim]
+        return out
+
+    def view(self, position: int, qkv: Float32) -> View:
+        """What the queries of ``attend`` see."""
+        return View(self, position, qkv)
+
+    def describe(self, view: View, softmax: Softmax) -> Int64:
+        """The call of ``attend_segments`` for one step; places for its tokens, and in the tiers, are made."""
+        if (call := self._call) is not None and self._is_as_described(view, softmax):
+            call[STEP:CALL_FIELDS] = view.fields
+            return call
+        self._entering = self._places_in_tiers(view)
+        return self._describe(view, softmax, self._entering)
+
+    def _is_as_described(self, view: View, softmax: Softmax) -> bool:
+        """Whether the last call needs nothing but other ranges: no new tile, nothing moved, and it had no jobs."""
+        then, *others = self._described_for
+        if then is not softmax or others != [self.exact, view.heads]:
+            return False
+        # Tiles that were to enter may be left from a step that was interrupted
+        if self._entering or self._jobs is not None or self.keeps_ledger or self.ledger is not None:
+            return False
+        if self.recent.stop * self.policy.tile < view.stop:
+            return False
+        if any(tier.stop < sealed for tier, sealed in zip(self.tiers, view.sealed, strict=True)):
+            return False
+        return self._addresses == self._store_addresses()
+
+    def _store_addresses(self) -> list[int]:
+        """Of the tables and geometries of tiers and recent tiles, in the order of positions."""
+        return [x for store in self._by_position for x in store.addresses()]
+
+    def settle(self, kv: Float32) -> bool:
+        """After a call: make room where something did not fit. False if there was such, and the call is to be repeated.
+
+        kv: float32 (T, 2 * n_kv_heads, width), the keys and values that were appended.
+
+        Raises:
+            NumericalError: a tile that cannot be quantized.
+
+        """
+        assert self._call is not None
+        if self._call[LOST] and self._lost_any(kv):
+            self.widen_dense()
+            return False
+        return self.settle_tiles()
+
+    def settle_tiles(self) -> bool:
+        """``settle`` for the tiles that the call quantized, which are counted if all fitted."""
+        if self._entering and self._widened(self._entering):
+            return False
+        self._entering = []
+        return True
+
+    def describe_again(self, view: View, softmax: Softmax) -> Int64:
+        """The last call, with more room; what is rotated must not be so twice."""
+        call = self._describe(view, softmax, self._entering)
+        call[APPENDED] = APPEND_AS_IS
+        return call
+
+    def _places_in_tiers(self, view: View) -> list[tuple[int, int]]:
+        """Make places for the tiles that are to enter a tier: (tier, tile) of each, tier after tier."""
+        found: list[tuple[int, int]] = []
+        for i, (tier, stop) in enumerate(zip(self.tiers, view.sealed, strict=True)):
+            if tier.stop < stop:
+                tier.forget_before(self._first_seen(view.position))  # what a sliding window has left behind
+                for t in range(tier.stop, stop):
+                    tier.append()
+                    found.append((i, t))
+        return found
+
+    def _describe(self, view: View, softmax: Softmax, tiles: list[tuple[int, int]]) -> Int64:
+        """The call of ``attend_segments``; places for new tokens are made."""
+        recent = self.recent
+        while recent.stop * recent.layout.tile < view.stop:
+            recent.append()
+        if self._call is None or self._call[N_HEADS] != view.heads:
+            self._call = self._begin_call(view.heads)
+        call = self._call
+        self._options[:] = softmax.scale, softmax.softcap, self.exact  # SCALE, SOFTCAP, EXACT
+        call[FRESH] = softmax.sink_logits is None
+        call[STEP:CALL_FIELDS] = view.fields
+        stop = SEGMENTS + 2 + 2 * len(self._by_position)
+        self._addresses = call[SEGMENTS + 2 : stop] = self._store_addresses()
+        if tiles:
+            stores = [recent, *self.tiers]
+            jobs = [seal_job(stores[i], stores[i + 1], t, self._dead(t), self._fitted) for i, t in tiles]
+            self._jobs = np.array(jobs, np.int64)
+            starts = [sum(tier < i for tier, _ in tiles) for i in range(MAX_ROUNDS + 1)]
+            call[JOBS], call[JOB_STARTS:STEP] = self._jobs.ctypes.data, starts
+        elif self._jobs is not None:
+            self._jobs, call[JOB_STARTS:STEP] = None, 0
+        if self.keeps_ledger:
+            self.ledger = np.empty((len(self.tiers) + 2, view.heads, view.n_queries, 2), np.float32)
+            call[LEDGER] = self.ledger.ctypes.data
+        elif self.ledger is not None:
+            self.ledger, call[LEDGER] = None, 0
+        self._described_for = softmax, self.exact, view.heads
+        return call
+
+    def _begin_call(self, heads: int) -> Int64:
+        """What is the same in every call with so many query heads."""
+        self._widen_sinks()
+        self._by_position = *reversed(self.tiers), self.recent
+        layouts = [tier.layout for tier in self.tiers]
+        most = max(side.parts * side.limbs for layout in layouts for side in (layout.k, layout.v))
+        call = empty_call(heads, layouts[0].n_kv_heads, layouts[0].width, most)
+        call[N_SEGMENTS], call[N_SINKS] = len(self.tiers) + 2, self.sinks
+        call[HEAD_DIM], call[DENSE_KIND] = self.head_dim, DENSE[self.policy.dense]
+        call[K_BLOCK], call[V_BLOCK] = (block_size(self.head_dim) * rotates for rotates in self.policy.rotates)
+        call[OPTIONS] = self._options.ctypes.data
+        call[SEGMENTS : SEGMENTS + 2] = self._sink_addresses
+        self.call_address = call.ctypes.data
+        return call
+
+    def _lost_any(self, kv: Float32) -> bool:
+        """Whether there are finite keys or values that the dense parts cannot hold."""
+        if self._call is not None:
+            self._call[LOST] = 0
+        try:
+            narrow(kv, self.recent.layout.k_kind)
+        except OverflowError:
+            return True
+        return False
+
+    def widen_dense(self) -> None:
+        """Keep the dense parts as float32 from now on: there are numbers that float16 cannot hold.
+
+        Only these are kept otherwise than before (append.py): no query sees whether a part has been widened already.
+        """
+        wide = TileStore(replace(self.recent.layout, k_kind=F32, v_kind=F32))
+        wide.forget_before(self.recent.first)
+        for t in range(self.recent.first, self.recent.stop):
+            wide.append()
+            seal(self.recent, wide, t, 0, False)
+        self._call, self.recent = None, wide
+        self._widen_sinks()
+
+    def _widen_sinks(self) -> None:
+        """Give the sinks the type of the recent segment; an interrupt may have come between the two."""
+        dtype = DENSE_DTYPES[self.recent.layout.k_kind]
+        if self.sink_k.dtype != dtype:
+            self._set_sinks(self.sink_k.astype(dtype), self.sink_v.astype(dtype))
+
+    def _as_kept(self, x: Float32) -> Float32:
+        """Numbers as the dense parts keep them: rounded to their type, but for those that are beyond it."""
+        with np.errstate(over="ignore"):
+            rounded = x.astype(DENSE_DTYPES[DENSE[self.policy.dense]]).astype(np.float32)
+        return np.where(np.isfinite(rounded), rounded, x)
+
+    def _widened(self, tiles: list[tuple[int, int]]) -> bool:
+        """Make room for scales as float32 where a job just done says so; whether there was one.
+
+        Raises:
+            NumericalError: a tile that cannot be quantized.
+
+        """
+        jobs = self._jobs
+        assert jobs is not None
+        again: set[int] = set()  # tiles whose source is quantized once more: their jobs have seen no final one
+        for (i, t), job in zip(tiles, jobs, strict=True):
+            if t in again:
+                continue
+            if job[IMPOSSIBLE_AT:].any():
+                why = "a number or a range is beyond its type, or not a number"
+                raise NumericalError(f"tile {t} cannot be quantized: {why}; {_WIDER}")
+            if widen_as_found(self.tiers[i], t, job):
+                again.add(t)
+        if not again:
+            kinds = [(x.layout.k_kind, x.layout.v_kind) for x in (self.recent, *self.tiers)]
+            self.tiles_quantized += sum(kinds[i] != kinds[i + 1] for i, _ in tiles)  # else tiles are only copied
+        return bool(again)
+
+    def _first_seen(self, position: int) -> int:
+        """The first tile that a sliding window leaves in sight of any query that may still come."""
+        if self.sliding_window is None:
+            return 0
+        return max(0, position - self.policy.rollback + 1 - self.sliding_window) // self.policy.tile
+
+    def commit(self, position: int) -> None:
+        """Everything below ``position`` is final: forget forms of tiles that no query from there on sees.
+
+        Queries go on from ``position``, or, after ``truncate``, from up to ``policy.rollback`` tokens before.
+        """
+        policy, horizon = self.policy, max(0, position - self.policy.rollback)
+        seen, source = self._first_seen(position), self.recent
+        for i, tier in enumerate(self.tiers):
+            # Not with a window of 0 a tile that the token at the horizon is still missing in
+            entered = min(policy.boundary(horizon, i), horizon) // policy.tile
+            if source is not self.recent or not self.keeps_dense:
+                source.forget_before(max(seen, min(tier.stop, entered)))
+            source = tier
+        source.forget_before(seen)
+
+    @property
+    def lowest(self) -> int:
+        """The first position that ``truncate`` can go back to: everything that a query from there on sees is still held."""
+        reach = math.inf if self.sliding_window is None else self.sliding_window
+        lowest = 0
+        for age, source in zip([*self.ages[:, 0], math.inf], (self.recent, *self.tiers), strict=True):
+            if source.first:  # then age or reach is a number
+                lowest = max(lowest, source.first * self.policy.tile + max(int(min(age, reach)), 1) - 1)
+        return lowest
+
+    def truncate(self, position: int) -> None:
+        """Forget the tokens from ``position`` on, which is ``lowest`` or more. What is next appended goes there."""
+        self._widen_sinks()
+        tile, source = self.policy.tile, self.recent
+        for i, tier in enumerate(self.tiers):
+            # Not what the last query that stays had sealed; nor what its source does not hold any more
+            tier.forget_from(max(self.policy.boundary(position - 1, i) // tile, source.first))
+            source = tier
+        self.recent.forget_from(-(-position // tile))
+        if position % tile:
+            self.recent.own(position // tile)
+
+    def fill_sinks(self, k: NDArray[np.generic], v: NDArray[np.generic]) -> None:
+        """Set the sinks, both (sinks, n_kv_heads, width) in the dtype of the dense parts."""
+        self.sink_k[:], self.sink_v[:] = k, v
+
+    def check_spans(self, spans: list[tuple[int, int]], position: int) -> None:
+        """UsageError where recent and tiers with these first and last + 1 tiles could not go on at ``position``."""
+        tile, reach = self.policy.tile, math.inf if self.sliding_window is None else self.sliding_window
+        fits = spans[0][1] == -(-position // tile)
+        for i, reached in enumerate(self.in_reach):
+            (source_first, _), (first, stop) = spans[i], spans[i + 1]
+            sealed = self.policy.boundary(position - 1, i) // tile
+            fits &= not reached or (source_first <= stop and sealed <= stop <= max(position // tile, first))
+        for (first, stop), age in zip(spans, [*self.ages[:, 0].tolist(), math.inf], strict=True):
+            fits &= 0 <= first <= stop <= position + 1
+            fits &= first == 0 or first * tile + max(min(age, reach), 1) - 1 <= position  # as ``lowest`` says
+        if not fits:
+            raise UsageError(f"a cache at position {position} cannot hold the tiles {spans}")
+
+    def fork(self) -> "LayerCache":
+        """A cache of the same tokens, which shares what neither of the two will write to."""
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._call, other._jobs, other._options = None, None, self._options.copy()
+        other._entering = []
+        other.ledger = None
+        other._set_sinks(self.sink_k.copy(), self.sink_v.copy())
+        other.recent, other.tiers = self.recent.fork(), [tier.fork() for tier in self.tiers]
+        for cache in (self, other):
+            cache.recent.own(cache.recent.stop - 1)
+        return other
+
+    def values(self, start: int, stop: int, *, as_held: bool = False) -> tuple[Float32, Float32, NDArray[np.bool_]]:
+        """Keys and values of positions, as exactly as they are held, and which of them are codes only.
+
+        Args:
+            start, stop: the first position, and one past the last.
+            as_held: leave what is rotated so.
+
+        Returns:
+            k, v: float32 (stop - start, n_kv_heads, head_dim); coded: bool (stop - start,). Positions that a sliding window
+            has left behind are zeros.
+
+        """
+        layout, tile = self.recent.layout, self.policy.tile
+        wide = TileStore(replace(layout, k_kind=F32, v_kind=F32))
+        found = np.zeros((2, stop - start, layout.n_kv_heads, self.head_dim), np.float32)
+        coded = np.zeros(stop - start, bool)
+        for t in range(start // tile, -(-stop // tile)):
+            stores = [store for store in (self.recent, *self.tiers) if store.first <= t < store.stop]
+            if not stores:
+                continue
+            wide.forget_before(t)
+            wide.append()
+            seal(stores[0], wide, t, 0, False)
+            page, _ = wide.place(t)
+            here = slice(max(start - t * tile, 0), min(stop - t * tile, tile))
+            there = slice(t * tile + here.start - start, t * tile + here.stop - start)
+            found[0, there] = wide.layout.dense_k(page)[:, 0, : self.head_dim, here].transpose(2, 0, 1)
+            found[1, there] = wide.layout.dense_v(page)[:, 0, here, : self.head_dim].transpose(1, 0, 2)
+            coded[there] = max(stores[0].layout.k_kind, stores[0].layout.v_kind) >= Q8
+        sinks = min(self.sinks, stop)
+        if start < sinks:
+            for x, kept in zip(found, (self.sink_k, self.sink_v), strict=True):
+                x[: sinks - start] = kept[start:sinks, :, : self.head_dim]
+            coded[: sinks - start] = False
+        k, v = (rotated(x) if y and not as_held else x for x, y in zip(found, self.policy.rotates, strict=True))
+        return k, v, coded
+
+    def take_over(self, other: "LayerCache", position: int) -> dict[str, int]:
+        """Fill this cache, which is empty, with what another one of the same model holds; see ``Session.retier``."""
+        tile = self.policy.tile
+        found = {"requantized": 0, "not_restored": 0}
+        turned_alike = self.policy.rotates == other.policy.rotates
+        alike = turned_alike and tile == other.policy.tile
+        for t in range(self._first_seen(position), -(-position // tile)):
+            start, stop = t * tile, min((t + 1) * tile, position)
+            *kv, coded = other.values(start, stop, as_held=turned_alike)
+            k, v = (rotated(x) if y and not turned_alike else x for x, y in zip(kv, self.policy.rotates, strict=True))
+            if not self.recent.stop:
+                self.recent.forget_before(t)
+            k, v = self._as_kept(k), self._as_kept(v)
+            if self._lost_any(np.stack([k, v])):
+                self.widen_dense()
+            store_rows(self.recent.layout, self.recent.place(t)[0], 0, k, v)
+            self.recent.append()
+            for x, kept in ((k, self.sink_k), (v, self.sink_v)):
+                rows = min(stop, self.sinks) - start
+                if rows > 0:
+                    kept[start : start + rows, :, : self.head_dim] = x[:rows]
+            # What was a sink has no codes worth having in its tile
+            alive = alike and (self.sinks >= other.sinks or t * tile >= other.sinks)
+            sources = [tier for tier in other.tiers if alive and tier.first <= t < tier.stop]
+            kept_as = self._enter(t, position, sources)
+            dead = min(self._dead(t), stop - start)
+            n_coded = int(coded[dead:].sum())
+            found["not_restored"] += int(coded[:dead].sum()) + (n_coded if kept_as == "dense" else 0)
+            found["requantized"] += n_coded if kept_as == "anew" else 0
+        self.commit(position)
+        return found
+
+    def _enter(self, t: int, position: int, sources: list[TileStore]) -> str:
+        """Take tile t, the last of the recent segment, through the tiers that it has reached.
+
+        Returns how it is kept in the end: "dense", "as it was" where it could be copied from one of ``sources``, or in new
+        codes "anew".
+        """
+        source, kept_as = self.recent, "dense"
+        for i, tier in enumerate(self.tiers):
+            if not self.in_reach[i] or t >= self.policy.boundary(position - 1, i) // self.policy.tile:
+                break
+            if not tier.stop:
+                tier.forget_before(t)
+            tier.append()
+            same = [other for other in sources if other.layout.same_tiles(tier.layout)]
+            kept_as = "as it was" if same else "anew" if max(tier.layout.k_kind, tier.layout.v_kind) >= Q8 else "dense"
+            if same:
+                tier.copy(t, same[0])
+            else:
+                try:
+                    seal(source, tier, t, self._dead(t), self._fitted)
+                except OverflowError as error:
+                    raise NumericalError(f"tile {t} cannot be quantized: {error}; {_WIDER}") from None
+            source = tier
+        return kept_as
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes in use of each segment; all tiers are "old"."""
+        return {
+            "sink": self.sink_k.nbytes + self.sink_v.nbytes,
+            "old": sum(tier.nbytes for tier in self.tiers),
+            "recent": self.recent.nbytes,
+        }
