@@ -27,7 +27,14 @@ LINKS = 100
 
 @dataclass(frozen=True, slots=True)
 class Overhead:
-    """Of one decode step: seconds in Python, seconds of handing work to threads, and how often a layer does that."""
+    """Of one decode step.
+
+    Attributes:
+        python_seconds: in Python, and of entering its two parallel regions.
+        handover_seconds: of handing work from all threads to all threads within them.
+        handovers_per_layer: how often a layer does that.
+
+    """
 
     python_seconds: float
     handover_seconds: float
@@ -37,7 +44,7 @@ class Overhead:
 def overhead(n_layers: int, threads: int, *, clock: Callable[[], float] = time.perf_counter) -> Overhead:
     """Measure it, medians of many steps. The threads are those in force."""
     model = _small_model(n_layers)
-    a_layer = 1 + sum(chain.handovers for chain in model.transformer.chains) // n_layers  # 1: attention
+    a_layer = 2 + sum(chain.handovers for chain in model.transformer.chains) // n_layers  # 2: storing, attending
     handovers = a_layer * n_layers + 1  # 1: the output head
     session = Session(model)
     session.forward([1, 2, 3], None)

@@ -15,7 +15,7 @@ from numba import prange, types
 
 from . import simd
 from .append import store_share
-from .crew import TASK_NBYTES, finish_share, take_share, wait_for_all
+from .crew import TASK_NBYTES, begin_tasks, do_task, have_failed
 from .hadamard import rotate_head
 from .jit import SHARE, inner, parallel_kernel, standalone
 from .products import multiply_dense, multiply_tile
@@ -33,6 +33,7 @@ from .tables import (
     DISTANCE,
     DISTANCES,
     FIELDS,
+    FINISH_KERNEL,
     FLOAT_FIELDS,
     FOLLOW_KERNEL,
     FRESH,
@@ -276,9 +277,6 @@ def attend_share(call, worker, workers, _, q, out, state, outs, states):  # type
     memory[0] = room[0] = table[0] = numbers[0] = 0
 
 
-_share = attend_share.call
-
-
 @standalone(types.void(*[types.int64] * 2))
 def enter_parts(call, states):  # type: ignore[no-untyped-def]
     """The ledger of a call whose splits were attended to apart: ``states`` (parts, H, T, 2) added up in their order."""
@@ -310,20 +308,9 @@ def enter_parts(call, states):  # type: ignore[no-untyped-def]
 _enter_parts = enter_parts.call
 
 
-@inner
-def _do(kernel, call, nth_round, q, out, state, outs, states, shares, task):  # type: ignore[no-untyped-def]
-    """A worker's part in a task whose shares are done by a kernel of the type SHARE."""
-    share = take_share(task)
-    while share < shares:
-        _share(kernel, call, share, shares, nth_round, q, out, state, outs, states)
-        finish_share(task)
-        share = take_share(task)
-    wait_for_all(task, shares)
-
-
-@inner
-def _merge_all(call, out, state, outs, states):  # type: ignore[no-untyped-def]
-    """Merge the parts in their order."""
+@standalone(SHARE)
+def finish_parts(call, _1, _2, _3, _q, out, state, outs, states):  # type: ignore[no-untyped-def]
+    """Merge the parts in their order: a task of one share."""
     rows, width = get(call, N_QUERIES) * get(call, N_HEADS), get(call, ROW_WIDTH)
     _merge(
         get(call, MERGE_KERNEL), outs, states, get(call, N_PARTS), get(call, N_QUERIES), get(call, N_HEADS), width, out,
@@ -338,22 +325,19 @@ def _merge_all(call, out, state, outs, states):  # type: ignore[no-untyped-def]
 @standalone(types.void(*[types.int64] * 7))
 def follow_attention(call, q, out, state, outs, states, workers):  # type: ignore[no-untyped-def]
     """One worker's part in a call, whose tasks are zeros. All arguments are numbers or addresses."""
-    task = call_tasks(call)
+    task, one = call_tasks(call), np.int64(1)
     if get(call, APPENDED):
-        storing = np.int64(1) if get(call, N_QUERIES) <= ALONE else workers
-        _do(get(call, STORE_KERNEL), call, np.int64(0), q, out, state, outs, states, storing, task)
+        storing = one if get(call, N_QUERIES) <= ALONE else workers
+        do_task(get(call, STORE_KERNEL), call, storing, np.int64(0), q, out, state, outs, states, task)
     for nth_round in range(MAX_ROUNDS):
         task += TASK_NBYTES
         if get(call, JOB_STARTS + nth_round) < get(call, JOB_STARTS + nth_round + 1):
-            _do(get(call, SEAL_KERNEL), call, nth_round, q, out, state, outs, states, workers, task)
+            do_task(get(call, SEAL_KERNEL), call, workers, nth_round, q, out, state, outs, states, task)
     task += TASK_NBYTES
-    _do(get(call, WORK_KERNEL), call, np.int64(0), q, out, state, outs, states, workers, task)
+    do_task(get(call, WORK_KERNEL), call, workers, np.int64(0), q, out, state, outs, states, task)
     task += TASK_NBYTES
     if get(call, N_PARTS):
-        if take_share(task) == 0:
-            _merge_all(call, out, state, outs, states)
-            finish_share(task)
-        wait_for_all(task, 1)
+        do_task(get(call, FINISH_KERNEL), call, one, np.int64(0), q, out, state, outs, states, task)
 
 
 _follow = follow_attention.call
@@ -368,15 +352,9 @@ KERNELS = {
     LEDGER_KERNEL: enter_parts,
     UNPACK_FUNCTION: unpack_head,
     FOLLOW_KERNEL: follow_attention,
+    FINISH_KERNEL: finish_parts,
 }
 """The kernels that are called by their address, by the field of a call that has it."""
-
-
-@inner
-def begin_tasks(call):  # type: ignore[no-untyped-def]
-    """Before workers follow a call: its tasks are zeros."""
-    for i in range(0, CALL_TASKS * TASK_NBYTES, 8):
-        simd.store_integer(call_tasks(call) + i, np.int64(0))
 
 
 @inner
@@ -405,10 +383,13 @@ def attend_segments(call, q, out, state, workers):  # type: ignore[no-untyped-de
         np.empty(parts * rows * call[ROW_WIDTH] + LANES, np.float32),
         np.empty(parts * rows * 2 + 1, np.float32),
     )
-    begin_tasks(np.int64(call.ctypes.data))
+    tasks = call_tasks(np.int64(call.ctypes.data))
+    begin_tasks(tasks, CALL_TASKS)
     for _ in prange(workers):
         _follow(
             call[FOLLOW_KERNEL], call.ctypes.data, q.ctypes.data, out.ctypes.data, state.ctypes.data, outs.ctypes.data,
             states.ctypes.data, np.int64(workers),
         )  # fmt: skip
     outs[0] = states[0] = 0
+    if have_failed(tasks, CALL_TASKS):
+        raise MemoryError("attention ran out of memory")

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .activations import GROUP_NBYTES, SILU
+from .crew import TASK_NBYTES
 from .dots import GROUP, TILE_ROWS
 from .project import (
     ALL_BLOCKS,
@@ -22,6 +23,7 @@ from .project import (
     HOW,
     LAYER,
     LINK_FIELDS,
+    LINK_TASKS,
     MULTIPLY_KERNEL,
     N_PARTS,
     NORM_WEIGHT,
@@ -33,7 +35,6 @@ from .project import (
     ROW_KERNEL,
     SOURCE,
     TARGET,
-    TASK_NUMBERS,
     follow_chain,
     multiply_blocks,
     normalize_rows,
@@ -179,7 +180,7 @@ def _padded(weight: Float32, columns: int) -> Float32:
 
 def chain_addresses(links: int, room: NDArray[np.uint8], buffers: Sequence[Float32]) -> tuple[Int64, Int64]:
     """What a chain of so many links or fewer runs on: memory for its tasks, which is to be kept, and all addresses."""
-    tasks = np.empty(TASK_NUMBERS * links + 8, np.int64)
+    tasks = np.empty(LINK_TASKS * links * TASK_NBYTES // 8 + 8, np.int64)
     at = -(-tasks.ctypes.data // 64) * 64
     return tasks, np.array([follow_chain.address(), at, 0, room.ctypes.data, *(x.ctypes.data for x in buffers)])
 

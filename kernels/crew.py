@@ -3,21 +3,24 @@
 A task is cut into shares. Whoever is free takes the next one, and when none is left waits until all are done: then the next
 task begins. So one worker that is held up is helped by the others; it does not matter how many there are, nor whether they
 really run at the same time; and going from task to task costs a fraction of a microsecond, where a parallel region costs
-two or three. A share must not raise an error: the others would wait for it.
+two or three. A share that raises an error, for want of memory, counts as done, or the others would wait for it. Whoever
+began the region asks ``have_failed`` behind it.
 """
 
 import sys
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .jit import inner
+from . import simd
+from .jit import attempt_share, inner
 from .simd import _IS_X86, _operation
 
-TASK_NBYTES = 64  # of counters: shares taken, shares done; a cache line
-_DONE = 8
+TASK_NBYTES = 64  # of counters: shares taken, shares done, shares failed; a cache line
+_DONE, _FAILED = 8, 16
 _ROUNDS = 2000  # of waiting, some 20 us, before the core is offered to others
 
 
@@ -46,20 +49,40 @@ def _rest(_: Any, builder: Any, rounds: Any) -> None:
 
 
 @inner
-def take_share(task):  # type: ignore[no-untyped-def]
-    """The number of the next share of a task, from 0 on. ``task`` is the address of its counters, which begin as zeros."""
-    return _add_atomically(task, 1)
+def begin_tasks(tasks, count):  # type: ignore[no-untyped-def]
+    """Before the region: the counters of so many tasks, at this address, are zeros."""
+    for i in range(0, count * TASK_NBYTES, 8):
+        simd.store_integer(tasks + i, np.int64(0))
 
 
 @inner
-def finish_share(task):  # type: ignore[no-untyped-def]
-    """Say that a share that was taken is done."""
-    _add_atomically(task + _DONE, 1)
+def have_failed(tasks, count):  # type: ignore[no-untyped-def]
+    """Behind the region: whether a share of one of the tasks raised an error."""
+    failed = np.int64(0)
+    for i in range(count):
+        failed += simd.integer_at(tasks + i * TASK_NBYTES + _FAILED)
+    return failed > 0
 
 
 @inner
-def wait_for_all(task, shares):  # type: ignore[no-untyped-def]
-    """Wait until all shares are done, none being left to take."""
+def attempt(kernel, made_for, share, shares, a, b, c, d, e, f, task):  # type: ignore[no-untyped-def]
+    """Do something of the type SHARE, and note it in a task if it fails. kernel: its address."""
+    if attempt_share(kernel, made_for, share, shares, a, b, c, d, e, f):
+        _add_atomically(task + _FAILED, 1)
+
+
+@inner
+def do_task(kernel, made_for, shares, a, b, c, d, e, f, task):  # type: ignore[no-untyped-def]
+    """A worker's part in a task, and waiting until all of it is done.
+
+    kernel: the address of what does a share, of the type SHARE; made_for, a .. f: its arguments. task: the address of the
+    task's counters.
+    """
+    share = _add_atomically(task, 1)
+    while share < shares:
+        attempt(kernel, made_for, share, shares, a, b, c, d, e, f, task)
+        _add_atomically(task + _DONE, 1)
+        share = _add_atomically(task, 1)
     rounds = 0
     while _read_atomically(task + _DONE) < shares:
         rounds += 1

@@ -43,6 +43,33 @@ inner: Callable[[Any], Any] = numba.njit(nogil=True, error_model="numpy")
 """A function that is only called by kernels: it is compiled into them, so a cache entry of its own would be waste."""
 
 
+def _by_address(signature: Any, *, attempts: bool = False) -> Any:
+    """An intrinsic that calls the kernel of ``signature`` at an address, its first argument; the others are the kernel's.
+
+    attempts: an error is not passed on; the result, int64, says whether there was one (1) or not (0).
+    """
+
+    def codegen(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        convention, parameters = context.call_conv, signature.args
+        pointer = convention.get_function_type(signature.return_type, parameters).as_pointer()
+        status, _ = convention.call_function(
+            builder, builder.inttoptr(args[0], pointer), signature.return_type, parameters, args[1:]
+        )
+        if attempts:
+            return builder.zext(status.is_error, context.get_value_type(types.int64))
+        with cgutils.if_unlikely(builder, status.is_error):
+            convention.return_status_propagate(builder, status)
+        return context.get_dummy_value()
+
+    names = ", ".join(f"a{i}" for i in range(len(signature.args) + 1))
+    result = types.int64 if attempts else types.void
+    scope: dict[str, Any] = {"made": result(types.intp, *signature.args), "codegen": codegen}
+    # Numba reads the number of arguments from the function's own signature, so it has to be spelled out.
+    exec(f"def call(typingctx, {names}):\n    return made, codegen", scope)  # noqa: S102
+    scope["call"].__module__ = __name__
+    return intrinsic(scope["call"])
+
+
 class Standalone:
     """A kernel that other kernels call by its address, and so do not contain.
 
@@ -54,23 +81,7 @@ class Standalone:
     def __init__(self, function: Any, signature: Any) -> None:
         self.function, self._signature = kernel(function), signature
         self._address = 0
-
-        def codegen(context: Any, builder: Any, _: Any, args: Any) -> Any:
-            convention, parameters = context.call_conv, signature.args
-            pointer = convention.get_function_type(signature.return_type, parameters).as_pointer()
-            status, _ = convention.call_function(
-                builder, builder.inttoptr(args[0], pointer), signature.return_type, parameters, args[1:]
-            )
-            with cgutils.if_unlikely(builder, status.is_error):
-                convention.return_status_propagate(builder, status)
-            return context.get_dummy_value()
-
-        names = ", ".join(f"a{i}" for i in range(len(signature.args) + 1))
-        scope: dict[str, Any] = {"made": types.void(types.intp, *signature.args), "codegen": codegen}
-        # Numba reads the number of arguments from the function's own signature, so it has to be spelled out.
-        exec(f"def call(typingctx, {names}):\n    return made, codegen", scope)  # noqa: S102
-        scope["call"].__module__ = __name__
-        self.call = intrinsic(scope["call"])
+        self.call = _by_address(signature)
 
     def address(self) -> int:
         """Where its machine code is; compiled, or loaded from the cache, at the first time."""
@@ -82,7 +93,8 @@ class Standalone:
 
 
 SHARE = types.void(*[types.int64] * 9)
-"""A share of a task of attention (attention.py): the call, the share, their number, the round, and addresses."""
+"""A share of a task (crew.py): what it is done for, the share, how many there are, and six numbers that the task knows."""
+attempt_share = _by_address(SHARE, attempts=True)
 
 
 def standalone(signature: Any) -> Callable[[Any], Standalone]:

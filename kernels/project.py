@@ -21,13 +21,13 @@ from .activations import (
     quantize_row,
     tile_nbytes,
 )
-from .attention import begin_tasks, follow_attention, is_to_be_repeated
-from .crew import TASK_NBYTES, finish_share, take_share, wait_for_all
+from .attention import follow_attention, is_to_be_repeated
+from .crew import TASK_NBYTES, attempt, begin_tasks, do_task, have_failed
 from .dots import GROUP, TILE_ROWS, multiply_bytes4, multiply_bytes4m, multiply_bytes8, next_byte_rows
-from .jit import inner, kernel, parallel_kernel, standalone
+from .jit import SHARE, inner, kernel, parallel_kernel, standalone
 from .rotary import rotate_heads
 from .simd import LANES
-from .tables import FOLLOW_KERNEL, get
+from .tables import CALL_TASKS, FOLLOW_KERNEL, call_tasks, get
 from .weights import W4, W4M, W8, WBF16, WF16, WF32, codes_of, row_of
 
 VECTOR = 4 * LANES
@@ -44,7 +44,7 @@ BY_ROW = 16
 ATTEND = 17  # the attention of LAYER: its queries, keys and values are SOURCE
 # Whose addresses a chain runs on. ATTENTIONS: int64 (layers, 4), of each layer's call, state, and parts (attention.py)
 FOLLOW, TASKS, ATTENTIONS, ROOM, OWN_BUFFERS = range(5)
-TASK_NUMBERS = 2 * TASK_NBYTES // 8  # int64 of a link: it is two tasks at most
+LINK_TASKS = 2  # at most: making rows ready, and the product
 CACHED_NBYTES = 1 << 16  # of weights: part of a second-level cache
 
 
@@ -99,9 +99,10 @@ def _finish(source, rows, lanes, target, stride, bias, onto):  # type: ignore[no
             simd.store_scalar(target + r * stride + 4 * i, value)
 
 
-@standalone(types.void(*[types.int64] * 7))
-def multiply_blocks(call, first, stop, tiles, floats, rows, out):  # type: ignore[no-untyped-def]
-    """The blocks first .. stop of all parts times all rows. Arguments are numbers and addresses."""
+@standalone(SHARE)
+def multiply_blocks(call, share, shares, tiles, floats, rows, out, _1, _2):  # type: ignore[no-untyped-def]
+    """A share of the blocks of all parts times all rows. Arguments are numbers and addresses."""
+    first, stop = get(call, ALL_BLOCKS) * share // shares, get(call, ALL_BLOCKS) * (share + 1) // shares
     columns, stride = simd.integer_at(call + 8 * COLUMNS), 4 * simd.integer_at(call + 8 * OUT_COLUMNS)
     bias, onto = simd.integer_at(call + 8 * BIAS), simd.integer_at(call + 8 * ONTO)
     groups = (columns + GROUP - 1) // GROUP
@@ -148,9 +149,11 @@ def multiply_blocks(call, first, stop, tiles, floats, rows, out):  # type: ignor
     own[0] = 0  # Numba frees an array after its last mention, and the addresses above do not count as one
 
 
-@standalone(types.void(*[types.int64] * 6))
-def prepare_rows(call, x, first, stop, tiles, floats):  # type: ignore[no-untyped-def]
-    """Make rows first .. stop ready: codes into ``tiles``, or float32 into ``floats``, or both."""
+@standalone(SHARE)
+def prepare_rows(call, share, shares, tiles, floats, rows, x, _1, _2):  # type: ignore[no-untyped-def]
+    """Make a share of the rows ready, tile by tile: codes into ``tiles``, or float32 into ``floats``, or both."""
+    n_tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    first, stop = n_tiles * share // shares * TILE_ROWS, min(rows, n_tiles * (share + 1) // shares * TILE_ROWS)
     columns, how = simd.integer_at(call + 8 * COLUMNS), simd.integer_at(call + 8 * HOW)
     groups = (columns + GROUP - 1) // GROUP
     padded = groups * GROUP
@@ -170,34 +173,31 @@ def prepare_rows(call, x, first, stop, tiles, floats):  # type: ignore[no-untype
     own[0] = 0
 
 
-@standalone(types.void(*[types.int64] * 5))
-def rotate_rows(call, source, target, first, stop):  # type: ignore[no-untyped-def]
-    """Rotary embedding of the first HEADS heads of rows first .. stop of ``target``, in place (see rotary.py).
+@standalone(SHARE)
+def rotate_rows(call, share, shares, source, target, rows, _1, _2, _3):  # type: ignore[no-untyped-def]
+    """Rotary embedding of the first HEADS heads of a share of the rows of ``target``, in place (see rotary.py).
 
     source: for each row the cosines and then the sines of ROTARY_DIM / 2 angles.
     """
     heads, stride = simd.integer_at(call + 8 * HEADS), 4 * simd.integer_at(call + 8 * OUT_COLUMNS)
     head_dim, rotary_dim = simd.integer_at(call + 8 * HEAD_DIM), simd.integer_at(call + 8 * ROTARY_DIM)
-    for row in range(first, stop):
+    for row in range(rows * share // shares, rows * (share + 1) // shares):
         rotate_heads(target + row * stride, heads, head_dim, rotary_dim // 2, source + row * rotary_dim * 4)
 
 
-@standalone(types.void(*[types.int64] * 5))
-def normalize_rows(call, source, target, first, stop):  # type: ignore[no-untyped-def]
-    """RMSNorm of HEADS runs of HEAD_DIM channels from FIRST_CHANNEL on, of rows first .. stop, into or onto ``target``."""
+@standalone(SHARE)
+def normalize_rows(call, share, shares, source, target, rows, _1, _2, _3):  # type: ignore[no-untyped-def]
+    """RMSNorm of HEADS runs of HEAD_DIM channels from FIRST_CHANNEL on, of a share of the rows, into or onto ``target``."""
     count, size = simd.integer_at(call + 8 * HEADS), simd.integer_at(call + 8 * HEAD_DIM)
     stride, at = 4 * simd.integer_at(call + 8 * OUT_COLUMNS), 4 * simd.integer_at(call + 8 * FIRST_CHANNEL)
     own = np.empty(size + GROUP + LANES, np.float32)
     scratch = (own.ctypes.data + 63) // 64 * 64
-    for row in range(first, stop):
+    for row in range(rows * share // shares, rows * (share + 1) // shares):
         normalize_segments(
             source + row * stride + at, target + row * stride + at, count, size, simd.integer_at(call + 8 * NORM_WEIGHT),
             simd.scalar_at(call + 8 * EPS), simd.integer_at(call + 8 * ONTO), scratch,
         )  # fmt: skip
     own[0] = 0
-
-
-_multiply, _prepare, _by_row = multiply_blocks.call, prepare_rows.call, rotate_rows.call
 
 
 @inner
@@ -215,57 +215,16 @@ def _tiles_and_floats(call, rows, room):  # type: ignore[no-untyped-def]
     return tiles, tiles + n_tiles * tile_nbytes(groups) * get(call, HAS_CODES)
 
 
-@inner
-def _do_by_row(call, source, target, rows, shares, task):  # type: ignore[no-untyped-def]
-    """A worker's part in what is done row by row."""
-    share = take_share(task)
-    while share < shares:
-        _by_row(get(call, ROW_KERNEL), call, source, target, rows * share // shares, rows * (share + 1) // shares)
-        finish_share(task)
-        share = take_share(task)
-    wait_for_all(task, shares)
-
-
-@inner
-def _do_prepare(call, source, rows, room, shares, task):  # type: ignore[no-untyped-def]
-    """A worker's part in making rows ready, tile by tile."""
-    n_tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-    tiles, floats = _tiles_and_floats(call, rows, room)
-    share = take_share(task)
-    while share < shares:
-        first, stop = n_tiles * share // shares * TILE_ROWS, min(rows, n_tiles * (share + 1) // shares * TILE_ROWS)
-        _prepare(get(call, PREPARE_KERNEL), call, source, first, stop, tiles, floats)
-        finish_share(task)
-        share = take_share(task)
-    wait_for_all(task, shares)
-
-
-@inner
-def _do_multiply(call, source, target, rows, room, shares, task):  # type: ignore[no-untyped-def]
-    """A worker's part in a product. A single row it makes ready itself, in a room of its own."""
-    blocks = get(call, ALL_BLOCKS)
-    tiles, floats = _tiles_and_floats(call, rows, room)
-    share = take_share(task)
-    if rows == 1 and share < shares:
-        _prepare(get(call, PREPARE_KERNEL), call, source, np.int64(0), rows, tiles, floats)
-    while share < shares:
-        first, stop = blocks * share // shares, blocks * (share + 1) // shares
-        _multiply(get(call, MULTIPLY_KERNEL), call, first, stop, tiles, floats, rows, target)
-        finish_share(task)
-        share = take_share(task)
-    wait_for_all(task, shares)
-
-
 @standalone(types.void(*[types.int64] * 7))
 def follow_chain(table, first, links, link_nbytes, addresses, rows, workers):  # type: ignore[no-untyped-def]
     """One worker's part in a chain, whose tasks are zeros. All arguments are numbers or addresses."""
-    own_nbytes = np.int64(0)
+    own_nbytes = none = np.int64(0)
     for i in range(first, links if rows == 1 else first):
         own_nbytes = max(own_nbytes, _prepared_nbytes(table + link_nbytes * i, rows))
     own = np.empty(own_nbytes + 64, np.uint8)
     room = np.int64(own.ctypes.data) if rows == 1 else get(addresses, ROOM)
     for i in range(first, links):
-        call, task = table + link_nbytes * i, get(addresses, TASKS) + 2 * TASK_NBYTES * i
+        call, task = table + link_nbytes * i, get(addresses, TASKS) + LINK_TASKS * TASK_NBYTES * i
         source, target = get(addresses, get(call, SOURCE)), get(addresses, get(call, TARGET))
         if get(call, HOW) == ATTEND:
             entry = get(addresses, ATTENTIONS) + 32 * get(call, LAYER)
@@ -278,12 +237,18 @@ def follow_chain(table, first, links, link_nbytes, addresses, rows, workers):  #
                 break
             continue
         if get(call, HOW) == BY_ROW:
-            _do_by_row(call, source, target, rows, np.int64(1) if rows == 1 else workers, task)
+            do_task(get(call, ROW_KERNEL), call, min(rows, workers), source, target, rows, none, none, none, task)
             continue
-        if rows > 1:
+        tiles, floats = _tiles_and_floats(call, rows, room)
+        preparing = get(call, PREPARE_KERNEL)
+        if rows == 1:  # each worker for itself
+            attempt(preparing, call, none, rows, tiles, floats, rows, source, none, none, task)
+        else:
             n_tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-            _do_prepare(call, source, rows, room, min(n_tiles, workers), task + TASK_NBYTES)
-        _do_multiply(call, source, target, rows, room, min(get(call, ALL_BLOCKS), workers), task)
+            do_task(preparing, call, min(n_tiles, workers), tiles, floats, rows, source, none, none, task)
+            task += TASK_NBYTES
+        blocks = min(get(call, ALL_BLOCKS), workers)
+        do_task(get(call, MULTIPLY_KERNEL), call, blocks, tiles, floats, rows, target, none, none, task)
     own[0] = 0
 
 
@@ -294,26 +259,35 @@ _follow, _follow_attention = follow_chain.call, follow_attention.call
 def run_chain(table, first, addresses, rows, workers):  # type: ignore[no-untyped-def]
     """Run ``rows`` rows through the links of ``table``, one after the other, from link ``first`` on.
 
-    table: int64 (links, LINK_FIELDS and more). addresses: int64; FOLLOW that of ``follow_chain``, TASKS of TASK_NUMBERS
-    int64 a link, whatever they are (crew.py), ROOM of room for rows made ready, then those of the buffers.
+    table: int64 (links, LINK_FIELDS and more). addresses: int64; FOLLOW that of ``follow_chain``, TASKS of the counters of
+    LINK_TASKS a link, whatever they are (crew.py), ATTENTIONS of what those need, ROOM of room for rows made ready, then
+    those of the buffers.
+
+    Raises:
+        MemoryError: a worker got no memory.
 
     Returns how many links are done: all, or those before an attention that is to be repeated (attention.py).
     """
     links, fields = table.shape
-    for i in range(TASK_NUMBERS * links):
-        simd.store_integer(addresses[TASKS] + 8 * i, np.int64(0))
+    begin_tasks(addresses[TASKS], LINK_TASKS * links)
     for i in range(first, links):
         if table[i, HOW] == ATTEND:
-            begin_tasks(get(addresses[ATTENTIONS], 4 * table[i, LAYER]))
+            begin_tasks(call_tasks(get(addresses[ATTENTIONS], 4 * table[i, LAYER])), CALL_TASKS)
     for _ in prange(workers):
         _follow(
             addresses[FOLLOW], table.ctypes.data, np.int64(first), links, np.int64(8 * fields), addresses.ctypes.data,
             np.int64(rows), np.int64(workers),
         )  # fmt: skip
-    for i in range(first, links):
-        if table[i, HOW] == ATTEND and is_to_be_repeated(get(addresses[ATTENTIONS], 4 * table[i, LAYER])):
-            return i
-    return links
+    failed, done = have_failed(addresses[TASKS], LINK_TASKS * links), links
+    for i in range(links - 1, first - 1, -1):
+        if table[i, HOW] == ATTEND:
+            call = get(addresses[ATTENTIONS], 4 * table[i, LAYER])
+            failed |= have_failed(call_tasks(call), CALL_TASKS)
+            if is_to_be_repeated(call):
+                done = i
+    if failed:
+        raise MemoryError("a pass through the layers ran out of memory")
+    return done
 
 
 @kernel

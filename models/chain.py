@@ -133,8 +133,8 @@ class Chain:
 
     @property
     def handovers(self) -> int:
-        """How often one row is handed from all workers to all workers."""
-        return len(self._packed)
+        """How often one row is handed from all workers to all workers: the links that the kernels run."""
+        return sum(len(run) for run in self._runs if isinstance(run, np.ndarray))
 
     @property
     def table(self) -> NDArray[np.int64] | None:

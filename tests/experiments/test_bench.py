@@ -244,7 +244,7 @@ def test_a_table_says_what_the_rows_do(measured: list[dict[str, Any]]) -> None:
     assert table[3][:8] == ["toy", "q8", "0.1", "2", kv, "tg4 @ d16", "2000.00 ± 0.00", kv_mb[1]]
     assert table[3][8:] == [f"{per_second / 1e9:.2f}", f"{per_second / 2e9:.1%}"]
     assert len(table) == 4 and measured[0]["cpu_info"] in lines[0] and "2.0 GB/s with 2 threads" in lines[1]
-    assert lines[2].endswith("(5 times a layer)  ")
+    assert lines[2].endswith("(7 times a layer)  ")
     assert lines[3].startswith("peak resident memory ")
 
 

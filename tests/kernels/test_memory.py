@@ -1,6 +1,7 @@
 """Memory from the system: aligned, zero, apart, and given back."""
 
 import gc
+import sys
 import threading
 
 import pytest
@@ -41,18 +42,24 @@ def test_threads_get_arrays_of_their_own() -> None:
     pages, found = LargePages(), []
 
     def take() -> None:
-        for _ in range(200):
+        for _ in range(3000):
             found.append(pages.zeros(1000))
 
     threads = [threading.Thread(target=take) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
     addresses = sorted(x.ctypes.data for x in found)
     assert all(b - a >= 1000 for a, b in zip(addresses, addresses[1:], strict=False))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_chunk_that_nobody_uses_is_given_back() -> None:
     def resident() -> int:
         with open("/proc/self/statm") as file:
