@@ -61,7 +61,7 @@ class Ring:
 
 def copy_segment(case: Case, segment: Segment) -> Segment:
     """The same keys in new pages, as a cache has them."""
-    store = TileStore(layout_of(case))
+    store = TileStore(layout_of(case), lasting=True)
     for t in range(-(-segment.stop // case.tile)):
         page, slot = store.place(t)
         if slot == 0:

@@ -142,7 +142,9 @@ class LayerCache:
         self.ages = np.array([[tier.after] for tier in policy.tiers])
         self.in_reach = [sliding_window is None or sliding_window > age for age in self.ages[:, 0].tolist()]
         self.recent = TileStore(policy.dense_layout(n_kv_heads, head_dim))
-        self.tiers = [TileStore(layout) for layout in policy.tier_layouts(n_kv_heads, head_dim)]  # youngest first
+        layouts = policy.tier_layouts(n_kv_heads, head_dim)
+        stays = sliding_window is None  # what the oldest tier holds
+        self.tiers = [TileStore(x, stays and i == len(layouts) - 1) for i, x in enumerate(layouts)]  # youngest first
         dtype = DENSE_DTYPES[DENSE[policy.dense]]
         self._set_sinks(*np.zeros((2, self.sinks, n_kv_heads, -(-head_dim // LANES) * LANES), dtype))
         self._call: Int64 | None = None

@@ -43,7 +43,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from .memory import Bytes, zeroed_memory
+from .memory import Bytes, slabs
 from .simd import LANES
 
 F32, F16, BF16, Q8, Q4, Q3, Q2 = range(7)
@@ -183,10 +183,10 @@ class TileLayout:
     def empty_page(self) -> Bytes:
         """A page of zeros, uint8 (page_tiles * nbytes,), aligned to 64 bytes.
 
-        It is memory straight from the system, which takes up room as it is written to, 4 kB at a time, and goes back
-        when it is dropped: a page that is half full costs half of it.
+        It takes up memory as it is written to, 4 kB at a time, and gives it back when it is dropped: a page that is half
+        full costs half of it.
         """
-        return zeroed_memory(self.page_tiles * self.nbytes)
+        return slabs.zeros(self.page_tiles * self.nbytes)
 
     def _view(self, page: Bytes, offset: int, nbytes: int) -> Bytes:
         heads = page.reshape(self.n_kv_heads, -1)[:, offset : offset + self.page_tiles * nbytes]

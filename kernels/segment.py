@@ -28,7 +28,7 @@ from .layout import (
     Side,
     TileLayout,
 )
-from .memory import Bytes, zeroed_memory
+from .memory import Bytes, slabs, zeroed_memory
 from .quantize import IMPOSSIBLE_AT, TOO_WIDE_AT, Float32, quantize_jobs, store_rows
 from .simd import LANES
 from .tables import FIRST_TILE, K_SIDE, V_SIDE, make_geometry
@@ -127,10 +127,15 @@ class TileStore:
     """Tiles of one layout, from tile ``first`` on without a gap, in their pages, with the table that the kernels read.
 
     Every change becomes visible by one assignment, so that an interrupt finds the store either before or after it.
+
+    Args:
+        layout: of the tiles.
+        lasting: tiles stay until all of them go; then full pages of them are settled in large pages of memory.
+
     """
 
-    def __init__(self, layout: TileLayout) -> None:
-        self.layout = layout
+    def __init__(self, layout: TileLayout, lasting: bool = False) -> None:
+        self.layout, self.lasting = layout, lasting
         self._geometry = make_geometry(layout.tile, 0, layout.width, layout.k, layout.v)
         self.geometry_address = self._geometry.ctypes.data
         self._held = _Held(0, 0, 0, {}, frozenset(), {}, *_addressed(_empty_table()))
@@ -169,11 +174,18 @@ class TileStore:
         """Hold one more tile: what was, or will be, written to the place of tile ``stop``."""
         page, slot = self.place(self.stop)
         held = self._held
+        if self.lasting and slot == 0:
+            self._settle(self.stop // self.layout.page_tiles - 1)
         table, address = held.table, held.address
         if held.stop - held.first == len(table):
             table, address = _addressed(np.concatenate([table, np.zeros_like(table)]))
         table[held.stop - held.first] = self.layout.addresses(page, slot)
         self._held = held._replace(stop=held.stop + 1, table=table, address=address)
+
+    def _settle(self, number: int) -> None:
+        """The next page has begun: this one is full, unless there never were tiles before some in it."""
+        if number in self._held.pages and self._held.written <= number * self.layout.page_tiles:
+            slabs.settle(self._held.pages[number])
 
     def row(self, tile: int) -> Int64:
         """The addresses of a tile that is held: see layout.py, ``K_CODES``."""
@@ -260,7 +272,7 @@ class TileStore:
 
     def fork(self) -> "TileStore":
         """A store of the same tiles. Their pages are shared until one of the two writes to them."""
-        other, held = TileStore(self.layout), self._held
+        other, held = TileStore(self.layout, self.lasting), self._held
         self._held = held._replace(shared=frozenset(held.pages))
         table, address = _addressed(held.table.copy())
         other._held = self._held._replace(pages=dict(held.pages), wide=dict(held.wide), table=table, address=address)
@@ -353,7 +365,7 @@ def quantize(
     target = TileLayout(
         heads, head_dim, tile, kinds[k_bits], kinds[v_bits], k_axis, v_axis, k_group, v_group, page_tiles=PAGE // tile
     )
-    source, store = TileStore(dense), TileStore(target)
+    source, store = TileStore(dense), TileStore(target, lasting=True)
     for t, first in enumerate(range(0, n, tile)):
         # A last, partial tile repeats its last token; or all of its own, so that none counts much more than the others
         rows = np.arange(first, first + tile)
