@@ -4,6 +4,7 @@ Keys: docs/gguf.md of the ggml project, and constants.py of its ``gguf`` package
 without a key is in ``_FAMILIES``.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from .rope import Rope, yarn_attention_factor
 _EMBEDDING = "token_embd.weight"
 _END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _SHORT, _LONG, _FREQS = "rope_factors_short.weight", "rope_factors_long.weight", "rope_freqs.weight"
+_KEY = re.compile(r"[\w.-]{1,100}")  # a name that can stand in a sentence as it is
 
 # A key of the architecture that no reader of its family asks for is refused unless it changes nothing: it is 0, false or
 # empty, which switches off what it is about, or one of these values, or it says nothing about the computation at all.
@@ -93,7 +95,9 @@ class _Keys:
             neutral = _NEUTRAL.get(key, ()) + more.get(key, ())
             if value not in neutral and any(value if isinstance(value, list) else [value]):
                 allowed = " or ".join(map(repr, neutral or (0,)))
-                raise ModelError(f"{name} is {shown(value)}, supported: {allowed}")
+                raise ModelError(
+                    f"{name if _KEY.fullmatch(name) else shown(name)} is {shown(value)}, supported: {allowed}"
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,11 +54,11 @@ def _fuzz(target: str, corpus: Path, scratch: Path, seconds: float, seed: int) -
         assert done.stderr is not None
         for line in done.stderr:
             lines.append(line)
+            found += line.startswith("found: ")
             if not line.startswith("INFO: Instrumenting"):
                 sys.stderr.write(line)
         code, text = done.wait(), "".join(lines[-4000:])
         executed += max(map(int, re.findall(r"(?:\n#|_executed_units: )([0-9]+)", text)), default=0)
-        found += text.count("\nfound: ")
         for artifact in scratch.glob("hard-*"):  # killed by a signal, or not to be stopped
             found += 1
             (REGRESSIONS / target).mkdir(parents=True, exist_ok=True)
