@@ -12,6 +12,7 @@ multiples of it. Rows lie in tiles of eight, in the order in which the microkern
 A row is computed from itself alone, in a fixed order.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from numba import types
 from . import simd
 from .dots import GROUP, TILE_ROWS
 from .jit import inner
+from .microkernel import _number
 from .simd import (
     _F32,
     _I8,
@@ -29,17 +31,19 @@ from .simd import (
     _V_F32,
     _V_I32,
     LANES,
-    _broadcast,
     _const,
     _fma,
-    _fold,
+    _inverse_above,
     _larger,
+    _larger_magnitude,
     _load,
     _operation,
     _pointer,
+    _reduce_four,
 )
 
 VECTOR = 4 * LANES
+TOGETHER = 4  # groups that are rounded together, whose sums and maxima over lanes are found at once
 GROUP_NBYTES = TILE_ROWS * (GROUP + 4 * 4)  # of a tile: codes, and four arrays of 32 bits
 CODES, SCALES, OFFSETS, LESS_8, LESS_128 = range(5)
 PLAIN, NORM, SILU, GELU, CLAMPED = range(5)  # what is done with a row before it is rounded; the last three are gates
@@ -51,38 +55,48 @@ def _at(builder: Any, address: Any, offset: int) -> Any:
     return builder.add(address, ir.Constant(address.type, offset))
 
 
-@_operation(types.void, types.intp, types.intp, types.intp, types.intp)
-def quantize_group(context: Any, builder: Any, x: Any, codes: Any, numbers: Any, stride: Any) -> None:
-    """Round 32 float32 at ``x`` to int8 at ``codes``, and write what belongs to them, the arrays ``stride`` bytes apart.
+@_operation(types.void, *[types.intp] * 5)
+def quantize_groups(context: Any, builder: Any, x: Any, codes: Any, numbers: Any, stride: Any, count: Any) -> None:
+    """Round up to ``TOGETHER`` groups of 32 float32 at ``x`` to int8, each at its place in a tile from ``codes`` on.
 
-    A group with a NaN or an infinity gets the scale NaN.
+    What belongs to a group is written to ``numbers``, the four arrays ``stride`` bytes apart. Where there are fewer groups
+    than TOGETHER, the last is done again. A group with a NaN or an infinity gets the scale NaN.
     """
-    low, high = _load(builder, x, _V_F32), _load(builder, _at(builder, x, VECTOR), _V_F32)
-    magnitudes = [
-        builder.bitcast(builder.and_(builder.bitcast(v, _V_I32), _const(_V_I32, 0x7FFFFFFF)), _V_F32)
-        for v in (low, high)
+    last = builder.sub(count, _number(count, 1))
+    own = [
+        builder.select(builder.icmp_signed("<", n, last), n, last) for n in map(partial(_number, x), range(TOGETHER))
     ]
-    largest = _larger(builder, *magnitudes)
-    largest = _fold(context, builder, largest, lambda _, b, p, q: _larger(b, p, q))
-    scale = builder.fmul(largest, ir.Constant(_F32, float(np.float32(1 / 127))))
-    is_large = builder.fcmp_ordered(">", largest, ir.Constant(_F32, float(np.float32(1e-35))))
-    inverse = builder.select(
-        is_large, builder.fdiv(ir.Constant(_F32, 127.0), largest), ir.Constant(_F32, 0.0)
-    )  # 127 / x must be a float32
-    inverse = _broadcast(builder, inverse, _V_F32)
-    shifted = [_fma(context, builder, v, inverse, _const(_V_F32, _ROUND)) for v in (low, high)]
-    whole = [builder.fsub(v, _const(_V_F32, _ROUND)) for v in shifted]
-    total = _fold(context, builder, builder.fadd(*whole), lambda _, b, p, q: b.fadd(p, q))
+    starts = [builder.add(x, builder.mul(n, _number(x, 4 * GROUP))) for n in own]
+    groups = [[_load(builder, _at(builder, start, i), _V_F32) for i in (0, VECTOR)] for start in starts]
+    tops = [_larger_magnitude(context, builder, a, b) for a, b in groups]
+    largest = _reduce_four(builder, tops, lambda a, b: _larger(builder, a, b))
+    inverse = _inverse_above(builder, largest, _F32(127.0), _F32(float(np.float32(1e-35))))  # it must be a float32
+    shifted = []
+    for i, group in enumerate(groups):
+        alone = builder.shuffle_vector(inverse, ir.Constant(_V_F32, ir.Undefined), _const(_V_I32, 4 * i))
+        shifted.append([_fma(context, builder, v, alone, _const(_V_F32, _ROUND)) for v in group])
+    whole = [builder.fadd(*(builder.fsub(v, _const(_V_F32, _ROUND)) for v in group)) for group in shifted]
+    total = _reduce_four(builder, whole, builder.fadd)
+    scale = builder.fmul(largest, _const(_V_F32, float(np.float32(1 / 127))))
     scale = builder.fadd(scale, builder.fsub(total, total))  # NaN where the sum is
+    sums = builder.fptosi(builder.select(builder.fcmp_ordered("==", total, total), total, _const(_V_F32, 0.0)), _V_I32)
+    arrays = (
+        scale,
+        builder.fmul(scale, total),
+        builder.mul(sums, _const(_V_I32, -8)),
+        builder.mul(sums, _const(_V_I32, -128)),
+    )
     bytes_ = ir.VectorType(_I8, LANES)
-    for i, v in enumerate(shifted):
-        packed = builder.trunc(builder.bitcast(v, _V_I32), bytes_)
-        builder.store(packed, _pointer(builder, _at(builder, codes, LANES * i), bytes_)).align = 16
-    count = builder.fptosi(builder.select(builder.fcmp_ordered("==", total, total), total, _F32(0.0)), _I32)
-    at = numbers
-    for value in (scale, builder.fmul(scale, total), builder.mul(count, _I32(-8)), builder.mul(count, _I32(-128))):
-        builder.store(value, _pointer(builder, at, value.type)).align = 4
-        at = builder.add(at, stride)
+    for i, n in enumerate(own):
+        target = builder.add(codes, builder.mul(n, _number(x, TILE_ROWS * GROUP)))
+        for half, v in enumerate(shifted[i]):
+            packed = builder.trunc(builder.bitcast(v, _V_I32), bytes_)
+            builder.store(packed, _pointer(builder, _at(builder, target, LANES * half), bytes_)).align = 16
+        at = builder.add(numbers, builder.mul(n, _number(x, 4 * TILE_ROWS)))
+        for array in arrays:
+            value = builder.extract_element(array, _I32(4 * i))
+            builder.store(value, _pointer(builder, at, value.type)).align = 4
+            at = builder.add(at, stride)
 
 
 @inner
@@ -188,5 +202,8 @@ def quantize_row(row, groups, tile, place):  # type: ignore[no-untyped-def]
     """Round a prepared row to bytes, as row ``place`` of the tile at address ``tile``."""
     stride = groups * TILE_ROWS * 4
     numbers = tile + groups * TILE_ROWS * GROUP + 4 * place
-    for g in range(groups):
-        quantize_group(row + 4 * GROUP * g, tile + (g * TILE_ROWS + place) * GROUP, numbers + 4 * TILE_ROWS * g, stride)
+    for g in range(0, groups, TOGETHER):
+        quantize_groups(
+            row + 4 * GROUP * g, tile + (g * TILE_ROWS + place) * GROUP, numbers + 4 * TILE_ROWS * g, stride,
+            min(TOGETHER, groups - g),
+        )  # fmt: skip

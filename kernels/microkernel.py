@@ -300,9 +300,8 @@ def _codes(bits: int) -> Any:
     def body(context: Any, builder: Any, *args: Any) -> None:
         a, a_stride, b, b_stride, tops_plane, first_pair, count, rows, vectors = args[:9]
         targets, column, fresh, factors, offsets, scales, centres, scale_step, largest = args[9:]
-        keep = builder.sub(fresh, _number(fresh, 1))  # 0 where fresh, else all ones
-        keep = _broadcast(builder, builder.trunc(keep, ir.IntType(32)), _V_I32)
         has_tops, per_lane = (builder.icmp_unsigned("!=", x, _number(x, 0)) for x in (largest, scale_step))
+        is_old = builder.icmp_unsigned("==", fresh, _number(fresh, 0))
         wide = cpu_has(context, "avx512f")
         for n_rows in _choose(builder, rows, iter(code_rows(context))):
             chains = CHAINS[n_rows] if wide else 1
@@ -350,13 +349,22 @@ def _codes(bits: int) -> Any:
                     total = builder.add(total, more)
                 totals.append(builder.sitofp(total, _V_F32))
             values = _scaled(context, builder, totals, own, per_lane, builder.mul(outer.i, scale_step), scales, centres)
-            for r, (target, _, _) in enumerate(own):
-                to = builder.add(target, builder.mul(outer.i, _number(a, VECTOR)))
-                before = builder.bitcast(builder.and_(_load(builder, to, _V_I32), keep), _V_F32)
-                values[r] = builder.fadd(before, values[r])
-                builder.store(values[r], _pointer(builder, to, _V_F32)).align = 4
+            offset = builder.mul(outer.i, _number(a, VECTOR))
+            places = [builder.add(target, offset) for target, _, _ in own]
+            alone = builder.block
+            with builder.if_then(is_old):
+                sums_so_far = [
+                    builder.fadd(_load(builder, to, _V_F32), x) for to, x in zip(places, values, strict=True)
+                ]
+                added = builder.block
+            merged = [builder.phi(_V_F32) for _ in values]
+            for phi, value, total in zip(merged, values, sums_so_far, strict=True):
+                phi.add_incoming(value, alone)
+                phi.add_incoming(total, added)
+            for value, to in zip(merged, places, strict=True):
+                builder.store(value, _pointer(builder, to, _V_F32)).align = 4
             with builder.if_then(has_tops):
-                for r, value in enumerate(values):
+                for r, value in enumerate(merged):
                     top = _load(builder, builder.add(largest, _number(a, 8 * r)), a.type)
                     top_value = _larger(builder, _load(builder, top, _V_F32), value)
                     builder.store(top_value, _pointer(builder, top, _V_F32)).align = 4
