@@ -114,32 +114,41 @@ _multiply_dense = multiply_dense.call
 
 
 @inner
-def score_floats(  # type: ignore[no-untyped-def]
-    dense_address, q, q_stride, first, stop, lanes, channels, kind, keys, step, stride, target, target_stride
-):
-    """The float32 route of q . K: logits of the rows first .. stop against one tile.
-
-    dense_address: of ``multiply_dense``. keys: numbers of a dense ``kind``, 16 tokens together; step and stride: bytes from
-    one channel, and from 16 tokens, to the next.
-    """
-    simd.never_inline()
-    most = microkernel.most_dense_rows()
-    for row in range(first, stop, most):
-        count, at = min(most, stop - row), target + row * target_stride
-        for i in range(count):
-            for lane in range(0, 4 * lanes, VECTOR):
-                simd.store_f32(at + i * target_stride + lane, simd.splat(np.float32(0)))
-        _multiply_dense(
-            dense_address, kind, q + row * q_stride, q_stride, keys, step, stride, channels, count, lanes // LANES, at,
-            target_stride,
-        )  # fmt: skip
-
-
-@inner
 def _seen(starts, stops, row, origin, tile):  # type: ignore[no-untyped-def]
     """The tokens of a tile that begins at ``origin`` which a row sees: first and last + 1."""
     low = min(max(simd.integer_at(starts + 8 * row) - origin, 0), tile)
     return low, max(min(simd.integer_at(stops + 8 * row) - origin, tile), low)
+
+
+@inner
+def score_floats(  # type: ignore[no-untyped-def]
+    dense_address, q, q_stride, first, stop, starts, stops, origin, tile, channels, kind, keys, step, stride, target,
+    target_stride,
+):  # fmt: skip
+    """The float32 route of q . K: logits of the rows first .. stop against the tile that begins at ``origin``.
+
+    dense_address: of ``multiply_dense``. keys: numbers of a dense ``kind``, 16 tokens together; step and stride: bytes from
+    one channel, and from 16 tokens, to the next. Logits of tokens that a row does not see are computed, or not.
+    """
+    simd.never_inline()
+    most = microkernel.most_dense_rows()
+    for row in range(first, stop, most):
+        count, low, high = min(most, stop - row), tile, 0
+        for i in range(count):
+            own_low, own_high = _seen(starts, stops, row + i, origin, tile)
+            if own_low < own_high:
+                low, high = min(low, own_low), max(high, own_high)
+        if low >= high:
+            continue
+        block, blocks = low // LANES, (high + LANES - 1) // LANES - low // LANES
+        at = target + row * target_stride + block * VECTOR
+        for i in range(count):
+            for lane in range(0, blocks * VECTOR, VECTOR):
+                simd.store_f32(at + i * target_stride + lane, simd.splat(np.float32(0)))
+        _multiply_dense(
+            dense_address, kind, q + row * q_stride, q_stride, keys + block * stride, step, stride, channels, count, blocks,
+            at, target_stride,
+        )  # fmt: skip
 
 
 @inner

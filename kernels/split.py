@@ -158,8 +158,8 @@ def _score_tiles(  # type: ignore[no-untyped-def]
                 True, side, addresses, base + t, head, width, tile, max(first - low, 0), min(stop - low, tile), rows, room
             )  # fmt: skip
             score_floats(
-                get(room, DENSE_KERNEL), queries, width * 4, first_active, stop_active, tile, width, kind, keys, step,
-                stride, logits + 4 * low, LOGITS_ROW,
+                get(room, DENSE_KERNEL), queries, width * 4, first_active, stop_active, row_field(table, LOW),
+                row_field(table, HIGH), low, tile, width, kind, keys, step, stride, logits + 4 * low, LOGITS_ROW,
             )  # fmt: skip
         else:
             codes = tile_address(addresses, base + t, K_CODES, side, head)
