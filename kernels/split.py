@@ -218,7 +218,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
     tile, shift, width = get(geometry, TILE), get(geometry, TILE_SHIFT), get(geometry, WIDTH)
     cap = simd.scalar_at(options + 4 * SOFTCAP)
     origin, sums, out = split * SPLIT, get(room, SUMS), get(room, OUT)
-    first, stop = see_split(table, rows, origin)
+    first, stop, common, common_stop = see_split(table, rows, origin)
     if first >= stop:
         for row in range(rows):
             set_row_float(numbers, SPLIT_M, row, np.float32(-np.inf))
@@ -233,14 +233,15 @@ def split_kernel(  # type: ignore[no-untyped-def]
     first_tile, stop_tile, tiles = first >> shift, ((stop - 1) >> shift) + 1, tiles_together(rows, tile)
     for t in range(first_tile, stop_tile, tiles):
         end = min(t + tiles, stop_tile)
-        if see_tiles(table, rows, t, end, tile) > 0:
+        if see_tiles(table, rows, t, end, tile, common, common_stop) > 0:
             _score_tiles(
                 head, t, end, base, first, stop, rows, addresses, geometry, options, room, table, numbers, plain
             )
     emptied = find_maxima(table, numbers, rows, get(room, LOGITS), sums)
+    common_stop = 0 if emptied else common_stop
     see_again = emptied or tiles < stop_tile - first_tile  # else the lists are those made for K
     for t in range(first_tile, stop_tile, tiles):
         end = min(t + tiles, stop_tile)
-        if not see_again or see_tiles(table, rows, t, end, tile) > 0:
+        if not see_again or see_tiles(table, rows, t, end, tile, common, common_stop) > 0:
             _weigh_tiles(head, t, end, base, first, stop, rows, addresses, geometry, options, room, table, numbers)
     divide_by_sums(numbers, rows, width, sums, out)

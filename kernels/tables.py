@@ -144,31 +144,40 @@ def tile_address(addresses, tile, which, side, head):  # type: ignore[no-untyped
 
 @inner
 def see_split(table, rows, origin):  # type: ignore[no-untyped-def]
-    """Cut the rows' ranges to the split: returns the range that any of them sees."""
-    first, stop = SPLIT, 0
+    """Cut the rows' ranges to the split: returns the range that any of them sees, and the one that all of them see."""
+    first, stop, common, common_stop = SPLIT, 0, 0, SPLIT
     for row in range(rows):
         low = min(max(row_int(table, START, row) - origin, 0), SPLIT)
         high = max(min(row_int(table, STOP, row) - origin, SPLIT), low)
         set_row_int(table, LOW, row, low)
         set_row_int(table, HIGH, row, high)
+        common, common_stop = max(common, low), min(common_stop, high)
         if low < high:
             first, stop = min(first, low), max(stop, high)
-    return first, stop
+    return first, stop, common, common_stop
 
 
 @inner
-def see_tiles(table, rows, first_tile, stop_tile, tile):  # type: ignore[no-untyped-def]
-    """List the rows that see each of some tiles; returns how many in all. There is room for them (``tiles_together``)."""
+def see_tiles(table, rows, first_tile, stop_tile, tile, common, common_stop):  # type: ignore[no-untyped-def]
+    """List the rows that see each of some tiles; returns how many in all. There is room for them (``tiles_together``).
+
+    common .. common_stop: what all rows see.
+    """
     count = 0
     for t in range(first_tile, stop_tile):
         low, high = t * tile, (t + 1) * tile
         set_row_int(table, FIRST, t - first_tile, count)
         whole = True
-        for row in range(rows):
-            set_row_int(table, ACTIVE, count, row)
-            if max(row_int(table, LOW, row), low) < min(row_int(table, HIGH, row), high):
-                count += 1
-                whole &= row_int(table, LOW, row) <= low and row_int(table, HIGH, row) >= high
+        if common <= low and high <= common_stop:
+            for row in range(rows):
+                set_row_int(table, ACTIVE, count + row, row)
+            count += rows
+        else:
+            for row in range(rows):
+                set_row_int(table, ACTIVE, count, row)
+                if max(row_int(table, LOW, row), low) < min(row_int(table, HIGH, row), high):
+                    count += 1
+                    whole &= row_int(table, LOW, row) <= low and row_int(table, HIGH, row) >= high
         set_row_int(table, WHOLE, t - first_tile, whole)
     set_row_int(table, FIRST, stop_tile - first_tile, count)
     return count
