@@ -20,7 +20,7 @@ from .shadow import PARTS, ShadowLayer
 Float32 = NDArray[np.float32]
 Rows = Literal["all", "last"] | None
 
-CHUNK = 512  # tokens of one pass through the layers; what a query sees does not depend on it
+CHUNK = 384  # tokens of one pass through the layers, all of them dense for a while; what a query sees is the same
 
 
 class Session:
