@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from mixkv import Session, cli, load
 from mixkv.commands import shell
 from mixkv.engine import conversation
+from mixkv.engine.session import CHUNK
 from mixkv.models import toy
 from mixkv.models.bpe import BYTE_OF_CHARACTER
 from mixkv.models.load import Model
@@ -364,9 +365,9 @@ def test_ctrl_c_while_a_prompt_is_read_spares_the_next_run_what_was_read(
         patch.setattr(Session, "_step", step)
         result = mixkv("generate", prompt, "-m", "toy", "-n", "3", "--session", str(file))
     assert result.exit_code == shell.INTERRUPTED and "saved to" in result.stderr
-    assert conversation.read_saved(file).position == 7 + 1024
+    assert conversation.read_saved(file).position == 7 + 2 * CHUNK
     again = run(prompt, "-m", "toy", "-n", "3", "--session", str(file))
-    assert again["stats"]["kept_tokens"] == 7 + 1024 and again["stats"]["prompt_tokens"] == 2001 - 1024
+    assert again["stats"]["kept_tokens"] == 7 + 2 * CHUNK and again["stats"]["prompt_tokens"] == 2001 - 2 * CHUNK
     text = conversation.read_saved(file).token_ids
     assert text[8:2008].tobytes() == np.full(2000, 121, np.int64).tobytes(), "the prompt is there once"
     assert int(expected.forward(text[7:2008], "last").argmax()) == again["token_ids"][0]

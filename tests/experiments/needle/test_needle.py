@@ -14,6 +14,7 @@ import mixkv
 from mixkv import CachePolicy, Session
 from mixkv.engine import memory
 from mixkv.engine.generate import Token
+from mixkv.engine.session import CHUNK
 from mixkv.experiments.needle import run as needle
 from mixkv.experiments.needle.plan import Plan
 from mixkv.experiments.needle.report import UNSEEN, Tables, wilson, writer
@@ -148,7 +149,7 @@ def test_progress_is_that_of_all_tokens(toy: Model) -> None:
     rows(toy, plan([COARSE], lengths=[400, 1200]), progress=lambda *each: told.append(each))
     done = [each[0] for each in told]
     assert {each[1] for each in told} == {2 * (400 + 1200)} and done == sorted(done)
-    assert (done[0], done[-1]) == (0, 3200) and 800 + 512 in done  # the second prompt in chunks
+    assert (done[0], done[-1]) == (0, 3200) and 800 + CHUNK in done  # the second prompt in chunks
     assert told[-1][2] == "1200 tokens, depth 0.5, trial 0, k2v2:window=32:tile=32"
 
 
