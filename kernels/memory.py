@@ -92,7 +92,7 @@ class _Slab:
         self._address = address + self._start
         self._begun = 0  # rooms that were ever taken: the first so many
         self.free: list[int] = []  # of those, the ones that were given back, as a heap
-        self.taken: dict[int, _Held] = {}
+        self.taken: dict[int, _Room] = {}
         self._full: set[int] = set()
 
     @property
@@ -108,7 +108,7 @@ class _Slab:
             index, self._begun = self._begun, self._begun + 1
         # Not a part of an array over all rooms: that would be the base of all views, and this one's death mean nothing
         room = np.frombuffer(self._memory, np.uint8, nbytes, self._start + index * self.size)
-        self.taken[index] = held = _Held(room, _dropped)
+        self.taken[index] = held = _Room(room, _dropped)
         held.slab, held.index = self, index
         return room
 
@@ -129,8 +129,8 @@ class _Slab:
         place = room.ctypes.data - self._address
         return place // self.size if 0 <= place < self._rooms * self.size else None
 
-    def settle(self, index: int) -> None:
-        """Make one large page of each that has nothing but settled rooms now."""
+    def make_large(self, index: int) -> None:
+        """Make one large page of each that has nothing but rooms that are full and stay now."""
         self._full.add(index)
         size = self.size
         for page in range(index * size // LARGE_PAGE, ((index + 1) * size - 1) // LARGE_PAGE + 1):
@@ -142,7 +142,7 @@ class _Slab:
                     self._memory.madvise(_COLLAPSE, *where)
 
 
-class _Held(weakref.ref[Bytes]):
+class _Room(weakref.ref[Bytes]):
     """A room that is in use, and which one of a slab it is."""
 
     __slots__ = ("index", "slab")
@@ -150,7 +150,7 @@ class _Held(weakref.ref[Bytes]):
     index: int
 
 
-def _dropped(held: _Held) -> None:
+def _dropped(held: _Room) -> None:
     held.slab.give_back(held.index)
 
 
@@ -158,7 +158,7 @@ class Slabs:
     """Memory for pages of a cache, which come and go one by one but are read from end to end for every token.
 
     A room takes up memory as it is written to, 4 kB at a time, and gives it back when it is dropped. Rooms of a size lie
-    side by side, so that those which are full and stay can lie in large pages (``settle``): then they are found without
+    side by side, so that those which are full and stay can lie in large pages (``make_large``): then they are found without
     the look-ups that small pages cost.
     """
 
@@ -189,12 +189,12 @@ class Slabs:
             if not slab.taken and slab in self._slabs[slab.size]:
                 self._slabs[slab.size].remove(slab)
 
-    def settle(self, room: Bytes) -> None:
+    def make_large(self, room: Bytes) -> None:
         """Say that a room is written from end to end, and will stay for long."""
         for slab in self._slabs.get(-(-len(room) // mmap.PAGESIZE) * mmap.PAGESIZE, []):
             index = slab.index(room)
             if index is not None:
-                slab.settle(index)
+                slab.make_large(index)
 
 
 slabs = Slabs()

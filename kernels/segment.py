@@ -130,7 +130,7 @@ class TileStore:
 
     Args:
         layout: of the tiles.
-        lasting: tiles stay until all of them go; then full pages of them are settled in large pages of memory.
+        lasting: tiles stay until all of them go; then full pages of them become large pages of the system.
 
     """
 
@@ -175,17 +175,17 @@ class TileStore:
         page, slot = self.place(self.stop)
         held = self._held
         if self.lasting and slot == 0:
-            self._settle(self.stop // self.layout.page_tiles - 1)
+            self._make_large(self.stop // self.layout.page_tiles - 1)
         table, address = held.table, held.address
         if held.stop - held.first == len(table):
             table, address = _addressed(np.concatenate([table, np.zeros_like(table)]))
         table[held.stop - held.first] = self.layout.addresses(page, slot)
         self._held = held._replace(stop=held.stop + 1, table=table, address=address)
 
-    def _settle(self, number: int) -> None:
+    def _make_large(self, number: int) -> None:
         """The next page has begun: this one is full, unless there never were tiles before some in it."""
         if number in self._held.pages and self._held.written <= number * self.layout.page_tiles:
-            slabs.settle(self._held.pages[number])
+            slabs.make_large(self._held.pages[number])
 
     def row(self, tile: int) -> Int64:
         """The addresses of a tile that is held: see layout.py, ``K_CODES``."""

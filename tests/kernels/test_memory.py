@@ -119,7 +119,7 @@ def test_rooms_come_and_go_as_zeros_and_never_overlap(steps: list[tuple[int, boo
         held[i] = room
         del room
         if settles:
-            slabs.settle(held[i])
+            slabs.make_large(held[i])
         if drops:
             held.pop(random.choice(sorted(held)))
         for number, kept in held.items():
@@ -160,18 +160,18 @@ def test_a_slab_that_nobody_uses_is_dropped() -> None:
 
 @needs_linux
 @pytest.mark.parametrize("nbytes", [108 * 1024, LARGE_PAGE // 4, 3 * LARGE_PAGE + PAGE])
-def test_only_what_is_settled_from_end_to_end_becomes_a_large_page(nbytes: int) -> None:
+def test_only_what_is_full_from_end_to_end_becomes_a_large_page(nbytes: int) -> None:
     slabs = Slabs()
     rooms = [slabs.zeros(nbytes) for _ in range(-(-2 * LARGE_PAGE // nbytes) + 1)]
     for i, room in enumerate(rooms):
         room[:] = i + 1
     for room in rooms[1:]:
-        slabs.settle(room)
-        slabs.settle(room)
+        slabs.make_large(room)
+        slabs.make_large(room)
     before = in_large_pages(rooms[0], rooms[-1])
     if before == 0:
         pytest.skip("this system makes no large pages of small ones")
-    slabs.settle(rooms[0])
+    slabs.make_large(rooms[0])
     assert in_large_pages(rooms[0], rooms[-1]) > before
     for i, room in enumerate(rooms):
         assert (room == i + 1).all() and resident_in(room) == -(-nbytes // PAGE) * PAGE
@@ -194,16 +194,16 @@ def test_memory_that_cannot_be_given_back_is_not_used_again(monkeypatch: pytest.
     slabs = Slabs()
     kept, room = slabs.zeros(100), slabs.zeros(100)
     room[:] = 1
-    slabs.settle(room)
+    slabs.make_large(room)
     del room
     gc.collect()
     assert not any(slabs.zeros(100).any() for _ in range(3)) and not kept.any()
 
 
 @pytest.mark.parametrize("lasting", [True, False])
-def test_a_store_settles_pages_that_are_full_if_its_tiles_last(lasting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_makes_full_pages_large_if_its_tiles_last(lasting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     settled = []
-    monkeypatch.setattr(mixkv.kernels.memory.slabs, "settle", lambda room: settled.append(room.ctypes.data))
+    monkeypatch.setattr(mixkv.kernels.memory.slabs, "make_large", lambda room: settled.append(room.ctypes.data))
     store = TileStore(TileLayout(1, 16, 32, Q4, Q4, page_tiles=4), lasting)
     store.forget_before(6)  # in the midst of a page, whose beginning is never written
     pages = []
@@ -224,4 +224,4 @@ def test_where_memory_is_given_back_otherwise_there_are_no_slabs(monkeypatch: py
     slabs = Slabs()
     room = slabs.zeros(5000)
     assert len(room) == 5000 and not room.any() and not slabs._slabs
-    slabs.settle(room)
+    slabs.make_large(room)
