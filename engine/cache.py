@@ -85,10 +85,12 @@ class Cache:
         self.ledger: MassLedger | None = None
         self._keys = [layer.view_key for layer in self.layers]
 
-    def attend(self, layer: int, qkv: Float32, position: int, softmax: Softmax, out: Float32 | None = None) -> Float32:
+    def attend(
+        self, layer: int, qkv: Float32, position: int, softmax: Softmax, out: Float32 | None = None, first: int = 0
+    ) -> Float32:
         """Append and attend in one layer; see ``LayerCache.attend``."""
         try:
-            return self.layers[layer].attend(qkv, position, softmax, out, self._view(layer, position, qkv))
+            return self.layers[layer].attend(qkv, position, softmax, out, self._view(layer, position, qkv), first)
         except NumericalError as error:
             raise NumericalError(f"layer {layer}, position {position}: {error}") from None
 

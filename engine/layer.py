@@ -35,6 +35,7 @@ from ..kernels.tables import (
     APPENDED,
     CALL_FIELDS,
     DENSE_KIND,
+    FIRST_QUERY,
     FRESH,
     HEAD_DIM,
     JOB_STARTS,
@@ -183,7 +184,13 @@ class LayerCache:
         self.sink_k = k  # last: an interrupt may come before, and this one's type tells whether all is done
 
     def attend(
-        self, qkv: Float32, position: int, softmax: Softmax, out: Float32 | None = None, view: View | None = None
+        self,
+        qkv: Float32,
+        position: int,
+        softmax: Softmax,
+        out: Float32 | None = None,
+        view: View | None = None,
+        first: int = 0,
     ) -> Float32:
         """Append keys and values at ``position``, and attend with the queries there.
 
@@ -194,6 +201,7 @@ class LayerCache:
             softmax: scale, soft-cap and sink logits.
             out: float32 (T, n_heads, head_dim), C order, to write to.
             view: what the queries see, where the caller has it already.
+            first: the first query whose output is wanted, up to T; those before may not be there.
 
         Returns o, float32 (T, n_heads, head_dim). Nothing is final before ``commit``; to append something else at the
         same position, ``truncate`` to it first.
@@ -208,6 +216,7 @@ class LayerCache:
             padded, result = pad_last_axis(qkv), np.empty((view.n_queries, heads, width), np.float32)
         call = self.describe(view, softmax)
         while True:
+            call[FIRST_QUERY] = 0 if self.keeps_ledger else first
             if not call[FRESH]:  # go on from the sink logits instead of from nothing
                 view.state[...], result[...] = softmax.first_state(heads, view.n_queries), 0
             attend_segments(call, padded, result, view.state, view.threads)

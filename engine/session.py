@@ -296,10 +296,10 @@ class Session:
 
         def watch(x: Float32) -> None:  # NaN in any layer is NaN in the last; the cache must not keep it
             nonlocal healthy
-            healthy = bool(np.isfinite(x).all())
+            healthy = healthy and bool(np.isfinite(x).all())
 
         with np.errstate(invalid="ignore", over="ignore"):  # NaN is looked for here; NumPy need not warn of it as well
-            result = self.model.transformer.forward(step, wanted, on_output=watch)
+            result = self.model.transformer.forward(step, wanted, watch=watch)
             if not healthy or (result is not None and not np.isfinite(result.max(axis=1)).all()):
                 self._explain(step)
         self.position = stop

@@ -65,9 +65,15 @@ class ShadowLayer(LayerCache):
         return other
 
     def attend(
-        self, qkv: Float32, position: int, softmax: Softmax, out: Float32 | None = None, view: View | None = None
+        self,
+        qkv: Float32,
+        position: int,
+        softmax: Softmax,
+        out: Float32 | None = None,
+        view: View | None = None,
+        first: int = 0,
     ) -> Float32:
-        """As ``LayerCache.attend``; then the same queries over dense keys and values, over codes, and over one of each."""
+        """As ``LayerCache.attend``, of all queries; then the same over dense keys and values, codes, and one of each."""
         view = self.view(position, qkv) if view is None else view
         q = qkv[:, : view.heads].copy()
         out = super().attend(qkv, position, softmax, out, view)

@@ -34,6 +34,7 @@ from .tables import (
     DISTANCES,
     FIELDS,
     FINISH_KERNEL,
+    FIRST_QUERY,
     FLOAT_FIELDS,
     FOLLOW_KERNEL,
     FRESH,
@@ -200,10 +201,10 @@ def _see_splits(call, segment, first_split, stop_split, head, first_query, n_que
 def _all_in_one_go(call, worker, workers, block, q, out, state, room, table, numbers):  # type: ignore[no-untyped-def]
     """The share of one worker in blocks of queries. They differ in work, so they are dealt out."""
     n_queries, kv_heads, fresh = get(call, N_QUERIES), get(call, N_KV_HEADS), get(call, FRESH)
-    n_rep = get(call, N_HEADS) // kv_heads
-    blocks = (n_queries + block - 1) // block
+    n_rep, begin = get(call, N_HEADS) // kv_heads, get(call, FIRST_QUERY)
+    blocks = (n_queries - begin + block - 1) // block
     for unit in range(worker, blocks * kv_heads, workers):
-        head, first = unit % kv_heads, unit // kv_heads * block
+        head, first = unit % kv_heads, begin + unit // kv_heads * block
         count = min(block, n_queries - first)
         rows = _begin_rows(call, head, first, count, q, out, state, fresh, room, table, numbers)
         for segment in range(get(call, N_SEGMENTS)):

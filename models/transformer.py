@@ -50,8 +50,8 @@ class Softmax:
 class AttentionCache(Protocol):
     """What a layer needs of the cache of a sequence."""
 
-    def attend(self, layer: int, qkv: Float32, position: int, softmax: Softmax, out: Float32) -> object:
-        """Append keys and values from ``position`` on, and attend with the queries there.
+    def attend(self, layer: int, qkv: Float32, position: int, softmax: Softmax, out: Float32, first: int = 0) -> object:
+        """Append keys and values from ``position`` on, and attend with the queries there, or with those from ``first`` on.
 
         qkv: (T, n_heads + 2 * n_kv_heads, head_dim), the queries, keys and values of each token, C order. out: (T, n_heads,
         head_dim), C order, receives the output.
@@ -227,17 +227,19 @@ class Transformer:
         step: Step,
         logits: Literal["all", "last"] | None,
         *,
+        watch: Callable[[Float32], None] | None = None,
         on_output: Callable[[Float32], None] | None = None,
         on_layer: Callable[[int, Float32], None] | None = None,
         on_attention: Callable[[Midway], None] | None = None,
         begin: Midway | None = None,
     ) -> Float32 | None:
-        """Run the rows of ``step`` through all layers.
+        """Run the rows of ``step`` through all layers. Many rows end at the last keys and values if no one asks for more.
 
         Returns logits float32 (T, V) for "all", (len(spans), V) of each span's last row for "last", None for None.
-        ``on_output`` is called with the output (T, E) of the last layer, ``on_layer`` with the number of each and its
-        output, ``on_attention`` before each attention, with arrays that are written to afterwards. ``begin``: where an
-        earlier pass of the same rows stood, to go on there.
+        ``watch`` is called with arrays that have a NaN if anything computed has, or anything kept. ``on_output`` is called
+        with the output (T, E) of the last layer, ``on_layer`` with the number of each and its output, ``on_attention``
+        before each attention, with arrays that are written to afterwards. ``begin``: where an earlier pass of the same rows
+        stood, to go on there.
         MixkvError in a process that was forked from one that had used the kernels.
         """
         if not forks.usable():
@@ -258,9 +260,10 @@ class Transformer:
             x[:], qkv[:] = begin.x, begin.qkv
         watched = on_layer is not None or on_attention is not None
         if begin is not None or watched or not self._run_whole(step, buffers, qkv):
+            only_last = logits != "all" and not watched and on_output is None
             if begin is None:
                 self.chains[0](buffers)
-            for i in range(0 if begin is None else begin.layer, len(weights.layers)):
+            for i in range(0 if begin is None else begin.layer, len(weights.layers) - only_last):
                 if on_attention is not None:
                     on_attention(Midway(i, x, qkv))
                 for cache, start, stop in step.spans:
@@ -269,11 +272,33 @@ class Transformer:
                 self.chains[i + 1](buffers)
                 if on_layer is not None:
                     on_layer(i, x)
+            if only_last:
+                if watch is not None:
+                    watch(x)
+                    watch(qkv)
+                x = self._last_layer_of_last_rows(step, buffers, qkv, attended)
+        if watch is not None:
+            watch(x)
         if on_output is not None:
             on_output(x)
         if logits is None:
             return None
-        return self.logits(x if logits == "all" else x[[stop - 1 for _, _, stop in step.spans]])
+        if logits == "last" and len(x) > len(step.spans):
+            x = x[[stop - 1 for _, _, stop in step.spans]]
+        return self.logits(x)
+
+    def _last_layer_of_last_rows(self, step: Step, buffers: Buffers, qkv: Float32, attended: Float32) -> Float32:
+        """The last layer, from its attention on: its output (len(spans), E) of each span's last row. All keys are kept."""
+        softmax = self._softmax[-1]
+        for cache, start, stop in step.spans:
+            out, position = attended[start:stop], int(step.positions[start])
+            cache.attend(len(self._softmax) - 1, qkv[start:stop], position, softmax, out, stop - start - 1)
+        n_rows = len(step.spans)
+        own = Buffers(n_rows, self._widths, self._whole.links, self._room_nbytes(n_rows))
+        for which in (X, ATTENDED):
+            own.arrays[which][:] = buffers.arrays[which][[stop - 1 for _, _, stop in step.spans]]
+        self.chains[-1](own)
+        return own.arrays[X]
 
     def _run_whole(self, step: Step, buffers: Buffers, qkv: Float32) -> bool:
         """All layers of a few rows of one sequence in one call of the kernels; False, and nothing done, if they cannot."""

@@ -191,8 +191,8 @@ class _WholeText:
     def attentions(self, *_: object) -> None:
         """As the models' ``AttentionCache``: layers are looked at one by one."""
 
-    def attend(self, layer: int, qkv: Float32, position: int, softmax: Softmax, out: Float32) -> None:
-        """As the models' ``AttentionCache``."""
+    def attend(self, layer: int, qkv: Float32, position: int, softmax: Softmax, out: Float32, first: int = 0) -> None:
+        """As the models' ``AttentionCache``, with all queries."""
         if self._look is None:
             cache = LayerCache(CachePolicy.full(), *self._shape, len(qkv), self._sliding_windows[layer])
             cache.attend(qkv, position, softmax, out)

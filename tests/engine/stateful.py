@@ -147,7 +147,7 @@ class StubTransformer:
         )  # some channels of keys are, as in models
         self.tables[:, :, shape.kv_heads * shape.n_rep : -shape.kv_heads] *= loud
 
-    def forward(self, step: Step, logits: str | None, on_output: Any = None) -> Float32 | None:
+    def forward(self, step: Step, logits: str | None, watch: Any = None) -> Float32 | None:
         shape, outs = self.shape, []
         [(cache, _, _)] = step.spans
         phase = np.cos(step.positions).astype(np.float32)[:, None, None]

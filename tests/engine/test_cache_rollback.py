@@ -42,7 +42,7 @@ class StubTransformer:
         generator = np.random.default_rng(1)
         self.tables = generator.standard_normal((LAYERS, 3, VOCAB, HEADS, DIM), np.float32)
 
-    def forward(self, step: Step, logits: str | None, on_output: Any = None) -> NDArray[np.float32] | None:
+    def forward(self, step: Step, logits: str | None, watch: Any = None) -> NDArray[np.float32] | None:
         outs = []
         [(cache, start, stop)] = step.spans
         assert (start, stop) == (0, len(step.token_ids))

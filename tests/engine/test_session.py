@@ -13,6 +13,7 @@ import mixkv.engine.cache
 from mixkv import CachePolicy, Session, Tier
 from mixkv.engine.cache import Cache
 from mixkv.engine.layer import LayerCache
+from mixkv.kernels.tables import FIRST_QUERY
 from mixkv.models.errors import PromptError, UsageError
 from mixkv.models.load import Model
 from mixkv.models.transformer import Step
@@ -53,6 +54,35 @@ def test_all_last_and_none_agree(model: Model) -> None:
     following = [s.forward([7], "last") for s in sessions]
     for other in following[1:]:
         np.testing.assert_allclose(other, following[0], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("logits", ["last", None])
+def test_rows_whose_logits_are_not_wanted_are_spared_the_end_of_the_last_layer(logits: Any) -> None:
+    """The kernels are asked for one query there; what is kept, and what is made of it, is the same to the bit."""
+    model = mixkv.load("toy", weights="q8")
+    ids = ids_for(model, 150)
+    sessions = [Session(model, MIXED, chunk=64) for _ in range(2)]
+    every, few = (s.forward(ids, rows) for s, rows in zip(sessions, ("all", logits), strict=True))
+    assert [int(s.cache.layers[-1]._call[FIRST_QUERY]) for s in sessions] == [0, 150 - 128 - 1]
+    assert few is None or few.tobytes() == every[-1].tobytes()
+    for of_all, of_few in zip(*(s.cache.layers for s in sessions), strict=True):
+        for x, y in zip(of_all.values(0, 150), of_few.values(0, 150), strict=True):
+            assert x.tobytes() == y.tobytes()
+    assert sessions[0].forward([7]).tobytes() == sessions[1].forward([7]).tobytes()
+
+
+def test_a_ledger_and_local_errors_count_all_rows_of_the_last_layer(toy: Model) -> None:
+    ids = ids_for(toy, 150)
+    for logits in ("all", "last"):
+        session = Session(toy, MIXED, chunk=64, shadow=True)
+        ledger = session.keep_ledger()
+        session.forward(ids, logits)
+        errors = session.local_errors()["both"]
+        if logits == "all":
+            expected, shares = errors, ledger.shares()
+        else:
+            np.testing.assert_array_equal(errors, expected)
+            np.testing.assert_array_equal(ledger.shares(), shares)
 
 
 def test_all_is_the_default_and_any_integers_are_taken(toy: Model) -> None:
