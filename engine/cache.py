@@ -7,6 +7,7 @@ import numpy as np
 from ..kernels.quantize import Float32
 from ..kernels.segment import Int64
 from ..kernels.simd import LANES
+from ..kernels.tables import CALL_FIELDS, STEP
 from ..models.errors import NumericalError
 from ..models.transformer import Softmax
 from .layer import LayerCache, View
@@ -17,20 +18,47 @@ from .policy import CachePolicy
 class Attentions:
     """The attentions of all layers in one step, described before the first one begins.
 
+    Args:
+        layers: of the cache.
+        views: what the queries see in some of them.
+        like: of each layer, the number of one of those.
+        qkv, softmaxes: what ``LayerCache.attend`` takes; the array has each layer's numbers in turn.
+
     Attributes:
         table: int64 (layers, 4), as a chain of the kernels takes them (kernels/project.py, ATTENTIONS).
 
     """
 
     def __init__(
-        self, layers: Sequence[LayerCache], views: Sequence[View], qkv: Float32, softmaxes: Sequence[Softmax]
+        self,
+        layers: Sequence[LayerCache],
+        views: dict[int, View],
+        like: Sequence[int],
+        qkv: Float32,
+        softmaxes: Sequence[Softmax],
     ) -> None:
-        self._layers, self._views, self._qkv, self._softmaxes = layers, views, qkv, softmaxes
-        rows = []
-        for layer, view, softmax in zip(layers, views, softmaxes, strict=True):
-            layer.describe(view, softmax)
-            rows.append((layer.call_address, *view.addresses))
+        self._layers, self._views, self._like = layers, views, like
+        self._qkv, self._softmaxes = qkv, softmaxes
+        self._calls = [
+            layer.describe(views[i], softmax) for layer, i, softmax in zip(layers, like, softmaxes, strict=True)
+        ]
+        rows = [(layer.call_address, *views[i].addresses) for layer, i in zip(layers, like, strict=True)]
         self.table: Int64 = np.array(rows, np.int64)
+        self.is_settled = all(layer.is_settled for layer in layers)
+        self._room = min(layer.room for layer in layers)
+
+    def renew(self, views: dict[int, View], qkv: Float32, softmaxes: Sequence[Softmax]) -> bool:
+        """Describe another step, if only its ranges differ; False, and nothing done, if there is more to it."""
+        if not self.is_settled or softmaxes is not self._softmaxes or qkv.shape[1:] != self._qkv.shape[1:]:
+            return False
+        if any(view.stop > self._room or view.sealed != self._views[i].sealed for i, view in views.items()):
+            return False
+        self._views, self._qkv = views, qkv
+        for call, i in zip(self._calls, self._like, strict=True):
+            call[STEP:CALL_FIELDS] = views[i].fields
+        for i, view in views.items():
+            self.table[np.equal(self._like, i), 1:] = view.addresses
+        return True
 
     def settle(self, i: int) -> bool:
         """Where the kernels stopped at layer i: ``LayerCache.settle``. If it is to be repeated, it is described anew.
@@ -39,7 +67,8 @@ class Attentions:
             NumericalError: a tile that cannot be quantized.
 
         """
-        layer, view = self._layers[i], self._views[i]
+        layer, view = self._layers[i], self._views[self._like[i]]
+        self.is_settled = False
         try:
             if layer.settle(self._qkv[:, view.heads :]):
                 return True
@@ -52,7 +81,7 @@ class Attentions:
 
     def finish(self, stop: int | None = None) -> None:
         """Count the tiles of the layers that are done, all or those before ``stop``."""
-        for layer in self._layers[:stop]:
+        for layer in self._layers[:stop] if not self.is_settled else ():
             layer.settle_tiles()
 
 
@@ -81,14 +110,19 @@ class Cache:
             layer_type(policy.for_layer(i, n_layers), n_kv_heads, head_dim, context, window)
             for i, window in enumerate(windows)
         ]
-        self._views: dict[object, View] = {}
         self.ledger: MassLedger | None = None
-        self._keys = [layer.view_key for layer in self.layers]
+        self._plain = layer_type is LayerCache
+        keys = [layer.view_key for layer in self.layers]
+        self._like = [keys.index(key) for key in keys]  # the first layer whose queries see the same positions
+        self._views: dict[int, View] = {}  # of these layers
+        self._still_seen: dict[int, list[int]] = {}  # of these layers, at the last commit that had anything to forget
+        self._attentions: Attentions | None = None  # of the last step, unless anything else has changed the cache since
 
     def attend(
         self, layer: int, qkv: Float32, position: int, softmax: Softmax, out: Float32 | None = None, first: int = 0
     ) -> Float32:
         """Append and attend in one layer; see ``LayerCache.attend``."""
+        self._attentions = None
         try:
             return self.layers[layer].attend(qkv, position, softmax, out, self._view(layer, position, qkv), first)
         except NumericalError as error:
@@ -96,10 +130,10 @@ class Cache:
 
     def _view(self, layer: int, position: int, qkv: Float32) -> View:
         """What the queries of a step see in a layer."""
-        key = self._keys[layer]
-        view = self._views.get(key)
+        like = self._like[layer]
+        view = self._views.get(like)
         if layer == 0 or view is None or (view.position, view.n_queries) != (position, len(qkv)):
-            view = self._views[key] = self.layers[layer].view(position, qkv)
+            view = self._views[like] = self.layers[layer].view(position, qkv)
         return view
 
     def attentions(self, qkv: Float32, position: int, softmaxes: Sequence[Softmax]) -> "Attentions | None":
@@ -108,22 +142,31 @@ class Cache:
         qkv: the array (T, n_heads + 2 * n_kv_heads, head_dim), C order, that has each layer's queries, keys and values in
         turn.
         """
-        plain = all(type(layer) is LayerCache for layer in self.layers)
-        if not plain or qkv.shape[2] % LANES or any(softmax.sink_logits is not None for softmax in softmaxes):
+        if not self._plain or qkv.shape[2] % LANES:
             return None
-        views = [self._view(i, position, qkv) for i in range(len(self.layers))]
-        return Attentions(self.layers, views, qkv, softmaxes)
+        self._views = {i: self.layers[i].view(position, qkv) for i in sorted(set(self._like))}
+        if self._attentions is None or not self._attentions.renew(self._views, qkv, softmaxes):
+            if any(softmax.sink_logits is not None for softmax in softmaxes):
+                return None
+            self._attentions = Attentions(self.layers, self._views, self._like, qkv, softmaxes)
+        return self._attentions
 
     def commit(self, position: int) -> None:
         """Make everything below ``position`` final, in all layers."""
         states = [layer.ledger for layer in self.layers if layer.ledger is not None] if self.ledger is not None else []
         if self.ledger is not None and states:
             self.ledger.add(position - states[0].shape[2], states)
-        for layer in self.layers:
-            layer.commit(position)
+        still_seen = {i: self.layers[i].still_seen(position) for i in set(self._like)}
+        if self._attentions is not None and self._attentions.is_settled and still_seen == self._still_seen:
+            return  # no tile has entered a tier, and none has left sight
+        self._attentions = None
+        for i, layer in zip(self._like, self.layers, strict=True):
+            layer.forget(still_seen[i])
+        self._still_seen = still_seen
 
     def keep_ledger(self, on: bool) -> MassLedger | None:
         """Begin a new ledger of the segments' shares of attention, or end it."""
+        self._attentions = None
         for layer in self.layers:
             layer.keeps_ledger = on
         most = max(len(layer.tiers) for layer in self.layers)
@@ -145,6 +188,7 @@ class Cache:
 
     def truncate(self, position: int) -> None:
         """Forget the tokens from ``position`` on, in all layers; ``lowest`` or more, or the last one committed."""
+        self._attentions = None
         for layer in self.layers:
             layer.truncate(position)
         if self.ledger is not None:
@@ -158,7 +202,9 @@ class Cache:
     def fork(self) -> "Cache":
         """A cache of the same tokens that goes its own way; see ``LayerCache.fork``."""
         other = Cache.__new__(Cache)
-        other.policy, other._keys, other._views, other.ledger = self.policy, self._keys, {}, None
+        other.policy, other._like, other._plain = self.policy, self._like, self._plain
+        other._views, other._still_seen, other.ledger = {}, {}, None
+        self._attentions = other._attentions = None  # what is written to next may be copied
         other.layers = [layer.fork() for layer in self.layers]
         other.keep_ledger(False)
         return other

@@ -70,36 +70,37 @@ class View:
     """What the queries of one step see, the same in every layer of one policy and window: positions, by segment."""
 
     def __init__(self, cache: "LayerCache", position: int, qkv: Float32) -> None:
-        n_kv_heads, tile, n_tiers = cache.recent.layout.n_kv_heads, cache.policy.tile, len(cache.tiers)
+        n_kv_heads, tile = cache.recent.layout.n_kv_heads, cache.policy.tile
         n_queries, heads = len(qkv), qkv.shape[1] - 2 * n_kv_heads
         if heads > MAX_N_REP * n_kv_heads:  # the kernels would write beyond their tables
             raise ValueError(f"at most {MAX_N_REP} query heads may share a KV head, found {heads} and {n_kv_heads}")
         self.position, self.n_queries, self.heads = position, n_queries, heads
         self.stop, self.threads = position + n_queries, get_num_threads()
         self.state = np.empty((heads, n_queries, 2), np.float32)
-        seen = np.arange(position + 1, self.stop + 1, dtype=np.int64)
-        boundaries = np.maximum((seen - cache.ages) // tile, 0)  # (tiers, T), in tiles
+        ends, window, sinks = range(position + 1, self.stop + 1), cache.sliding_window, cache.sinks
+        first = [max(end - window, 0) if window is not None else 0 for end in ends]
+        behind_sinks = [max(x, sinks) for x in first]
+        boundaries = [[max((end - age) // tile, 0) for end in ends] for age in cache.ages]  # of each tier, in tiles
         # Tiles below are in the tier, unless a sliding window never reaches it
-        self.sealed = [stop if yes else 0 for stop, yes in zip(boundaries[:, -1].tolist(), cache.in_reach, strict=True)]
+        self.sealed = [each[-1] if yes else 0 for each, yes in zip(boundaries, cache.in_reach, strict=True)]
         # Of sink, tiers from the oldest on, recent: where each query starts and stops
-        ranges = self.ranges = np.empty((2 * n_tiers + 4, n_queries), np.int64)
-        ranges[0] = 0 if cache.sliding_window is None else np.maximum(seen - cache.sliding_window, 0)
-        np.minimum(seen, cache.sinks, out=ranges[1])
-        np.maximum(ranges[0], cache.sinks, out=ranges[2])
-        np.multiply(boundaries[::-1], tile, out=ranges[3:-1:2])
-        np.maximum(ranges[3:-1:2], ranges[2], out=ranges[4::2])
-        ranges[-1] = seen
-        spans = list(zip(ranges[::2, 0].tolist(), ranges[1::2, -1].tolist(), strict=True))
+        bounds = [first, [min(end, sinks) for end in ends], behind_sinks]
+        for each in reversed(boundaries):
+            stops = [tile * x for x in each]
+            bounds += [stops, [max(x, y) for x, y in zip(stops, behind_sinks, strict=True)]]
+        bounds.append(list(ends))
+        ranges = self.ranges = np.array(bounds, np.int64)
+        spans = [(starts[0], stops[-1]) for starts, stops in zip(bounds[::2], bounds[1::2], strict=True)]
         width = -(-qkv.shape[2] // LANES) * LANES
-        fields = np.zeros(CALL_FIELDS, np.int64)
+        parts = n_parts(n_queries, heads, n_kv_heads, spans, self.threads)
+        fields = [0] * CALL_FIELDS
         fields[N_QUERIES], fields[Q_STRIDE], fields[APPENDED] = n_queries, 4 * qkv.shape[1] * width, APPEND_ROTATED
-        fields[POSITION] = position
-        parts = fields[N_PARTS] = n_parts(n_queries, heads, n_kv_heads, spans, self.threads)
-        address, nbytes = self.ranges.ctypes.data, 8 * n_queries
+        fields[POSITION], fields[N_PARTS] = position, parts
+        address, nbytes = ranges.ctypes.data, 8 * n_queries
         for i, (low, high) in enumerate(spans):
             own = address + 2 * i * nbytes, address + (2 * i + 1) * nbytes, low, high
             fields[RANGES + 4 * i : RANGES + 4 * (i + 1)] = own
-        self.fields = fields[STEP:]
+        self.fields = np.array(fields[STEP:], np.int64)
         self._room = parts * n_queries * heads, width
 
     @cached_property
@@ -140,8 +141,8 @@ class LayerCache:
     ) -> None:
         self.policy, self.head_dim, self.sliding_window = policy, head_dim, sliding_window
         self.sinks = policy.sinks if context is None else min(policy.sinks, context)
-        self.ages = np.array([[tier.after] for tier in policy.tiers])
-        self.in_reach = [sliding_window is None or sliding_window > age for age in self.ages[:, 0].tolist()]
+        self.ages = [tier.after for tier in policy.tiers]
+        self.in_reach = [sliding_window is None or sliding_window > age for age in self.ages]
         self.recent = TileStore(policy.dense_layout(n_kv_heads, head_dim))
         layouts = policy.tier_layouts(n_kv_heads, head_dim)
         stays = sliding_window is None  # what the oldest tier holds
@@ -150,8 +151,6 @@ class LayerCache:
         self._set_sinks(*np.zeros((2, self.sinks, n_kv_heads, -(-head_dim // LANES) * LANES), dtype))
         self._call: Int64 | None = None
         self.call_address = 0  # of the last call
-        self._described_for: tuple[Softmax | None, bool, int] = None, False, 0
-        self._addresses: list[int] = []  # of the stores, when the call was described
         self._entering: list[tuple[int, int]] = []  # what the last call described quantizes: (tier, tile)
         self._options = np.zeros(3, np.float32)
         self._jobs: Int64 | None = None
@@ -167,7 +166,7 @@ class LayerCache:
     @property
     def view_key(self) -> tuple[object, ...]:
         """Layers for which this is the same have the same ``View``."""
-        return self.sinks, self.policy.tile, *self.ages[:, 0].tolist(), self.sliding_window
+        return self.sinks, self.policy.tile, *self.ages, self.sliding_window
 
     @property
     def _fitted(self) -> bool:
@@ -233,25 +232,18 @@ class LayerCache:
 
     def describe(self, view: View, softmax: Softmax) -> Int64:
         """The call of ``attend_segments`` for one step; places for its tokens, and in the tiers, are made."""
-        if (call := self._call) is not None and self._is_as_described(view, softmax):
-            call[STEP:CALL_FIELDS] = view.fields
-            return call
         self._entering = self._places_in_tiers(view)
         return self._describe(view, softmax, self._entering)
 
-    def _is_as_described(self, view: View, softmax: Softmax) -> bool:
-        """Whether the last call needs nothing but other ranges: no new tile, nothing moved, and it had no jobs."""
-        then, *others = self._described_for
-        if then is not softmax or others != [self.exact, view.heads]:
-            return False
-        # Tiles that were to enter may be left from a step that was interrupted
-        if self._entering or self._jobs is not None or self.keeps_ledger or self.ledger is not None:
-            return False
-        if self.recent.stop * self.policy.tile < view.stop:
-            return False
-        if any(tier.stop < sealed for tier, sealed in zip(self.tiers, view.sealed, strict=True)):
-            return False
-        return self._addresses == self._store_addresses()
+    @property
+    def is_settled(self) -> bool:
+        """Whether the call just described, with other ``View.fields``, does for steps that let no tile in."""
+        return not self._entering and self.ledger is None
+
+    @property
+    def room(self) -> int:
+        """The position up to which there are places for tokens."""
+        return self.recent.stop * self.policy.tile
 
     def _store_addresses(self) -> list[int]:
         """Of the tables and geometries of tiers and recent tiles, in the order of positions."""
@@ -308,7 +300,7 @@ class LayerCache:
         call[FRESH] = softmax.sink_logits is None
         call[STEP:CALL_FIELDS] = view.fields
         stop = SEGMENTS + 2 + 2 * len(self._by_position)
-        self._addresses = call[SEGMENTS + 2 : stop] = self._store_addresses()
+        call[SEGMENTS + 2 : stop] = self._store_addresses()
         if tiles:
             stores = [recent, *self.tiers]
             jobs = [seal_job(stores[i], stores[i + 1], t, self._dead(t), self._fitted) for i, t in tiles]
@@ -322,7 +314,6 @@ class LayerCache:
             call[LEDGER] = self.ledger.ctypes.data
         elif self.ledger is not None:
             self.ledger, call[LEDGER] = None, 0
-        self._described_for = softmax, self.exact, view.heads
         return call
 
     def _begin_call(self, heads: int) -> Int64:
@@ -409,13 +400,25 @@ class LayerCache:
 
         Queries go on from ``position``, or, after ``truncate``, from up to ``policy.rollback`` tokens before.
         """
+        self.forget(self.still_seen(position))
+
+    def still_seen(self, position: int) -> list[int]:
+        """The first tile that queries see, once ``position`` is final, as recent, in each tier, and at all.
+
+        The same for all layers of one ``view_key``. A tier may not hold so many tiles yet.
+        """
         policy, horizon = self.policy, max(0, position - self.policy.rollback)
-        seen, source = self._first_seen(position), self.recent
-        for i, tier in enumerate(self.tiers):
-            # Not with a window of 0 a tile that the token at the horizon is still missing in
-            entered = min(policy.boundary(horizon, i), horizon) // policy.tile
+        # Not with a window of 0 a tile that the token at the horizon is still missing in
+        entered = [min(policy.boundary(horizon, i), horizon) // policy.tile for i in range(len(self.tiers))]
+        return [*entered, self._first_seen(position)]
+
+    def forget(self, still_seen: list[int]) -> None:
+        """Forget forms of tiles before the first that is still seen."""
+        *entered, seen = still_seen
+        source = self.recent
+        for tier, first in zip(self.tiers, entered, strict=True):
             if source is not self.recent or not self.keeps_dense:
-                source.forget_before(max(seen, min(tier.stop, entered)))
+                source.forget_before(max(seen, min(tier.stop, first)))
             source = tier
         source.forget_before(seen)
 
@@ -424,7 +427,7 @@ class LayerCache:
         """The first position that ``truncate`` can go back to: everything that a query from there on sees is still held."""
         reach = math.inf if self.sliding_window is None else self.sliding_window
         lowest = 0
-        for age, source in zip([*self.ages[:, 0], math.inf], (self.recent, *self.tiers), strict=True):
+        for age, source in zip([*self.ages, math.inf], (self.recent, *self.tiers), strict=True):
             if source.first:  # then age or reach is a number
                 lowest = max(lowest, source.first * self.policy.tile + max(int(min(age, reach)), 1) - 1)
         return lowest
@@ -453,7 +456,7 @@ class LayerCache:
             (source_first, _), (first, stop) = spans[i], spans[i + 1]
             sealed = self.policy.boundary(position - 1, i) // tile
             fits &= not reached or (source_first <= stop and sealed <= stop <= max(position // tile, first))
-        for (first, stop), age in zip(spans, [*self.ages[:, 0].tolist(), math.inf], strict=True):
+        for (first, stop), age in zip(spans, [*self.ages, math.inf], strict=True):
             fits &= 0 <= first <= stop <= position + 1
             fits &= first == 0 or first * tile + max(min(age, reach), 1) - 1 <= position  # as ``lowest`` says
         if not fits:

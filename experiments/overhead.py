@@ -30,7 +30,7 @@ class Overhead:
     """Of one decode step.
 
     Attributes:
-        python_seconds: in Python, and of entering its two parallel regions.
+        python_seconds: in Python, and of entering its parallel region.
         handover_seconds: of handing work from all threads to all threads within them.
         handovers_per_layer: how often a layer does that.
 

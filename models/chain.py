@@ -32,6 +32,11 @@ class Buffers:
         self.rows, self.threads = rows, get_num_threads()
         self._tasks, self.addresses = chain_addresses(links, self._room, self.arrays)
 
+    def replace(self, which: int, array: Float32) -> None:
+        """Take another array, float32 (rows, any), C order, in the place of one."""
+        self.arrays[which] = array
+        self.addresses[OWN_BUFFERS + which] = array.ctypes.data
+
 
 class Link(Protocol):
     """A step of a chain."""

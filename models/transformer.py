@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..kernels import forks
 from ..kernels.project import ATTENTIONS, LAYER, run_chain
 from ..kernels.state import empty_state
+from ..kernels.threads import get_num_threads
 from .chain import Apply, Attend, Buffers, Chain, Link, normalize, rotate
 from .config import ModelConfig
 from .errors import MixkvError
@@ -146,9 +147,9 @@ class Weights:
         return sum(part.nbytes for part in (*parts, self.head)) + sum(mlps)
 
 
-# The buffers of a pass. BRANCH is what attention or an MLP gives where a norm comes before it is added to X. From TURNS on
-# there are the cosines and sines of each rotary embedding
-X, QKV, ATTENDED, GATE_UP, BRANCH, TURNS = range(6)
+# The buffers of a pass. BRANCH is what attention or an MLP gives where a norm comes before it is added to X. LOGITS is
+# empty unless the kernels go on to the output head. From TURNS on there are the cosines and sines of each rotary embedding
+X, QKV, ATTENDED, GATE_UP, BRANCH, LOGITS, TURNS = range(7)
 # So many rows go through all layers in one call of the kernels, which saves what Python does in between. More of them take
 # long enough for that not to count, and an interrupt would have to wait
 WHOLE_ROWS = 16
@@ -172,7 +173,7 @@ class Transformer:
         self._heads = config.num_attention_heads, config.num_attention_heads + 2 * config.num_key_value_heads
         self._widths = (
             config.hidden_size, self._heads[1] * config.head_dim, self._heads[0] * config.head_dim,
-            2 * config.intermediate_size, config.hidden_size * config.post_norms,
+            2 * config.intermediate_size, config.hidden_size * config.post_norms, 0,
             *[config.rotary_channels] * len(config.ropes),
         )  # fmt: skip
         # What comes before the first attention, between two, and behind the last
@@ -183,7 +184,8 @@ class Transformer:
         between = [
             [*ahead, attention, *behind] for ahead, attention, behind in zip(before, attentions, after, strict=True)
         ]
-        self._whole = Chain([link for links in between for link in links])
+        self._whole = Chain([*(link for links in between for link in links), Apply(weights.head, X, LOGITS)])
+        self._spare: list[Buffers] = []  # for one row, which no pass is using now
         self._softmax = [
             Softmax(config.softmax_scale, config.attn_logit_softcapping, layer.sink_logits) for layer in weights.layers
         ]
@@ -245,13 +247,12 @@ class Transformer:
         if not forks.usable():
             raise MixkvError(forks.MESSAGE)
         weights, n_rows = self.weights, len(step.token_ids)
-        buffers = Buffers(n_rows, self._widths, self._whole.links, self._room_nbytes(n_rows))
+        buffers = self._buffers(n_rows)
         ropes = self._ropes(step.context or self.config.max_position_embeddings)
         for (rope, frequencies), turns in zip(ropes, buffers.arrays[TURNS:], strict=True):
             rope.turns(step.positions, frequencies, turns)
         x = buffers.arrays[X]
         qkv = buffers.arrays[QKV].reshape(n_rows, self._heads[1], -1)
-        attended = buffers.arrays[ATTENDED].reshape(n_rows, self._heads[0], -1)
         if begin is None:
             x[:] = weights.embedding.take(step.token_ids)
             if self._embedding_scale != 1:
@@ -259,8 +260,11 @@ class Transformer:
         else:
             x[:], qkv[:] = begin.x, begin.qkv
         watched = on_layer is not None or on_attention is not None
-        if begin is not None or watched or not self._run_whole(step, buffers, qkv):
-            only_last = logits != "all" and not watched and on_output is None
+        with_head = logits == "all" or (logits == "last" and n_rows == 1)
+        in_one_go = begin is None and not watched and self._run_whole(step, buffers, qkv, with_head)
+        if not in_one_go:
+            attended = buffers.arrays[ATTENDED].reshape(n_rows, self._heads[0], -1)
+            only_last = logits != "all" and on_output is None and not watched
             if begin is None:
                 self.chains[0](buffers)
             for i in range(0 if begin is None else begin.layer, len(weights.layers) - only_last):
@@ -282,10 +286,23 @@ class Transformer:
         if on_output is not None:
             on_output(x)
         if logits is None:
-            return None
-        if logits == "last" and len(x) > len(step.spans):
-            x = x[[stop - 1 for _, _, stop in step.spans]]
-        return self.logits(x)
+            found = None
+        elif in_one_go and with_head:
+            found = self._scaled(buffers.arrays[LOGITS])
+        else:
+            some = logits == "last" and len(x) > len(step.spans)
+            found = self.logits(x[[stop - 1 for _, _, stop in step.spans]] if some else x)
+        if n_rows == 1:
+            self._spare.append(buffers)
+        return found
+
+    def _buffers(self, rows: int) -> Buffers:
+        """The buffers of a pass."""
+        if rows == 1 and self._spare:
+            buffers = self._spare.pop()
+            buffers.threads = get_num_threads()
+            return buffers
+        return Buffers(rows, self._widths, self._whole.links, self._whole.room_nbytes(rows) if rows > 1 else 1)
 
     def _last_layer_of_last_rows(self, step: Step, buffers: Buffers, qkv: Float32, attended: Float32) -> Float32:
         """The last layer, from its attention on: its output (len(spans), E) of each span's last row. All keys are kept."""
@@ -293,21 +310,27 @@ class Transformer:
         for cache, start, stop in step.spans:
             out, position = attended[start:stop], int(step.positions[start])
             cache.attend(len(self._softmax) - 1, qkv[start:stop], position, softmax, out, stop - start - 1)
-        n_rows = len(step.spans)
-        own = Buffers(n_rows, self._widths, self._whole.links, self._room_nbytes(n_rows))
+        own = self._buffers(len(step.spans))
         for which in (X, ATTENDED):
             own.arrays[which][:] = buffers.arrays[which][[stop - 1 for _, _, stop in step.spans]]
         self.chains[-1](own)
         return own.arrays[X]
 
-    def _run_whole(self, step: Step, buffers: Buffers, qkv: Float32) -> bool:
-        """All layers of a few rows of one sequence in one call of the kernels; False, and nothing done, if they cannot."""
+    def _run_whole(self, step: Step, buffers: Buffers, qkv: Float32, with_head: bool) -> bool:
+        """All layers of a few rows of one sequence in one call of the kernels; False, and nothing done, if they cannot.
+
+        with_head: the output head too, of all rows, into LOGITS.
+        """
         table, (cache, *_) = self._whole.table, step.spans[0]
         if table is None or buffers.rows > WHOLE_ROWS or len(step.spans) > 1:
             return False
         attentions = cache.attentions(qkv, int(step.positions[0]), self._softmax)
         if attentions is None:
             return False
+        if with_head:
+            buffers.replace(LOGITS, np.empty((buffers.rows, self.weights.head.rows), np.float32))
+        else:
+            table = table[:-1]
         buffers.addresses[ATTENTIONS] = attentions.table.ctypes.data
         done = 0
         while (done := run_chain(table, done, buffers.addresses, buffers.rows, buffers.threads)) < len(table):
@@ -326,7 +349,11 @@ class Transformer:
 
     def logits(self, x: Float32) -> Float32:
         """From the last layer's output, x (T, E), to logits (T, V): the output head, and what is done with them."""
-        logits, config = self.weights.head(x), self.config
+        return self._scaled(self.weights.head(x))
+
+    def _scaled(self, logits: Float32) -> Float32:
+        """What is done with the numbers that the output head gives, in place."""
+        config = self.config
         if config.logits_scaling != 1:
             logits /= np.float32(config.logits_scaling)
         if config.final_logit_softcapping:
@@ -334,6 +361,3 @@ class Transformer:
             np.tanh(logits, out=logits)
             logits *= np.float32(config.final_logit_softcapping)
         return logits
-
-    def _room_nbytes(self, rows: int) -> int:
-        return 1 if rows == 1 else max(chain.room_nbytes(rows) for chain in self.chains)

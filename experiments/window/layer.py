@@ -16,13 +16,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ...engine.layer import LayerCache, View
+from ...engine.layer import LayerCache
 from ...engine.policy import CachePolicy
 from ...kernels.flash import attend
 from ...kernels.hadamard import rotated
 from ...kernels.segment import Int64, Segment, segment_of_arrays
 from ...kernels.state import empty_state, merge_partials, pad_last_axis
-from ...kernels.tables import N_PARTS, RANGES, STEP
 from ...kernels.threads import get_num_threads, set_num_threads
 from ...models.transformer import Softmax
 
@@ -210,22 +209,11 @@ class _Block:
 # --- tiles, as a session makes them ------------------------------------------------------------------------------
 
 
-class _Unseeing(View):
-    """Queries that see nothing: the keys and values of their tokens are stored and sealed, and that is all."""
-
-    def __init__(self, cache: LayerCache, position: int, qkv: Float32) -> None:
-        super().__init__(cache, position, qkv)
-        self.ranges[1::2] = self.ranges[::2]
-        spans = self.fields[RANGES - STEP : RANGES - STEP + 2 * len(self.ranges)].reshape(-1, 4)
-        spans[:, 3] = spans[:, 2]
-        self.fields[N_PARTS - STEP] = 0
-
-
 def _stored(policy: CachePolicy, qkv: Float32, n_kv_heads: int, head_dim: int) -> LayerCache:
     """Keys and values of a text in a cache that holds every tile densely, and every full one in codes as well.
 
     So it stays without a ``commit``, which would forget dense tiles that are out of sight.
     """
     cache = LayerCache(replace(policy, window=0), n_kv_heads, head_dim, len(qkv))
-    cache.attend(qkv, 0, Softmax(1.0), view=_Unseeing(cache, 0, qkv))
+    cache.attend(qkv, 0, Softmax(1.0), first=len(qkv))
     return cache

@@ -3,10 +3,13 @@
 import contextlib
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
 import mixkv.models.transformer
 from mixkv import CachePolicy, Session
@@ -124,7 +127,7 @@ def test_what_cannot_be_kept_names_layer_and_position_and_leaves_the_session(don
     assert len(runs) >= done + 33
 
 
-@pytest.mark.parametrize("where", ["_describe", "_store_addresses", "settle_tiles", "commit"])
+@pytest.mark.parametrize("where", ["_describe", "_store_addresses", "settle_tiles", "forget"])
 def test_an_interrupt_at_any_place_leaves_a_session_that_goes_on_as_if_there_was_none(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,3 +167,81 @@ def test_an_interrupt_at_any_place_leaves_a_session_that_goes_on_as_if_there_was
                 logits.append(session.forward(IDS[position : position + 1]))
         assert np.concatenate(logits).tobytes() == expected[0][: session.position].tobytes(), (layer, late)
         monkeypatch.setattr(LayerCache, where, original)
+
+
+def test_a_step_that_only_moves_on_is_not_described_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 64 tokens a tile begins, one enters the old segment, and dense forms are forgotten: layers are told of that."""
+    found, describe = [], LayerCache.describe
+
+    def counted(self: LayerCache, *args: Any) -> Any:
+        found.append(1)
+        return describe(self, *args)
+
+    session = Session(model_of(), CachePolicy.parse("k4v4:window=40:tile=64"))
+    session.forward(IDS[:200])
+    monkeypatch.setattr(LayerCache, "describe", counted)
+    for token in IDS[200:328]:
+        session.forward([token])
+    assert 2 * 2 * 3 <= len(found) <= 2 * 4 * 3
+
+
+OTHERS = ["truncate", "fork", "ledger", "no ledger", "retier", "save", "fail"]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    operations=st.lists(
+        st.tuples(st.sampled_from(["read"] * 20 + OTHERS), st.sampled_from([1, 2, 7, 20])), min_size=20, max_size=60
+    ),
+    text=st.sampled_from(
+        [
+            "sinks=4 recent=20:f16 tile=32 old=k4c/v4t rollback=12",
+            "sinks=3 recent=40:f16 tile=32 old=60:k8c/v8t old=k4c/v4t",
+        ]
+    ),
+)
+def test_whatever_comes_between_two_steps_they_give_what_layer_by_layer_gives(
+    operations: list[tuple[str, int]], text: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model, folder = model_of(), tmp_path_factory.mktemp("saved")
+    found = [_run(model, CachePolicy.parse(text), operations, rows, folder) for rows in (WHOLE_ROWS, 0)]
+    assert found[0] == found[1]
+
+
+def _run(
+    model: Model, policy: CachePolicy, operations: list[tuple[str, int]], whole_rows: int, folder: Path
+) -> list[bytes]:
+    """The logits of everything read, with up to so many rows in one call."""
+    session, found, ledger = Session(model, policy), [], None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixkv.models.transformer, "WHOLE_ROWS", whole_rows)
+        for what, count in [("read", 90), *operations, ("read", 1), ("read", 1), ("read", 40), ("read", 1)]:
+            position = session.position
+            if what == "read":
+                logits = session.forward(IDS[position % 300 :][:count], "all")
+                found.append(logits.tobytes())
+            elif what == "truncate":
+                session.truncate(max(position - count, session.cache.lowest))
+            elif what == "fork":
+                pair = session, session.fork()
+                found += [x.forward(IDS[:count], "all").tobytes() for x in pair]  # both write to what they shared
+                session, ledger = pair[count % 2], None if count % 2 else ledger
+            elif what in ("ledger", "no ledger"):
+                ledger = session.keep_ledger(what == "ledger")
+            elif what == "retier" and session.cache.ledger is None:
+                session.retier(policy)
+            elif what == "save":
+                session.save(folder / "session")
+                session, ledger = Session.load(model, folder / "session"), None
+            elif what == "fail":
+                with patch.context() as inner, pytest.raises(KeyboardInterrupt):
+                    inner.setattr(session.cache, "commit", _interrupt)
+                    session.forward(IDS[:3])
+            found.append(str(session.nbytes()).encode())
+    if ledger is not None:
+        found.append(ledger.shares().tobytes())
+    return found
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
