@@ -7,7 +7,7 @@ import numpy as np
 from ..kernels.quantize import Float32
 from ..kernels.segment import Int64
 from ..kernels.simd import LANES
-from ..kernels.tables import CALL_FIELDS, STEP
+from ..kernels.tables import CALL_FIELDS, FIRST_QUERY, N_QUERIES, STEP
 from ..models.errors import NumericalError
 from ..models.transformer import Softmax
 from .layer import LayerCache, View
@@ -59,6 +59,11 @@ class Attentions:
         for i, view in views.items():
             self.table[np.equal(self._like, i), 1:] = view.addresses
         return True
+
+    def want_last_query(self) -> None:
+        """In the last layer the output of the last query is enough."""
+        call = self._calls[-1]
+        call[FIRST_QUERY] = call[N_QUERIES] - 1
 
     def settle(self, i: int) -> bool:
         """Where the kernels stopped at layer i: ``LayerCache.settle``. If it is to be repeated, it is described anew.
@@ -151,8 +156,8 @@ class Cache:
             self._attentions = Attentions(self.layers, self._views, self._like, qkv, softmaxes)
         return self._attentions
 
-    def commit(self, position: int) -> None:
-        """Make everything below ``position`` final, in all layers."""
+    def commit(self, position: int, keep: bool = False) -> None:
+        """Make everything below ``position`` final, in all layers. ``keep``: more tokens come at once, and need memory."""
         states = [layer.ledger for layer in self.layers if layer.ledger is not None] if self.ledger is not None else []
         if self.ledger is not None and states:
             self.ledger.add(position - states[0].shape[2], states)
@@ -161,8 +166,8 @@ class Cache:
             return  # no tile has entered a tier, and none has left sight
         self._attentions = None
         for i, layer in zip(self._like, self.layers, strict=True):
-            layer.forget(still_seen[i])
-        self._still_seen = still_seen
+            layer.forget(still_seen[i], keep)
+        self._still_seen = {} if keep else still_seen  # what is kept is to be forgotten too
 
     def keep_ledger(self, on: bool) -> MassLedger | None:
         """Begin a new ledger of the segments' shares of attention, or end it."""

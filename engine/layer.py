@@ -25,7 +25,7 @@ from ..kernels.attention import attend_segments
 from ..kernels.flash import empty_call, n_parts
 from ..kernels.hadamard import block_size, rotated
 from ..kernels.layout import DENSE_DTYPES, F32, Q8
-from ..kernels.quantize import IMPOSSIBLE_AT, Float32, narrow, store_rows
+from ..kernels.quantize import IMPOSSIBLE_AT, TOO_WIDE_AT, Float32, narrow, store_rows
 from ..kernels.segment import Int64, TileStore, seal, seal_job, segment_of_arrays, widen_as_found
 from ..kernels.simd import LANES
 from ..kernels.state import pad_last_axis
@@ -283,16 +283,15 @@ class LayerCache:
         for i, (tier, stop) in enumerate(zip(self.tiers, view.sealed, strict=True)):
             if tier.stop < stop:
                 tier.forget_before(self._first_seen(view.position))  # what a sliding window has left behind
-                for t in range(tier.stop, stop):
-                    tier.append()
-                    found.append((i, t))
+                found += [(i, t) for t in range(tier.stop, stop)]
+                tier.append(stop - tier.stop)
         return found
 
     def _describe(self, view: View, softmax: Softmax, tiles: list[tuple[int, int]]) -> Int64:
         """The call of ``attend_segments``; places for new tokens are made."""
         recent = self.recent
-        while recent.stop * recent.layout.tile < view.stop:
-            recent.append()
+        if view.stop > self.room:
+            recent.append(-(-view.stop // recent.layout.tile) - recent.stop)
         if self._call is None or self._call[N_HEADS] != view.heads:
             self._call = self._begin_call(view.heads)
         call = self._call
@@ -376,7 +375,7 @@ class LayerCache:
         jobs = self._jobs
         assert jobs is not None
         again: set[int] = set()  # tiles whose source is quantized once more: their jobs have seen no final one
-        for (i, t), job in zip(tiles, jobs, strict=True):
+        for (i, t), job in zip(tiles, jobs, strict=True) if jobs[:, TOO_WIDE_AT:].any() else ():
             if t in again:
                 continue
             if job[IMPOSSIBLE_AT:].any():
@@ -412,13 +411,13 @@ class LayerCache:
         entered = [min(policy.boundary(horizon, i), horizon) // policy.tile for i in range(len(self.tiers))]
         return [*entered, self._first_seen(position)]
 
-    def forget(self, still_seen: list[int]) -> None:
-        """Forget forms of tiles before the first that is still seen."""
+    def forget(self, still_seen: list[int], keep: bool = False) -> None:
+        """Forget forms of tiles before the first that is still seen; ``keep`` the memory of recent ones for the next."""
         *entered, seen = still_seen
         source = self.recent
         for tier, first in zip(self.tiers, entered, strict=True):
             if source is not self.recent or not self.keeps_dense:
-                source.forget_before(max(seen, min(tier.stop, first)))
+                source.forget_before(max(seen, min(tier.stop, first)), keep and source is self.recent)
             source = tier
         source.forget_before(seen)
 

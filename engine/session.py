@@ -95,7 +95,7 @@ class Session:
             part = ids[first : first + self.chunk]
             is_last = first + len(part) == len(ids)
             wanted: Rows = "all" if logits == "all" else ("last" if logits and is_last else None)
-            result = self._step(part, wanted)
+            result = self._step(part, wanted, is_last)
             if result is not None:
                 rows.append(result)
             if progress is not None:
@@ -283,7 +283,7 @@ class Session:
             )
         return ids.astype(np.int64)
 
-    def _step(self, ids: NDArray[np.int64], wanted: Rows) -> Float32 | None:
+    def _step(self, ids: NDArray[np.int64], wanted: Rows, is_last: bool) -> Float32 | None:
         """One pass through the layers. It counts from the assignment of the position on; before, nothing of it does."""
         self._settle()
         self._in_flight = True
@@ -303,7 +303,7 @@ class Session:
             if not healthy or (result is not None and not np.isfinite(result.max(axis=1)).all()):
                 self._explain(step)
         self.position = stop
-        self.cache.commit(stop)
+        self.cache.commit(stop, not is_last)
         self._in_flight = False
         return result
 

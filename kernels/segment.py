@@ -139,6 +139,7 @@ class TileStore:
         self._geometry = make_geometry(layout.tile, 0, layout.width, layout.k, layout.v)
         self.geometry_address = self._geometry.ctypes.data
         self._held = _Held(0, 0, 0, {}, frozenset(), {}, *_addressed(_empty_table()))
+        self._spare: list[Bytes] = []  # pages to be used again soon
 
     @property
     def first(self) -> int:
@@ -152,35 +153,42 @@ class TileStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use: of all tiles held, and of those before them in the same page, whose memory is not free yet."""
+        """Bytes in use: all tiles held, those before them in the same page, whose memory is not free yet, spare pages."""
         held = self._held
         in_page = held.first - held.first % self.layout.page_tiles
         tiles = held.stop - max(in_page, min(held.written, held.first))
+        tiles += len(self._spare) * self.layout.page_tiles
         return tiles * self.layout.nbytes + sum(self._wide_nbytes(side) for _, side in held.wide)
 
     def place(self, tile: int) -> tuple[Bytes, int]:
-        """The page and the slot of a tile that is held, or of the next one, which ``append`` will hold."""
+        """The page and the slot of a tile that is held, or of one of the next, which ``append`` will hold."""
         number, slot = divmod(tile, self.layout.page_tiles)
         pages = self._held.pages
-        if tile == self.stop:
+        if tile >= self.stop:
             if number not in pages:
-                pages[number] = self.layout.empty_page()
+                pages[number] = self._spare.pop() if self._spare else self.layout.empty_page()
             elif number in self._held.shared:
                 self._own(number)
                 pages = self._held.pages
         return pages[number], slot
 
-    def append(self) -> None:
-        """Hold one more tile: what was, or will be, written to the place of tile ``stop``."""
-        page, slot = self.place(self.stop)
-        held = self._held
-        if self.lasting and slot == 0:
-            self._make_large(self.stop // self.layout.page_tiles - 1)
+    def append(self, count: int = 1) -> None:
+        """Hold so many more tiles: what was, or will be, written to the places from tile ``stop`` on."""
+        rows = []
+        for tile in range(self.stop, self.stop + count):
+            page, slot = self.place(tile)
+            if self.lasting and slot == 0:
+                self._make_large(tile // self.layout.page_tiles - 1)
+            rows.append(self.layout.addresses(page, slot))
+        held, size = self._held, self.stop - self.first
         table, address = held.table, held.address
-        if held.stop - held.first == len(table):
-            table, address = _addressed(np.concatenate([table, np.zeros_like(table)]))
-        table[held.stop - held.first] = self.layout.addresses(page, slot)
-        self._held = held._replace(stop=held.stop + 1, table=table, address=address)
+        if size + count > len(table):
+            table, address = _addressed(
+                np.concatenate([table, np.zeros((max(count, len(table)), ADDRESSES), np.int64)])
+            )
+        for row, addresses in zip(table[size:], rows, strict=False):
+            row[:] = addresses
+        self._held = held._replace(stop=held.stop + count, table=table, address=address)
 
     def _make_large(self, number: int) -> None:
         """The next page has begun: this one is full, unless there never were tiles before some in it."""
@@ -222,9 +230,15 @@ class TileStore:
         pages = -(-2 * (self.layout.k, self.layout.v)[side].params_nbytes // mmap.PAGESIZE)
         return self.layout.n_kv_heads * pages * mmap.PAGESIZE
 
-    def forget_before(self, tile: int) -> None:
-        """Drop the tiles before this one, and the pages that are wholly before it."""
+    def forget_before(self, tile: int, keep: bool = False) -> None:
+        """Drop the tiles before this one, and the pages that are wholly before it; ``keep`` pages of one tile for the next.
+
+        Pages that were kept before, and are not in use again, are dropped unless ``keep``. A page used again holds what it
+        held.
+        """
         held = self._held
+        if not keep:
+            self._spare.clear()
         if tile > held.first:
             kept = {number: page for number, page in held.pages.items() if number >= tile // self.layout.page_tiles}
             if tile > held.stop:
@@ -234,10 +248,13 @@ class TileStore:
             table, address = _addressed(np.roll(held.table, held.first - tile, axis=0))
             shared = held.shared & kept.keys()
             self._held = _Held(tile, max(held.stop, tile), written, kept, shared, wide, table, address)
+            if keep and self.layout.page_tiles == 1:
+                self._spare += [held.pages[number] for number in held.pages.keys() - kept.keys() - held.shared]
 
     def forget_from(self, tile: int) -> None:
-        """Drop this tile and those after it, and the pages that are wholly after it."""
+        """Drop this tile and those after it, the pages that are wholly after it, and what was kept."""
         held = self._held
+        self._spare.clear()
         if tile < held.stop:
             tile = max(tile, held.first)
             kept = {number: page for number, page in held.pages.items() if number * self.layout.page_tiles < tile}

@@ -72,6 +72,9 @@ class Attentions(Protocol):
 
     table: NDArray[np.int64]
 
+    def want_last_query(self) -> None:
+        """In the last layer the output of the last query is enough."""
+
     def settle(self, i: int) -> bool:
         """Where the kernels stopped at layer i, False if its attention is to be repeated; there is room for it now."""
 
@@ -150,9 +153,9 @@ class Weights:
 # The buffers of a pass. BRANCH is what attention or an MLP gives where a norm comes before it is added to X. LOGITS is
 # empty unless the kernels go on to the output head. From TURNS on there are the cosines and sines of each rotary embedding
 X, QKV, ATTENDED, GATE_UP, BRANCH, LOGITS, TURNS = range(7)
-# So many rows go through all layers in one call of the kernels, which saves what Python does in between. More of them take
-# long enough for that not to count, and an interrupt would have to wait
-WHOLE_ROWS = 16
+# So many rows times layers are one call of the kernels, at least a layer: what Python does in between counts where they are
+# few, and an interrupt waits for a call to end
+CALL_ROWS = 768
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +188,7 @@ class Transformer:
             [*ahead, attention, *behind] for ahead, attention, behind in zip(before, attentions, after, strict=True)
         ]
         self._whole = Chain([*(link for links in between for link in links), Apply(weights.head, X, LOGITS)])
+        self._links_behind = len(after[-1]) + 1  # the last attention
         self._spare: list[Buffers] = []  # for one row, which no pass is using now
         self._softmax = [
             Softmax(config.softmax_scale, config.attn_logit_softcapping, layer.sink_logits) for layer in weights.layers
@@ -260,11 +264,13 @@ class Transformer:
         else:
             x[:], qkv[:] = begin.x, begin.qkv
         watched = on_layer is not None or on_attention is not None
-        with_head = logits == "all" or (logits == "last" and n_rows == 1)
-        in_one_go = begin is None and not watched and self._run_whole(step, buffers, qkv, with_head)
-        if not in_one_go:
+        only_last = logits != "all" and n_rows > len(step.spans) and on_output is None and not watched
+        attentions = None if begin is not None or watched else self._attentions(step, qkv)
+        found = None
+        if attentions is not None:
+            x, found = self._run_whole(buffers, attentions, qkv, logits, only_last, watch)
+        else:
             attended = buffers.arrays[ATTENDED].reshape(n_rows, self._heads[0], -1)
-            only_last = logits != "all" and on_output is None and not watched
             if begin is None:
                 self.chains[0](buffers)
             for i in range(0 if begin is None else begin.layer, len(weights.layers) - only_last):
@@ -285,16 +291,12 @@ class Transformer:
             watch(x)
         if on_output is not None:
             on_output(x)
-        if logits is None:
-            found = None
-        elif in_one_go and with_head:
-            found = self._scaled(buffers.arrays[LOGITS])
-        else:
+        if logits is not None and found is None:
             some = logits == "last" and len(x) > len(step.spans)
-            found = self.logits(x[[stop - 1 for _, _, stop in step.spans]] if some else x)
+            found = weights.head(x[[stop - 1 for _, _, stop in step.spans]] if some else x)
         if n_rows == 1:
             self._spare.append(buffers)
-        return found
+        return None if found is None else self._scaled(found)
 
     def _buffers(self, rows: int) -> Buffers:
         """The buffers of a pass."""
@@ -310,33 +312,65 @@ class Transformer:
         for cache, start, stop in step.spans:
             out, position = attended[start:stop], int(step.positions[start])
             cache.attend(len(self._softmax) - 1, qkv[start:stop], position, softmax, out, stop - start - 1)
-        own = self._buffers(len(step.spans))
-        for which in (X, ATTENDED):
-            own.arrays[which][:] = buffers.arrays[which][[stop - 1 for _, _, stop in step.spans]]
+        own = self._some_rows(buffers, [stop - 1 for _, _, stop in step.spans])
         self.chains[-1](own)
         return own.arrays[X]
 
-    def _run_whole(self, step: Step, buffers: Buffers, qkv: Float32, with_head: bool) -> bool:
-        """All layers of a few rows of one sequence in one call of the kernels; False, and nothing done, if they cannot.
+    def _some_rows(self, buffers: Buffers, rows: list[int]) -> Buffers:
+        """Buffers of some rows, as they are behind an attention."""
+        own = self._buffers(len(rows))
+        for which in (X, ATTENDED):
+            own.arrays[which][:] = buffers.arrays[which][rows]
+        return own
 
-        with_head: the output head too, of all rows, into LOGITS.
+    def _attentions(self, step: Step, qkv: Float32) -> Attentions | None:
+        """The attentions of all layers for the kernels, or None where they cannot do all layers of this step."""
+        if self._whole.table is None or len(step.spans) > 1:
+            return None
+        return step.spans[0][0].attentions(qkv, int(step.positions[0]), self._softmax)
+
+    def _run_whole(
+        self,
+        buffers: Buffers,
+        attentions: Attentions,
+        qkv: Float32,
+        logits: Literal["all", "last"] | None,
+        only_last: bool,
+        watch: Callable[[Float32], None] | None,
+    ) -> tuple[Float32, Float32 | None]:
+        """All layers, and the output head if all rows that are left then have logits.
+
+        Returns the output of the last layer, and what the head gives.
         """
-        table, (cache, *_) = self._whole.table, step.spans[0]
-        if table is None or buffers.rows > WHOLE_ROWS or len(step.spans) > 1:
-            return False
-        attentions = cache.attentions(qkv, int(step.positions[0]), self._softmax)
-        if attentions is None:
-            return False
-        if with_head:
-            buffers.replace(LOGITS, np.empty((buffers.rows, self.weights.head.rows), np.float32))
-        else:
-            table = table[:-1]
-        buffers.addresses[ATTENTIONS] = attentions.table.ctypes.data
-        done = 0
-        while (done := run_chain(table, done, buffers.addresses, buffers.rows, buffers.threads)) < len(table):
-            done += attentions.settle(int(table[done, LAYER]))
+        assert self._whole.table is not None
+        done, stop = 0, len(self._whole.table)
+        if only_last:
+            done = stop - self._links_behind
+            attentions.want_last_query()
+            self._run_links(0, done, buffers, attentions)
+            if watch is not None:
+                watch(buffers.arrays[X])
+                watch(qkv)
+            buffers = self._some_rows(buffers, [buffers.rows - 1])
+        with_head = logits == "all" or (logits == "last" and buffers.rows == 1)
+        found = np.empty((buffers.rows, self.weights.head.rows), np.float32) if with_head else None
+        if found is not None:
+            buffers.replace(LOGITS, found)
+        self._run_links(done, stop if with_head else stop - 1, buffers, attentions)
         attentions.finish()
-        return True
+        return buffers.arrays[X], found
+
+    def _run_links(self, first: int, stop: int, buffers: Buffers, attentions: Attentions) -> None:
+        """Links of the chain of all layers."""
+        table = self._whole.table
+        assert table is not None
+        at_once = max(1, CALL_ROWS // buffers.rows) * (len(table) // len(self.weights.layers) + 1)
+        buffers.addresses[ATTENTIONS] = attentions.table.ctypes.data
+        while first < stop:
+            part = table[: min(first + at_once, stop)]
+            first = run_chain(part, first, buffers.addresses, buffers.rows, buffers.threads)
+            if first < len(part):
+                first += attentions.settle(int(table[first, LAYER]))
 
     def _ropes(self, context: int) -> list[tuple[Rope, Float32]]:
         """Each rotary embedding with its angles a position; those of the last context are kept."""

@@ -85,6 +85,18 @@ def test_a_ledger_and_local_errors_count_all_rows_of_the_last_layer(toy: Model) 
             np.testing.assert_array_equal(ledger.shares(), shares)
 
 
+@pytest.mark.parametrize("count", [130, 150, 192])
+def test_memory_kept_from_chunk_to_chunk_is_counted_and_gone_in_the_end(count: int) -> None:
+    """Also where the last chunk is so short that nothing enters or leaves a tier."""
+    model = mixkv.load("toy", weights="q8")
+    ids, counted = ids_for(model, count), []
+    whole, single = Session(model, MIXED, chunk=64), Session(model, MIXED, chunk=1)
+    whole.forward(ids, "last", progress=lambda _: counted.append(whole.nbytes()["recent"]))
+    single.forward(ids, "last")
+    assert whole.nbytes() == single.nbytes()
+    assert counted[1] > counted[-1]
+
+
 def test_all_is_the_default_and_any_integers_are_taken(toy: Model) -> None:
     expected = Session(toy).forward(np.array([1, 2, 3]))
     assert expected is not None and expected.shape == (3, 258)

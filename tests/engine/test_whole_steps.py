@@ -13,13 +13,14 @@ from hypothesis import given, settings
 
 import mixkv.models.transformer
 from mixkv import CachePolicy, Session
+from mixkv.engine.cache import Cache
 from mixkv.engine.layer import LayerCache
 from mixkv.models.config import ModelConfig
 from mixkv.models.errors import NumericalError
 from mixkv.models.load import Model, read_weights
 from mixkv.models.names import expected_tensors
 from mixkv.models.toy import ToySource
-from mixkv.models.transformer import WHOLE_ROWS, Transformer
+from mixkv.models.transformer import Transformer
 
 CONFIG = ModelConfig(
     architecture="llama", vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
@@ -58,6 +59,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield found
 
 
+def none(*_: object) -> None:
+    """What ``Cache.attentions`` says where the kernels cannot do all layers: then they go one by one."""
+
+
 def fed(model: Model, policy: CachePolicy, cuts: list[int] = CUTS) -> tuple[np.ndarray, dict[str, int], list[int]]:
     """Logits of all tokens, fed from cut to cut, what the cache takes, and how often tiles were quantized."""
     session = Session(model, policy)
@@ -84,11 +89,13 @@ def test_all_layers_at_once_give_what_one_by_one_give(
     )
     model, policy = model_of(config), CachePolicy.parse(text)
     found = fed(model, policy)
-    at_once = sum(b - a <= WHOLE_ROWS for a, b in zip(CUTS, CUTS[1:], strict=False))
-    assert len(runs) == at_once > 100 and len(set(runs)) == 1
-    monkeypatch.setattr(mixkv.models.transformer, "WHOLE_ROWS", 0)
+    assert len(runs) == len(CUTS) - 1 and len(set(runs)) == 1
+    monkeypatch.setattr(mixkv.models.transformer, "CALL_ROWS", 1)  # a layer, and some links more
+    assert fed(model, policy)[0].tobytes() == found[0].tobytes()
+    assert len(runs) == 4 * (len(CUTS) - 1)
+    monkeypatch.setattr(Cache, "attentions", none)
     expected = fed(model, policy)
-    assert len(runs) == at_once
+    assert len(runs) == 4 * (len(CUTS) - 1)
     assert found[0].tobytes() == expected[0].tobytes()
     assert found[1:] == expected[1:]
 
@@ -106,7 +113,7 @@ def test_keys_or_values_beyond_float16_are_given_room_on_the_way(
     model, policy = model_of(factors=factors), CachePolicy.parse(text)
     found = fed(model, policy)
     assert len(set(runs)) > 1, "nothing was repeated"
-    monkeypatch.setattr(mixkv.models.transformer, "WHOLE_ROWS", 0)
+    monkeypatch.setattr(Cache, "attentions", none)
     expected = fed(model, policy)
     assert np.isfinite(expected[0]).all()
     assert found[0].tobytes() == expected[0].tobytes()
@@ -204,40 +211,39 @@ def test_whatever_comes_between_two_steps_they_give_what_layer_by_layer_gives(
     operations: list[tuple[str, int]], text: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     model, folder = model_of(), tmp_path_factory.mktemp("saved")
-    found = [_run(model, CachePolicy.parse(text), operations, rows, folder) for rows in (WHOLE_ROWS, 0)]
+    found = [_run(model, CachePolicy.parse(text), operations, folder)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Cache, "attentions", none)
+        found.append(_run(model, CachePolicy.parse(text), operations, folder))
     assert found[0] == found[1]
 
 
-def _run(
-    model: Model, policy: CachePolicy, operations: list[tuple[str, int]], whole_rows: int, folder: Path
-) -> list[bytes]:
-    """The logits of everything read, with up to so many rows in one call."""
+def _run(model: Model, policy: CachePolicy, operations: list[tuple[str, int]], folder: Path) -> list[bytes]:
+    """The logits of everything read, and what the cache takes after each operation."""
     session, found, ledger = Session(model, policy), [], None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixkv.models.transformer, "WHOLE_ROWS", whole_rows)
-        for what, count in [("read", 90), *operations, ("read", 1), ("read", 1), ("read", 40), ("read", 1)]:
-            position = session.position
-            if what == "read":
-                logits = session.forward(IDS[position % 300 :][:count], "all")
-                found.append(logits.tobytes())
-            elif what == "truncate":
-                session.truncate(max(position - count, session.cache.lowest))
-            elif what == "fork":
-                pair = session, session.fork()
-                found += [x.forward(IDS[:count], "all").tobytes() for x in pair]  # both write to what they shared
-                session, ledger = pair[count % 2], None if count % 2 else ledger
-            elif what in ("ledger", "no ledger"):
-                ledger = session.keep_ledger(what == "ledger")
-            elif what == "retier" and session.cache.ledger is None:
-                session.retier(policy)
-            elif what == "save":
-                session.save(folder / "session")
-                session, ledger = Session.load(model, folder / "session"), None
-            elif what == "fail":
-                with patch.context() as inner, pytest.raises(KeyboardInterrupt):
-                    inner.setattr(session.cache, "commit", _interrupt)
-                    session.forward(IDS[:3])
-            found.append(str(session.nbytes()).encode())
+    for what, count in [("read", 90), *operations, ("read", 1), ("read", 1), ("read", 40), ("read", 1)]:
+        position = session.position
+        if what == "read":
+            logits = session.forward(IDS[position % 300 :][:count], "last" if count == 7 else "all")
+            found.append(logits.tobytes())
+        elif what == "truncate":
+            session.truncate(max(position - count, session.cache.lowest))
+        elif what == "fork":
+            pair = session, session.fork()
+            found += [x.forward(IDS[:count], "all").tobytes() for x in pair]  # both write to what they shared
+            session, ledger = pair[count % 2], None if count % 2 else ledger
+        elif what in ("ledger", "no ledger"):
+            ledger = session.keep_ledger(what == "ledger")
+        elif what == "retier" and session.cache.ledger is None:
+            session.retier(policy)
+        elif what == "save":
+            session.save(folder / "session")
+            session, ledger = Session.load(model, folder / "session"), None
+        elif what == "fail":
+            with pytest.MonkeyPatch.context() as inner, pytest.raises(KeyboardInterrupt):
+                inner.setattr(session.cache, "commit", _interrupt)
+                session.forward(IDS[:3])
+        found.append(str(session.nbytes()).encode())
     if ledger is not None:
         found.append(ledger.shares().tobytes())
     return found

@@ -36,6 +36,7 @@ class Held:
         self.pages: dict[int, np.ndarray] = {}
         self.written: dict[int, set[int]] = {}  # the tiles that each page has taken up room for
         self.shared: set[int] = set()
+        self.spare: list[np.ndarray] = []
 
     @property
     def stop(self) -> int:
@@ -45,8 +46,11 @@ class Held:
 
     def write_next(self) -> int:
         """Write to the place of the next tile, which is not held by that."""
-        number, tile = next(NUMBERS), self.stop
-        page, slot = self.store.place(self.store.stop)
+        return self._write(self.stop)
+
+    def _write(self, tile: int) -> int:
+        number = next(NUMBERS)
+        page, slot = self.store.place(tile)
         self._changed(tile // self.page_tiles, page)
         for head in range(HEADS):
             for part, at in enumerate(part_offsets(self.kinds, TILE, D, self.page_tiles, head, slot)):
@@ -60,15 +64,26 @@ class Held:
         assert (page is old) == (old is not None and number not in self.shared)
         if page is not old:
             assert old is None or not np.shares_memory(page, old)
+            if old is None and self.spare:
+                left = [x for x in self.spare if x is not page]
+                assert len(left) == len(self.spare) - 1
+                self.spare = left
             tiles = range(number * self.page_tiles, (number + 1) * self.page_tiles)
             self.written[number] = {t for t in tiles if t in self.numbers}
         self.pages[number] = page
         self.shared.discard(number)
 
-    def append(self) -> None:
-        tile, number = self.stop, self.write_next()
-        self.store.append()
-        self.numbers[tile] = number
+    def append(self, count: int = 1) -> None:
+        """Hold so many more tiles, and write to them afterwards, or to a single one before, whose place comes first."""
+        if count == 1:
+            number = self.write_next()
+            self.store.append()
+            self.numbers[self.stop] = number
+            return
+        first = self.stop
+        self.store.append(count)
+        for tile in range(first, first + count):
+            self.numbers[tile] = self._write(tile)
 
     def own(self, tile: int) -> None:
         """Any tile, held or not."""
@@ -96,22 +111,28 @@ class Held:
         assert address % 2 == 1
         return bytes_at(address - 1 + head * self.page_tiles * sum(self.sizes), 2 * self.sizes[2 * side])
 
-    def forget_before(self, tile: int) -> None:
-        self.store.forget_before(tile)
+    def forget_before(self, tile: int, keep: bool = False) -> None:
+        self.store.forget_before(tile, keep)
+        if not keep:
+            self.spare = []
         if tile > self.first:
+            before, shared = self.pages, self.shared
             kept = range(tile // self.page_tiles, 1000) if tile <= self.stop else ()
             self.first, self.numbers = tile, {t: x for t, x in self.numbers.items() if t >= tile}
             self._keep(kept)
+            if keep and self.page_tiles == 1:
+                self.spare += [page for n, page in before.items() if n not in self.pages and n not in shared]
 
     def forget_from(self, tile: int) -> None:
         self.store.forget_from(tile)
+        self.spare = []
         if tile < self.stop:
             self.numbers = {t: x for t, x in self.numbers.items() if t < tile}
             self._keep(range(-(-self.stop // self.page_tiles)))
 
     def _keep(self, pages: range | tuple[()]) -> None:
         self.pages = {n: page for n, page in self.pages.items() if n in pages}
-        self.shared &= self.pages.keys()
+        self.shared = self.shared & self.pages.keys()
         self.wide = {key: x for key, x in self.wide.items() if key[0] in self.numbers}
 
     def fork(self) -> "Held":
@@ -124,10 +145,10 @@ class Held:
     # --- what there should be ----------------------------------------------------------------------------------------
 
     def nbytes(self) -> int:
-        """Of the tiles held, of forgotten ones in the page of the first, and of scales as float32, in pages of memory."""
+        """Of the tiles held, of forgotten ones in the page of the first, of pages kept, and of scales as float32."""
         number = self.first // self.page_tiles
         before = [t for t in self.written.get(number, ()) if t < self.first] if number in self.pages else []
-        tiles = len(self.numbers) + len(before)
+        tiles = len(self.numbers) + len(before) + len(self.spare)
         return tiles * HEADS * sum(self.sizes) + len(self.wide) * HEADS * mmap.PAGESIZE
 
     def assert_holds(self) -> None:

@@ -225,7 +225,7 @@ def test_a_layout_of_another_tile_is_refused() -> None:
 # --- The store of tiles --------------------------------------------------------------------------------------------------
 
 
-STEPS = ("append", "append", "write", "before", "from")
+STEPS = ("append", "append at once", "write", "before", "before, keep", "from")
 
 
 @settings(max_examples=100, deadline=None)
@@ -239,10 +239,12 @@ def test_a_store_holds_what_was_appended_and_not_forgotten(page_tiles: int, step
         if step == "append":  # so many at once: the table has to grow
             for _ in range(number):
                 held.append()
+        elif step == "append at once":
+            held.append(number)
         elif step == "write":  # what is written and not held is as if it had not been
             held.write_next()
-        elif step == "before":
-            held.forget_before(number)
+        elif step.startswith("before"):
+            held.forget_before(number, step.endswith("keep"))
         else:
             held.forget_from(number)
         held.assert_holds()
@@ -270,8 +272,7 @@ class Forks(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 2), count=st.integers(1, 5))
     def append(self, which: int, count: int) -> None:
-        for _ in range(count):
-            self.store(which).append()
+        self.store(which).append(count)
 
     @rule(which=st.integers(0, 2))
     def write(self, which: int) -> None:
@@ -287,9 +288,9 @@ class Forks(RuleBasedStateMachine):
         if held.numbers:
             held.widen(held.first + place % len(held.numbers), side)
 
-    @rule(which=st.integers(0, 2), more=st.integers(0, 6))
-    def forget_before(self, which: int, more: int) -> None:
-        self.store(which).forget_before(self.store(which).first + more)
+    @rule(which=st.integers(0, 2), more=st.integers(0, 6), keep=st.booleans())
+    def forget_before(self, which: int, more: int, keep: bool) -> None:
+        self.store(which).forget_before(self.store(which).first + more, keep)
 
     @rule(which=st.integers(0, 2), count=st.integers(0, 6))
     def forget_from(self, which: int, count: int) -> None:
