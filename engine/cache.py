@@ -193,7 +193,7 @@ class Cache:
 
     def truncate(self, position: int) -> None:
         """Forget the tokens from ``position`` on, in all layers; ``lowest`` or more, or the last one committed."""
-        self._attentions = None
+        self._attentions, self._still_seen = None, {}  # a step that failed may have let tiles in and forgotten none
         for layer in self.layers:
             layer.truncate(position)
         if self.ledger is not None:

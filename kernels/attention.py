@@ -103,6 +103,7 @@ from .tiles import VECTOR, unpack_head
 
 _attend_split, _merge = split_kernel.call, merge_parts.call
 SHARE_KEYS = 48  # keys that a split's fixed costs are worth, when work is shared out
+SHARES_A_WORKER = 8  # of blocks of queries, for the one who is held up
 ALONE = 16  # tokens that are stored before a second worker would have begun
 
 
@@ -199,11 +200,12 @@ def _see_splits(call, segment, first_split, stop_split, head, first_query, n_que
 
 @inner
 def _all_in_one_go(call, worker, workers, block, q, out, state, room, table, numbers):  # type: ignore[no-untyped-def]
-    """The share of one worker in blocks of queries. They differ in work, so they are dealt out."""
+    """One of some shares in blocks of queries. They differ in work, so they are dealt out, the last ones first."""
     n_queries, kv_heads, fresh = get(call, N_QUERIES), get(call, N_KV_HEADS), get(call, FRESH)
     n_rep, begin = get(call, N_HEADS) // kv_heads, get(call, FIRST_QUERY)
-    blocks = (n_queries - begin + block - 1) // block
-    for unit in range(worker, blocks * kv_heads, workers):
+    units = (n_queries - begin + block - 1) // block * kv_heads
+    for nth in range(worker, units, workers):
+        unit = units - 1 - nth
         head, first = unit % kv_heads, begin + unit // kv_heads * block
         count = min(block, n_queries - first)
         rows = _begin_rows(call, head, first, count, q, out, state, fresh, room, table, numbers)
@@ -335,7 +337,8 @@ def follow_attention(call, q, out, state, outs, states, workers):  # type: ignor
         if get(call, JOB_STARTS + nth_round) < get(call, JOB_STARTS + nth_round + 1):
             do_task(get(call, SEAL_KERNEL), call, workers, nth_round, q, out, state, outs, states, task)
     task += TASK_NBYTES
-    do_task(get(call, WORK_KERNEL), call, workers, np.int64(0), q, out, state, outs, states, task)
+    shares = workers if get(call, N_PARTS) else min(get(call, N_QUERIES), SHARES_A_WORKER * workers)
+    do_task(get(call, WORK_KERNEL), call, shares, np.int64(0), q, out, state, outs, states, task)
     task += TASK_NBYTES
     if get(call, N_PARTS):
         do_task(get(call, FINISH_KERNEL), call, one, np.int64(0), q, out, state, outs, states, task)
