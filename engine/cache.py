@@ -61,9 +61,10 @@ class Attentions:
         return True
 
     def want_last_query(self) -> None:
-        """In the last layer the output of the last query is enough."""
-        call = self._calls[-1]
-        call[FIRST_QUERY] = call[N_QUERIES] - 1
+        """In the last layer the output of the last query is enough, unless a ledger counts them all."""
+        if self._layers[-1].ledger is None:
+            call = self._calls[-1]
+            call[FIRST_QUERY] = call[N_QUERIES] - 1
 
     def settle(self, i: int) -> bool:
         """Where the kernels stopped at layer i: ``LayerCache.settle``. If it is to be repeated, it is described anew.
