@@ -6,7 +6,7 @@ the row's state. K and V meet in the logits only, so the format of one has nothi
 splits and tiles is fixed in absolute positions, the order of merges too, and each row has its own factors and
 accumulators: so its bits depend on neither the other rows of a call, nor where the call was cut, nor threads.
 
-Work is dealt out in one of two ways, with the same result. Many queries: each worker takes blocks of them through all
+Work is dealt out in one of two ways, with the same result. Many queries: whoever is free takes blocks of them through all
 splits. Few queries: each split of each segment is a part of its own, and the parts are merged in their order.
 """
 
