@@ -157,8 +157,11 @@ class Cache:
             self._attentions = Attentions(self.layers, self._views, self._like, qkv, softmaxes)
         return self._attentions
 
-    def commit(self, position: int, keep: bool = False) -> None:
-        """Make everything below ``position`` final, in all layers. ``keep``: more tokens come at once, and need memory."""
+    def commit(self, position: int, coming: int = 0) -> None:
+        """Make everything below ``position`` final, in all layers.
+
+        coming: the position up to which tokens follow at once; their tiles get the memory of those that go.
+        """
         states = [layer.ledger for layer in self.layers if layer.ledger is not None] if self.ledger is not None else []
         if self.ledger is not None and states:
             self.ledger.add(position - states[0].shape[2], states)
@@ -167,8 +170,8 @@ class Cache:
             return  # no tile has entered a tier, and none has left sight
         self._attentions = None
         for i, layer in zip(self._like, self.layers, strict=True):
-            layer.forget(still_seen[i], keep)
-        self._still_seen = {} if keep else still_seen  # what is kept is to be forgotten too
+            layer.forget(still_seen[i], coming)
+        self._still_seen = still_seen
 
     def keep_ledger(self, on: bool) -> MassLedger | None:
         """Begin a new ledger of the segments' shares of attention, or end it."""

@@ -384,8 +384,10 @@ class LayerCache:
             if widen_as_found(self.tiers[i], t, job):
                 again.add(t)
         if not again:
-            kinds = [(x.layout.k_kind, x.layout.v_kind) for x in (self.recent, *self.tiers)]
-            self.tiles_quantized += sum(kinds[i] != kinds[i + 1] for i, _ in tiles)  # else tiles are only copied
+            stores = self.recent, *self.tiers
+            for i, _ in tiles:
+                old, new = stores[i].layout, stores[i + 1].layout
+                self.tiles_quantized += (old.k_kind, old.v_kind) != (new.k_kind, new.v_kind)  # else it is only copied
         return bool(again)
 
     def _first_seen(self, position: int) -> int:
@@ -411,14 +413,18 @@ class LayerCache:
         entered = [min(policy.boundary(horizon, i), horizon) // policy.tile for i in range(len(self.tiers))]
         return [*entered, self._first_seen(position)]
 
-    def forget(self, still_seen: list[int], keep: bool = False) -> None:
-        """Forget forms of tiles before the first that is still seen; ``keep`` the memory of recent ones for the next."""
+    def forget(self, still_seen: list[int], coming: int = 0) -> None:
+        """Forget forms of tiles before the first that is still seen.
+
+        coming: the position up to which tokens follow at once; memory of recent tiles is kept for theirs.
+        """
         *entered, seen = still_seen
+        keep = max(-(-coming // self.policy.tile) - self.recent.stop, 0)
         source = self.recent
         for tier, first in zip(self.tiers, entered, strict=True):
             if source is not self.recent or not self.keeps_dense:
-                source.forget_before(max(seen, min(tier.stop, first)), keep and source is self.recent)
-            source = tier
+                source.forget_before(max(seen, min(tier.stop, first)), keep)
+            source, keep = tier, 0
         source.forget_before(seen)
 
     @property

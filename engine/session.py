@@ -93,9 +93,10 @@ class Session:
         rows: list[Float32] = []
         for first in range(0, len(ids), self.chunk):
             part = ids[first : first + self.chunk]
-            is_last = first + len(part) == len(ids)
-            wanted: Rows = "all" if logits == "all" else ("last" if logits and is_last else None)
-            result = self._step(part, wanted, is_last)
+            left = len(ids) - first - len(part)
+            wanted: Rows = "all" if logits == "all" else ("last" if logits and not left else None)
+            # One token is seldom the last one
+            result = self._step(part, wanted, min(left, self.chunk) if len(ids) > 1 else 1)
             if result is not None:
                 rows.append(result)
             if progress is not None:
@@ -283,8 +284,11 @@ class Session:
             )
         return ids.astype(np.int64)
 
-    def _step(self, ids: NDArray[np.int64], wanted: Rows, is_last: bool) -> Float32 | None:
-        """One pass through the layers. It counts from the assignment of the position on; before, nothing of it does."""
+    def _step(self, ids: NDArray[np.int64], wanted: Rows, coming: int) -> Float32 | None:
+        """One pass through the layers, before so many tokens more.
+
+        It counts from the assignment of the position on; before, nothing of it does.
+        """
         self._settle()
         self._in_flight = True
         stop = self.position + len(ids)
@@ -303,7 +307,7 @@ class Session:
             if not healthy or (result is not None and not np.isfinite(result.max(axis=1)).all()):
                 self._explain(step)
         self.position = stop
-        self.cache.commit(stop, not is_last)
+        self.cache.commit(stop, stop + coming)
         self._in_flight = False
         return result
 

@@ -184,7 +184,7 @@ class TileStore:
         table, address = held.table, held.address
         if size + count > len(table):
             table, address = _addressed(
-                np.concatenate([table, np.zeros((max(count, len(table)), ADDRESSES), np.int64)])
+                np.concatenate([table[:size], np.zeros((max(count, size, 16), ADDRESSES), np.int64)])
             )
         for row, addresses in zip(table[size:], rows, strict=False):
             row[:] = addresses
@@ -230,26 +230,26 @@ class TileStore:
         pages = -(-2 * (self.layout.k, self.layout.v)[side].params_nbytes // mmap.PAGESIZE)
         return self.layout.n_kv_heads * pages * mmap.PAGESIZE
 
-    def forget_before(self, tile: int, keep: bool = False) -> None:
-        """Drop the tiles before this one, and the pages that are wholly before it; ``keep`` pages of one tile for the next.
+    def forget_before(self, tile: int, keep: int = 0) -> None:
+        """Drop the tiles before this one, and the pages that are wholly before it but for ``keep`` pages of one tile.
 
-        Pages that were kept before, and are not in use again, are dropped unless ``keep``. A page used again holds what it
+        Those, and what was kept before, at most so many together, are used for the next tiles; a page then holds what it
         held.
         """
         held = self._held
-        if not keep:
-            self._spare.clear()
         if tile > held.first:
             kept = {number: page for number, page in held.pages.items() if number >= tile // self.layout.page_tiles}
             if tile > held.stop:
                 kept = {}  # what tiles before the gap have taken up is free at once
             wide = {key: room for key, room in held.wide.items() if key[0] >= tile}
             written = held.written if held.stop >= tile else tile
-            table, address = _addressed(np.roll(held.table, held.first - tile, axis=0))
+            rows = min(tile - held.first, len(held.table))
+            table, address = held.table[rows:], held.address + rows * 8 * ADDRESSES
             shared = held.shared & kept.keys()
             self._held = _Held(tile, max(held.stop, tile), written, kept, shared, wide, table, address)
-            if keep and self.layout.page_tiles == 1:
+            if self.layout.page_tiles == 1 and len(self._spare) < keep:
                 self._spare += [held.pages[number] for number in held.pages.keys() - kept.keys() - held.shared]
+        del self._spare[keep:]
 
     def forget_from(self, tile: int) -> None:
         """Drop this tile and those after it, the pages that are wholly after it, and what was kept."""

@@ -13,6 +13,7 @@ import mixkv.engine.cache
 from mixkv import CachePolicy, Session, Tier
 from mixkv.engine.cache import Cache
 from mixkv.engine.layer import LayerCache
+from mixkv.engine.memory import plan
 from mixkv.kernels.tables import FIRST_QUERY
 from mixkv.models.errors import PromptError, UsageError
 from mixkv.models.load import Model
@@ -89,11 +90,33 @@ def test_memory_kept_from_chunk_to_chunk_is_counted_and_gone_in_the_end(count: i
     """Also where the last chunk is so short that nothing enters or leaves a tier."""
     model = mixkv.load("toy", weights="q8")
     ids, counted = ids_for(model, count), []
-    whole, single = Session(model, MIXED, chunk=64), Session(model, MIXED, chunk=1)
+    whole, short, single = (Session(model, MIXED, chunk=chunk) for chunk in (64, 64, 1))
     whole.forward(ids, "last", progress=lambda _: counted.append(whole.nbytes()["recent"]))
+    short.forward(ids[:128], None)
     single.forward(ids, "last")
     assert whole.nbytes() == single.nbytes()
-    assert counted[1] > counted[-1]
+    assert counted[1] > short.nbytes()["recent"]
+
+
+def test_a_step_that_seals_a_tile_keeps_its_memory_for_the_next_token() -> None:
+    """Where the next one begins a tile. It is counted, and goes with whatever else comes instead of that token."""
+    model = mixkv.load("toy", weights="q8")
+    policy = replace(MIXED, window=MIXED.tile)
+    tile, ids = policy.tile, ids_for(model, 200)
+    session = Session(model, policy)
+    session.forward(ids[: 3 * tile - 1], None)
+    a_tile = sum(layer.recent.layout.nbytes for layer in session.cache.layers)
+
+    def more() -> int:
+        return session.nbytes()["total"] - plan(model.config, policy, session.position).total
+
+    extra = []
+    for token in ids[3 * tile - 1 : 4 * tile + 1]:
+        session.forward([token], None)
+        extra.append(more())
+    assert extra == [a_tile, *[0] * (tile - 1), a_tile, 0]
+    session.truncate(4 * tile)
+    assert more() == 0
 
 
 def test_all_is_the_default_and_any_integers_are_taken(toy: Model) -> None:
