@@ -97,8 +97,10 @@ def _decode_cases() -> list[Case]:
     cases += [
         replace(case, name=f"{case.name}-tile128", tile=128)
         for case in cases
-        if case.keys == LARGE and (case.k_bits == case.v_bits <= 8) and (case.k_axis, case.v_axis, case.tile)
-        == (plain.k_axis, plain.v_axis, plain.tile) and case.precision == plain.precision
+        if case.keys == LARGE
+        and (case.k_bits == case.v_bits <= 8)
+        and (case.k_axis, case.v_axis, case.tile) == (plain.k_axis, plain.v_axis, plain.tile)
+        and case.precision == plain.precision
     ]
     cases += [_decode(16, 8, 128, keys, bits, bits) for keys in (LARGE, SMALL) for bits in (16, 8, 4)]
     return cases

@@ -88,7 +88,7 @@ class Attentions:
     def finish(self, stop: int | None = None) -> None:
         """Count the tiles of the layers that are done, all or those before ``stop``."""
         for layer in self._layers[:stop] if not self.is_settled else ():
-            layer.settle_tiles()
+            layer.count_tiles()
 
 
 class Cache:

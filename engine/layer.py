@@ -15,6 +15,7 @@ Keys, and queries with them, or values may be rotated (kernels/hadamard.py); the
 """
 
 import math
+from bisect import bisect_left
 from dataclasses import replace
 from functools import cached_property
 
@@ -262,14 +263,18 @@ class LayerCache:
         if self._call[LOST] and self._lost_any(kv):
             self.widen_dense()
             return False
-        return self.settle_tiles()
-
-    def settle_tiles(self) -> bool:
-        """``settle`` for the tiles that the call quantized, which are counted if all fitted."""
         if self._entering and self._widened(self._entering):
             return False
-        self._entering = []
+        self.count_tiles()
         return True
+
+    def count_tiles(self) -> None:
+        """Count the tiles that the call quantized, all of which fitted."""
+        stores = self.recent, *self.tiers
+        for i, _ in self._entering:
+            old, new = stores[i].layout, stores[i + 1].layout
+            self.tiles_quantized += (old.k_kind, old.v_kind) != (new.k_kind, new.v_kind)  # else it is only copied
+        self._entering = []
 
     def describe_again(self, view: View, softmax: Softmax) -> Int64:
         """The last call, with more room; what is rotated must not be so twice."""
@@ -304,7 +309,8 @@ class LayerCache:
             stores = [recent, *self.tiers]
             jobs = [seal_job(stores[i], stores[i + 1], t, self._dead(t), self._fitted) for i, t in tiles]
             self._jobs = np.array(jobs, np.int64)
-            starts = [sum(tier < i for tier, _ in tiles) for i in range(MAX_ROUNDS + 1)]
+            rounds = [tier for tier, _ in tiles]
+            starts = [bisect_left(rounds, i) for i in range(MAX_ROUNDS + 1)]
             call[JOBS], call[JOB_STARTS:STEP] = self._jobs.ctypes.data, starts
         elif self._jobs is not None:
             self._jobs, call[JOB_STARTS:STEP] = None, 0
@@ -383,11 +389,6 @@ class LayerCache:
                 raise NumericalError(f"tile {t} cannot be quantized: {why}; {_WIDER}")
             if widen_as_found(self.tiers[i], t, job):
                 again.add(t)
-        if not again:
-            stores = self.recent, *self.tiers
-            for i, _ in tiles:
-                old, new = stores[i].layout, stores[i + 1].layout
-                self.tiles_quantized += (old.k_kind, old.v_kind) != (new.k_kind, new.v_kind)  # else it is only copied
         return bool(again)
 
     def _first_seen(self, position: int) -> int:

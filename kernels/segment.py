@@ -174,21 +174,21 @@ class TileStore:
 
     def append(self, count: int = 1) -> None:
         """Hold so many more tiles: what was, or will be, written to the places from tile ``stop`` on."""
-        rows = []
-        for tile in range(self.stop, self.stop + count):
+        layout, stop, rows = self.layout, self._held.stop, []
+        for tile in range(stop, stop + count):
             page, slot = self.place(tile)
             if self.lasting and slot == 0:
-                self._make_large(tile // self.layout.page_tiles - 1)
-            rows.append(self.layout.addresses(page, slot))
-        held, size = self._held, self.stop - self.first
-        table, address = held.table, held.address
+                self._make_large(tile // layout.page_tiles - 1)
+            rows.append(layout.addresses(page, slot))
+        held = self._held
+        size, table, address = stop - held.first, held.table, held.address
         if size + count > len(table):
             table, address = _addressed(
                 np.concatenate([table[:size], np.zeros((max(count, size, 16), ADDRESSES), np.int64)])
             )
-        for row, addresses in zip(table[size:], rows, strict=False):
-            row[:] = addresses
-        self._held = held._replace(stop=held.stop + count, table=table, address=address)
+        if rows:
+            table[size : size + count] = rows
+        self._held = held._replace(stop=stop + count, table=table, address=address)
 
     def _make_large(self, number: int) -> None:
         """The next page has begun: this one is full, unless there never were tiles before some in it."""
@@ -241,14 +241,14 @@ class TileStore:
             kept = {number: page for number, page in held.pages.items() if number >= tile // self.layout.page_tiles}
             if tile > held.stop:
                 kept = {}  # what tiles before the gap have taken up is free at once
-            wide = {key: room for key, room in held.wide.items() if key[0] >= tile}
+            wide = held.wide and {key: room for key, room in held.wide.items() if key[0] >= tile}
             written = held.written if held.stop >= tile else tile
             rows = min(tile - held.first, len(held.table))
             table, address = held.table[rows:], held.address + rows * 8 * ADDRESSES
-            shared = held.shared & kept.keys()
+            shared = held.shared and held.shared & kept.keys()
             self._held = _Held(tile, max(held.stop, tile), written, kept, shared, wide, table, address)
             if self.layout.page_tiles == 1 and len(self._spare) < keep:
-                self._spare += [held.pages[number] for number in held.pages.keys() - kept.keys() - held.shared]
+                self._spare += [page for n, page in held.pages.items() if n not in kept and n not in held.shared]
         del self._spare[keep:]
 
     def forget_from(self, tile: int) -> None:

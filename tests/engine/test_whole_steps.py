@@ -134,7 +134,7 @@ def test_what_cannot_be_kept_names_layer_and_position_and_leaves_the_session(don
     assert len(runs) >= done + 33
 
 
-@pytest.mark.parametrize("where", ["_describe", "_store_addresses", "settle_tiles", "forget"])
+@pytest.mark.parametrize("where", ["_describe", "_store_addresses", "count_tiles", "forget"])
 def test_an_interrupt_at_any_place_leaves_a_session_that_goes_on_as_if_there_was_none(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

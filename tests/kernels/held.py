@@ -111,17 +111,16 @@ class Held:
         assert address % 2 == 1
         return bytes_at(address - 1 + head * self.page_tiles * sum(self.sizes), 2 * self.sizes[2 * side])
 
-    def forget_before(self, tile: int, keep: bool = False) -> None:
+    def forget_before(self, tile: int, keep: int = 0) -> None:
         self.store.forget_before(tile, keep)
-        if not keep:
-            self.spare = []
         if tile > self.first:
             before, shared = self.pages, self.shared
             kept = range(tile // self.page_tiles, 1000) if tile <= self.stop else ()
             self.first, self.numbers = tile, {t: x for t, x in self.numbers.items() if t >= tile}
             self._keep(kept)
-            if keep and self.page_tiles == 1:
+            if self.page_tiles == 1:
                 self.spare += [page for n, page in before.items() if n not in self.pages and n not in shared]
+        self.spare = self.spare[:keep]
 
     def forget_from(self, tile: int) -> None:
         self.store.forget_from(tile)

@@ -225,7 +225,7 @@ def test_a_layout_of_another_tile_is_refused() -> None:
 # --- The store of tiles --------------------------------------------------------------------------------------------------
 
 
-STEPS = ("append", "append at once", "write", "before", "before, keep", "from")
+STEPS = ("append", "append at once", "write", "before, keep 0", "before, keep 1", "before, keep 3", "from")
 
 
 @settings(max_examples=100, deadline=None)
@@ -244,7 +244,7 @@ def test_a_store_holds_what_was_appended_and_not_forgotten(page_tiles: int, step
         elif step == "write":  # what is written and not held is as if it had not been
             held.write_next()
         elif step.startswith("before"):
-            held.forget_before(number, step.endswith("keep"))
+            held.forget_before(number, int(step[-1]))
         else:
             held.forget_from(number)
         held.assert_holds()
@@ -288,8 +288,8 @@ class Forks(RuleBasedStateMachine):
         if held.numbers:
             held.widen(held.first + place % len(held.numbers), side)
 
-    @rule(which=st.integers(0, 2), more=st.integers(0, 6), keep=st.booleans())
-    def forget_before(self, which: int, more: int, keep: bool) -> None:
+    @rule(which=st.integers(0, 2), more=st.integers(0, 6), keep=st.integers(0, 3))
+    def forget_before(self, which: int, more: int, keep: int) -> None:
         self.store(which).forget_before(self.store(which).first + more, keep)
 
     @rule(which=st.integers(0, 2), count=st.integers(0, 6))
