@@ -27,12 +27,15 @@ class Steps:
 
     def step(self, token_id: int) -> None:
         """Decode one token."""
-        cache = self.session.cache.layers[0]
-        tiles = cache.old.stop
+        tiles = self._tiles()
         begun = time.perf_counter()
         self.session.forward([token_id], logits="last")
         seconds = time.perf_counter() - begun
-        (self.plain if cache.old.stop == tiles else self.sealing).append(seconds)
+        (self.plain if self._tiles() == tiles else self.sealing).append(seconds)
+
+    def _tiles(self) -> int:
+        """How many tiles are codes, in all layers together."""
+        return sum(layer.old.stop for layer in self.session.cache.layers)
 
 
 def arguments() -> argparse.Namespace:

@@ -10,7 +10,7 @@ from ..kernels.simd import LANES
 from ..kernels.tables import CALL_FIELDS, FIRST_QUERY, N_QUERIES, STEP
 from ..models.errors import NumericalError
 from ..models.transformer import Softmax
-from .layer import LayerCache, View
+from .layer import LayerCache, View, lead_of
 from .ledger import MassLedger
 from .policy import CachePolicy
 
@@ -26,6 +26,8 @@ class Attentions:
 
     Attributes:
         table: int64 (layers, 4), as a chain of the kernels takes them (kernels/project.py, ATTENTIONS).
+        unsettled: the layers that the next step finds otherwise than this one: tiles have entered a tier.
+        is_intact: whether everything fitted where it was to go.
 
     """
 
@@ -37,27 +39,41 @@ class Attentions:
         qkv: Float32,
         softmaxes: Sequence[Softmax],
     ) -> None:
-        self._layers, self._views, self._like = layers, views, like
-        self._qkv, self._softmaxes = qkv, softmaxes
+        self._layers, self._like = layers, like
+        self._views, self._qkv, self._softmaxes = views, qkv, softmaxes
+        self.is_intact = True
         self._calls = [
             layer.describe(views[i], softmax) for layer, i, softmax in zip(layers, like, softmaxes, strict=True)
         ]
         rows = [(layer.call_address, *views[i].addresses) for layer, i in zip(layers, like, strict=True)]
         self.table: Int64 = np.array(rows, np.int64)
-        self.is_settled = all(layer.is_settled for layer in layers)
+        self.unsettled = [i for i, layer in enumerate(layers) if not layer.is_settled]
+        self._lets_in_at = [layer.lets_in_at for layer in layers]
         self._room = min(layer.room for layer in layers)
 
     def renew(self, views: dict[int, View], qkv: Float32, softmaxes: Sequence[Softmax]) -> bool:
-        """Describe another step, if only its ranges differ; False, and nothing done, if there is more to it."""
-        if not self.is_settled or softmaxes is not self._softmaxes or qkv.shape[1:] != self._qkv.shape[1:]:
+        """Describe another step, anew in layers where tiles enter a tier, or did.
+
+        Returns False, and nothing is done, if it takes more.
+        """
+        if not self.is_intact or softmaxes is not self._softmaxes or qkv.shape[1:] != self._qkv.shape[1:]:
             return False
-        if any(view.stop > self._room or view.sealed != self._views[i].sealed for i, view in views.items()):
+        stop = views[0].stop
+        if stop > self._room:
             return False
         self._views, self._qkv = views, qkv
         for call, i in zip(self._calls, self._like, strict=True):
             call[STEP:CALL_FIELDS] = views[i].fields
         for i, view in views.items():
             self.table[np.equal(self._like, i), 1:] = view.addresses
+        anew = self.unsettled
+        if stop >= min(self._lets_in_at):
+            anew = sorted({*anew, *(i for i, at in enumerate(self._lets_in_at) if stop >= at)})
+        for i in anew:
+            layer = self._layers[i]
+            self._calls[i] = layer.describe(views[self._like[i]], softmaxes[i])
+            self.table[i, 0], self._lets_in_at[i] = layer.call_address, layer.lets_in_at
+        self.unsettled = [i for i in anew if not self._layers[i].is_settled]
         return True
 
     def want_last_query(self) -> None:
@@ -74,7 +90,7 @@ class Attentions:
 
         """
         layer, view = self._layers[i], self._views[self._like[i]]
-        self.is_settled = False
+        self.is_intact = False
         try:
             if layer.settle(self._qkv[:, view.heads :]):
                 return True
@@ -87,8 +103,9 @@ class Attentions:
 
     def finish(self, stop: int | None = None) -> None:
         """Count the tiles of the layers that are done, all or those before ``stop``."""
-        for layer in self._layers[:stop] if not self.is_settled else ():
-            layer.count_tiles()
+        for i in self.unsettled:
+            if stop is None or i < stop:
+                self._layers[i].count_tiles()
 
 
 class Cache:
@@ -112,9 +129,10 @@ class Cache:
     ) -> None:
         self.policy = policy
         windows = [None] * n_layers if sliding_windows is None else sliding_windows
+        policies = [policy.for_layer(i, n_layers) for i in range(n_layers)]
         self.layers = [
-            layer_type(policy.for_layer(i, n_layers), n_kv_heads, head_dim, context, window)
-            for i, window in enumerate(windows)
+            layer_type(own, n_kv_heads, head_dim, context, window, lead_of(i, n_layers, own.tile))
+            for i, (own, window) in enumerate(zip(policies, windows, strict=True))
         ]
         self.ledger: MassLedger | None = None
         self._plain = layer_type is LayerCache
@@ -166,11 +184,13 @@ class Cache:
         if self.ledger is not None and states:
             self.ledger.add(position - states[0].shape[2], states)
         still_seen = {i: self.layers[i].still_seen(position) for i in set(self._like)}
-        if self._attentions is not None and self._attentions.is_settled and still_seen == self._still_seen:
-            return  # no tile has entered a tier, and none has left sight
-        self._attentions = None
-        for i, layer in zip(self._like, self.layers, strict=True):
-            layer.forget(still_seen[i], coming)
+        which: Sequence[int] = range(len(self.layers))
+        if self._attentions is not None and self._attentions.is_intact and still_seen == self._still_seen:
+            which = self._attentions.unsettled  # in the others no tile has entered a tier, and none has left sight
+        else:
+            self._attentions = None
+        for i in which:
+            self.layers[i].forget(still_seen[self._like[i]], coming)
         self._still_seen = still_seen
 
     def keep_ledger(self, on: bool) -> MassLedger | None:

@@ -1,20 +1,21 @@
 """The mixed KV cache of a layer: a list of segments - sink, tiers of codes, recent - and one rule for who sees what.
 
 Positions are absolute. Tile t holds the positions t * tile .. (t + 1) * tile. While it is recent it is dense; it is
-*sealed* (quantized into the youngest tier) as soon as a query comes that may not see it densely, and goes on from tier to
-tier as it ages. With B_0(p) >= B_1(p) >= ... the boundaries of the tiers (``CachePolicy.boundary``), and L(p) the first
+*sealed* (quantized into the youngest tier) before a query comes that may not see it densely, and goes on from tier to tier
+as it ages. With B_0(p) >= B_1(p) >= ... the boundaries of the tiers (``CachePolicy.boundary``), and L(p) the first
 position of a sliding window, or 0, the query at position p sees
 
     sinks        [L(p), min(sinks, p + 1))             in tier i    [max(B_i+1(p), sinks, L(p)), B_i(p))
     recent       [max(B_0(p), sinks, L(p)), p + 1)     the oldest   [max(sinks, L(p)), B_n-1(p))
 
-While a prompt is processed in chunks, a tile may exist in several forms; the range of each query picks one. So a query sees
-what it would have seen token by token, however the prompt was cut.
+A tile may exist in several forms for a while; the range of each query picks one. So a query sees what it would have seen
+token by token, however the prompt was cut, and whenever the tile was sealed.
 
 Keys, and queries with them, or values may be rotated (kernels/hadamard.py); then every segment holds them so.
 """
 
 import math
+import sys
 from bisect import bisect_left
 from dataclasses import replace
 from functools import cached_property
@@ -64,7 +65,21 @@ from ..models.errors import NumericalError, UsageError
 from ..models.transformer import Softmax
 from .policy import DENSE, CachePolicy
 
+LEADS = 8
 _WIDER = "use a policy with dense='f32' and k_bits and v_bits of 32"
+
+
+def lead_of(layer: int, n_layers: int, tile: int) -> int:
+    """How many tokens early tiles of a layer enter a tier (``LayerCache``): an eighth of the layers at a time.
+
+    With all of them at once such a step takes a quarter longer than others; one by one, every second step a fiftieth.
+    """
+    return layer * LEADS // n_layers * (tile // LEADS)
+
+
+def sealed_tiles(stop: int, age: int, lead: int, tile: int) -> int:
+    """How many tiles have entered a tier of so old ones once there are ``stop`` tokens; see ``LayerCache``."""
+    return min(max(stop - age + lead, 0), stop) // tile
 
 
 class View:
@@ -82,8 +97,6 @@ class View:
         first = [max(end - window, 0) if window is not None else 0 for end in ends]
         behind_sinks = [max(x, sinks) for x in first]
         boundaries = [[max((end - age) // tile, 0) for end in ends] for age in cache.ages]  # of each tier, in tiles
-        # Tiles below are in the tier, unless a sliding window never reaches it
-        self.sealed = [each[-1] if yes else 0 for each, yes in zip(boundaries, cache.in_reach, strict=True)]
         # Of sink, tiers from the oldest on, recent: where each query starts and stops
         bounds = [first, [min(end, sinks) for end in ends], behind_sinks]
         for each in reversed(boundaries):
@@ -126,6 +139,8 @@ class LayerCache:
         n_kv_heads, head_dim: shape of a token's keys and of its values.
         context: the most tokens there will be, if that is known.
         sliding_window: a query sees no more than so many positions, itself included; None for all.
+        lead: tiles enter a tier so many tokens before they must, if they are complete. Until then queries see their old
+            form. In another layer another lead, and no step has many tiles to quantize.
 
     """
 
@@ -139,8 +154,9 @@ class LayerCache:
         head_dim: int,
         context: int | None = None,
         sliding_window: int | None = None,
+        lead: int = 0,
     ) -> None:
-        self.policy, self.head_dim, self.sliding_window = policy, head_dim, sliding_window
+        self.policy, self.head_dim, self.sliding_window, self.lead = policy, head_dim, sliding_window, lead
         self.sinks = policy.sinks if context is None else min(policy.sinks, context)
         self.ages = [tier.after for tier in policy.tiers]
         self.in_reach = [sliding_window is None or sliding_window > age for age in self.ages]
@@ -168,6 +184,20 @@ class LayerCache:
     def view_key(self) -> tuple[object, ...]:
         """Layers for which this is the same have the same ``View``."""
         return self.sinks, self.policy.tile, *self.ages, self.sliding_window
+
+    def sealed(self, stop: int) -> list[int]:
+        """How many tiles have entered each tier, or have gone on from it, once there are ``stop`` tokens."""
+        return [
+            sealed_tiles(stop, age, self.lead, self.policy.tile) if seen else 0
+            for age, seen in zip(self.ages, self.in_reach, strict=True)
+        ]
+
+    @property
+    def lets_in_at(self) -> int:
+        """The number of tokens with which the next tile enters a tier."""
+        tile, later = self.policy.tile, [max(age - self.lead, 0) for age in self.ages]
+        found = zip(self.tiers, later, self.in_reach, strict=True)
+        return min((tile * (tier.stop + 1) + wait for tier, wait, seen in found if seen), default=sys.maxsize)
 
     @property
     def _fitted(self) -> bool:
@@ -285,7 +315,7 @@ class LayerCache:
     def _places_in_tiers(self, view: View) -> list[tuple[int, int]]:
         """Make places for the tiles that are to enter a tier: (tier, tile) of each, tier after tier."""
         found: list[tuple[int, int]] = []
-        for i, (tier, stop) in enumerate(zip(self.tiers, view.sealed, strict=True)):
+        for i, (tier, stop) in enumerate(zip(self.tiers, self.sealed(view.stop), strict=True)):
             if tier.stop < stop:
                 tier.forget_before(self._first_seen(view.position))  # what a sliding window has left behind
                 found += [(i, t) for t in range(tier.stop, stop)]
@@ -442,9 +472,9 @@ class LayerCache:
         """Forget the tokens from ``position`` on, which is ``lowest`` or more. What is next appended goes there."""
         self._widen_sinks()
         tile, source = self.policy.tile, self.recent
-        for i, tier in enumerate(self.tiers):
+        for tier, stop in zip(self.tiers, self.sealed(position), strict=True):
             # Not what the last query that stays had sealed; nor what its source does not hold any more
-            tier.forget_from(max(self.policy.boundary(position - 1, i) // tile, source.first))
+            tier.forget_from(max(stop, source.first))
             source = tier
         self.recent.forget_from(-(-position // tile))
         if position % tile:
@@ -553,18 +583,20 @@ class LayerCache:
     def _enter(self, t: int, position: int, sources: list[TileStore]) -> str:
         """Take tile t, the last of the recent segment, through the tiers that it has reached.
 
-        Returns how it is kept in the end: "dense", "as it was" where it could be copied from one of ``sources``, or in new
-        codes "anew".
+        Returns how the next query finds it: "dense", "as it was" where it could be copied from one of ``sources``, or in
+        new codes "anew".
         """
         source, kept_as = self.recent, "dense"
-        for i, tier in enumerate(self.tiers):
-            if not self.in_reach[i] or t >= self.policy.boundary(position - 1, i) // self.policy.tile:
+        for tier, age, stop in zip(self.tiers, self.ages, self.sealed(position), strict=True):
+            if t >= stop:
                 break
             if not tier.stop:
                 tier.forget_before(t)
             tier.append()
             same = [other for other in sources if other.layout.same_tiles(tier.layout)]
-            kept_as = "as it was" if same else "anew" if max(tier.layout.k_kind, tier.layout.v_kind) >= Q8 else "dense"
+            if t < sealed_tiles(position, age, 0, self.policy.tile):
+                coded = max(tier.layout.k_kind, tier.layout.v_kind) >= Q8
+                kept_as = "as it was" if same else "anew" if coded else "dense"
             if same:
                 tier.copy(t, same[0])
             else:

@@ -13,6 +13,7 @@ from ..kernels.layout import DENSE_DTYPES
 from ..kernels.simd import LANES
 from ..models.config import ModelConfig
 from ..models.errors import UsageError
+from .layer import lead_of, sealed_tiles
 from .policy import DENSE, CachePolicy
 from .session import CHUNK
 
@@ -96,15 +97,17 @@ def plan(
     n_layers, heads, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     policy.check_model(n_layers, head_dim)
     context = config.max_position_embeddings if context is None else context
-    layers = [(policy.for_layer(i, n_layers), window) for i, window in enumerate(config.sliding_windows)]
+    policies = [policy.for_layer(i, n_layers) for i in range(n_layers)]
+    leads = [lead_of(i, n_layers, own.tile) for i, own in enumerate(policies)]
+    layers = list(zip(policies, config.sliding_windows, leads, strict=True))
     sink, recent, tiers = 0, 0, list[int]()
-    for own, window in dict.fromkeys(layers):
-        times = layers.count((own, window))
+    for own, window, lead in dict.fromkeys(layers):
+        times = layers.count((own, window, lead))
         width = -(-head_dim // LANES) * LANES
         sinks = min(own.sinks, context)
         sink += times * 2 * sinks * heads * width * DENSE_DTYPES[DENSE[own.dense]].itemsize
         dense, layouts = own.dense_layout(heads, head_dim), own.tier_layouts(heads, head_dim)
-        stores = _stores(own, [layout.page_tiles for layout in layouts], tokens, window, chunk)
+        stores = _stores(own, [layout.page_tiles for layout in layouts], tokens, window, chunk, lead)
         recent += times * stores[0].count * dense.nbytes
         tiers += [0] * (len(layouts) - len(tiers))
         for i, (layout, store) in enumerate(zip(layouts, stores[1:], strict=True)):
@@ -112,7 +115,9 @@ def plan(
     return Plan(tokens, sink, tuple(tiers), recent)
 
 
-def _stores(policy: CachePolicy, page_tiles: list[int], tokens: int, window: int | None, chunk: int) -> list[_Tiles]:
+def _stores(
+    policy: CachePolicy, page_tiles: list[int], tokens: int, window: int | None, chunk: int, lead: int
+) -> list[_Tiles]:
     """The recent segment and the tiers of a layer that has read so many tokens (engine/layer.py ``LayerCache``)."""
     recent, tiers = _Tiles(1), [_Tiles(each) for each in page_tiles]
     tile = policy.tile
@@ -123,7 +128,8 @@ def _stores(policy: CachePolicy, page_tiles: list[int], tokens: int, window: int
     for start in range(0, tokens, chunk if window is not None else max(tokens, 1)):
         stop = min(start + chunk, tokens) if window is not None else tokens
         for i, tier in enumerate(tiers):
-            sealed = policy.boundary(stop - 1, i) // tile if window is None or window > policy.tiers[i].after else 0
+            age = policy.tiers[i].after
+            sealed = sealed_tiles(stop, age, lead, tile) if window is None or window > age else 0
             if tier.stop < sealed:
                 tier.forget_before(first_seen(start))
                 tier.extend(sealed)

@@ -95,8 +95,8 @@ class Session:
             part = ids[first : first + self.chunk]
             left = len(ids) - first - len(part)
             wanted: Rows = "all" if logits == "all" else ("last" if logits and not left else None)
-            # One token is seldom the last one
-            result = self._step(part, wanted, min(left, self.chunk) if len(ids) > 1 else 1)
+            # One token is seldom the last one. A tile that goes can go two tokens before the next one begins
+            result = self._step(part, wanted, min(left, self.chunk) if len(ids) > 1 else 2)
             if result is not None:
                 rows.append(result)
             if progress is not None:

@@ -280,6 +280,13 @@ class Rules:
             t += 1
         return t
 
+    def tiles_entered(self, tier: int, p: int, lead: int) -> int:
+        """How many complete tiles are in this tier or an older one, ``lead`` tokens before the query at p has to see so."""
+        complete = (p + 1) // self.tile
+        return next(
+            (t for t in range(complete) if (t + 1) * self.tile + self.tiers[tier].after - lead > p + 1), complete
+        )
+
     def in_reach(self, tier: int) -> bool:
         return self.sliding is None or self.sliding > self.tiers[tier].after
 
@@ -338,7 +345,8 @@ class LayerBook:
         """Look at the tiles that have just entered a tier, up to what the query at ``last`` sees."""
         rules, due = self.rules, set()
         for i, tier in enumerate(layer.tiers):
-            assert tier.stop == max(rules.tiles_in(i, last) if rules.in_reach(i) else 0, self.stops[i], tier.first)
+            entered = rules.tiles_entered(i, last, layer.lead) if rules.in_reach(i) else 0
+            assert tier.stop == max(entered, self.stops[i], tier.first)
             for t in range(max(self.stops[i], tier.first), tier.stop):
                 due.add((i, t))
                 assert (i, t) not in self.forms, "a tile was quantized a second time"

@@ -139,8 +139,10 @@ def test_a_cache_sums_its_layers(draw_qkv: Draw) -> None:
     for layer in range(3):
         cache.attend(layer, np.concatenate(qkv, axis=1), 0, Softmax(0.1))
     cache.commit(300)
-    one = cache.layers[0].nbytes()
-    assert cache.nbytes() == {**{name: 3 * size for name, size in one.items()}, "total": 3 * sum(one.values())}
+    parts = [layer.nbytes() for layer in cache.layers]
+    assert parts[2]["old"] > parts[1]["old"] == parts[0]["old"] > 0, "40 tokens ahead of the first, here a tile"
+    sums = {name: sum(part[name] for part in parts) for name in ("sink", "old", "recent")}
+    assert cache.nbytes() == {**sums, "total": sum(sums.values())}
 
 
 @pytest.mark.parametrize("n", [4096, 4159])

@@ -341,7 +341,8 @@ def check_retiered(old: LayerBook, new: LayerBook, before: LayerCache, after: La
     same_tiles = rules.tile == old.rules.tile and rules.rotates == old.rules.rotates
     eps = {"f16": 2.0**-10, "bf16": 2.0**-7, "f32": 2.0**-21}
     for i in range(len(rules.tiers)):
-        assert new.stops[i] == (rules.tiles_in(i, n - 1) if n and rules.in_reach(i) else 0) or rules.sliding is not None
+        entered = rules.tiles_entered(i, n - 1, after.lead) if n and rules.in_reach(i) else 0
+        assert new.stops[i] == entered or rules.sliding is not None
     tiles = range(rules.first_seen(n) // rules.tile, -(-n // rules.tile))
     for t in tiles:
         rows = range(t * rules.tile, min((t + 1) * rules.tile, n))
@@ -410,6 +411,7 @@ def check_counts(before: Book, after: Book, counts: dict[str, int], n: int) -> N
             dense = j < new.rules.sinks or t >= new.rules.tiles_in(0, n - 1) or not is_coded
             alike = new.rules.tile == old.rules.tile and new.rules.rotates == old.rules.rotates
             alike &= old.rules.formats(0) == new.rules.formats(0)
+            alike &= new.rules.sinks >= old.rules.sinks or t * new.rules.tile >= old.rules.sinks  # sinks have no codes
             if dense:
                 numbers[1] += 1
             elif not alike:

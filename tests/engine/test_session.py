@@ -105,7 +105,7 @@ def test_a_step_that_seals_a_tile_keeps_its_memory_for_the_next_token() -> None:
     tile, ids = policy.tile, ids_for(model, 200)
     session = Session(model, policy)
     session.forward(ids[: 3 * tile - 1], None)
-    a_tile = sum(layer.recent.layout.nbytes for layer in session.cache.layers)
+    one, layers = session.cache.layers[0].recent.layout.nbytes, len(session.cache.layers)
 
     def more() -> int:
         return session.nbytes()["total"] - plan(model.config, policy, session.position).total
@@ -114,9 +114,38 @@ def test_a_step_that_seals_a_tile_keeps_its_memory_for_the_next_token() -> None:
     for token in ids[3 * tile - 1 : 4 * tile + 1]:
         session.forward([token], None)
         extra.append(more())
-    assert extra == [a_tile, *[0] * (tile - 1), a_tile, 0]
+    # In all layers but the first the tile goes one token earlier: it has entered the tier before it must
+    assert extra == [one, *[0] * (tile - 2), (layers - 1) * one, layers * one, 0]
     session.truncate(4 * tile)
     assert more() == 0
+
+
+@pytest.mark.parametrize(
+    "policy", [MIXED, replace(MIXED, window=96, older=(Tier(130, 2, 2),)), replace(MIXED, window=0)]
+)
+def test_layers_seal_at_different_steps_which_changes_no_bit(
+    policy: CachePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step has a tile to quantize in more than one layer, unless the window leaves no time before it must."""
+    model = mixkv.load("toy", weights="q8")
+    ids = ids_for(model, 200)
+    session, most = Session(model, policy), 0
+    found = [session.forward(ids[:50])]
+    for token in ids[50:]:
+        before = [[tier.stop for tier in layer.tiers] for layer in session.cache.layers]
+        found.append(session.forward([token]))
+        after = [[tier.stop for tier in layer.tiers] for layer in session.cache.layers]
+        most = max(most, sum(x != y for x, y in zip(before, after, strict=True)))
+    layers = session.cache.layers
+    assert [layer.lead for layer in layers] == [0, policy.tile // 4, policy.tile * 5 // 8]
+    assert most == (1 if policy.window else len(layers))
+    monkeypatch.setattr(mixkv.engine.cache, "lead_of", lambda *_: 0)
+    at_once = Session(model, policy)
+    assert (
+        np.concatenate(found).tobytes()
+        == np.concatenate([at_once.forward(ids[:50]), *map(at_once.forward, ids[50:, None])]).tobytes()
+    )
+    assert [layer.tiles_quantized for layer in at_once.cache.layers] <= [layer.tiles_quantized for layer in layers]
 
 
 def test_all_is_the_default_and_any_integers_are_taken(toy: Model) -> None:
