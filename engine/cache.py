@@ -26,7 +26,8 @@ class Attentions:
 
     Attributes:
         table: int64 (layers, 4), as a chain of the kernels takes them (kernels/project.py, ATTENTIONS).
-        unsettled: the layers that the next step finds otherwise than this one: tiles have entered a tier.
+        unsettled: the layers that the next step finds otherwise than this one, because tiles have entered a tier, or that keep a
+            ledger.
         is_intact: whether everything fitted where it was to go.
 
     """
@@ -140,6 +141,7 @@ class Cache:
         self._like = [keys.index(key) for key in keys]  # the first layer whose queries see the same positions
         self._views: dict[int, View] = {}  # of these layers
         self._still_seen: dict[int, list[int]] = {}  # of these layers, at the last commit that had anything to forget
+        self._awaited = 0  # the position up to which memory is kept for tokens; if fewer come, it is to go
         self._attentions: Attentions | None = None  # of the last step, unless anything else has changed the cache since
 
     def attend(
@@ -185,12 +187,15 @@ class Cache:
             self.ledger.add(position - states[0].shape[2], states)
         still_seen = {i: self.layers[i].still_seen(position) for i in set(self._like)}
         which: Sequence[int] = range(len(self.layers))
-        if self._attentions is not None and self._attentions.is_intact and still_seen == self._still_seen:
+        as_before = still_seen == self._still_seen and coming >= self._awaited
+        if self._attentions is not None and self._attentions.is_intact and as_before:
             which = self._attentions.unsettled  # in the others no tile has entered a tier, and none has left sight
         else:
-            self._attentions = None
+            self._attentions, self._awaited = None, 0
         for i in which:
             self.layers[i].forget(still_seen[self._like[i]], coming)
+            if self.layers[i].recent.keeps_memory:
+                self._awaited = coming
         self._still_seen = still_seen
 
     def keep_ledger(self, on: bool) -> MassLedger | None:
@@ -232,7 +237,7 @@ class Cache:
         """A cache of the same tokens that goes its own way; see ``LayerCache.fork``."""
         other = Cache.__new__(Cache)
         other.policy, other._like, other._plain = self.policy, self._like, self._plain
-        other._views, other._still_seen, other.ledger = {}, {}, None
+        other._views, other._still_seen, other._awaited, other.ledger = {}, {}, 0, None
         self._attentions = other._attentions = None  # what is written to next may be copied
         other.layers = [layer.fork() for layer in self.layers]
         other.keep_ledger(False)

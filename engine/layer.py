@@ -140,7 +140,7 @@ class LayerCache:
         context: the most tokens there will be, if that is known.
         sliding_window: a query sees no more than so many positions, itself included; None for all.
         lead: tiles enter a tier so many tokens before they must, if they are complete. Until then queries see their old
-            form. In another layer another lead, and no step has many tiles to quantize.
+            form. In another layer another lead, and no step has many tiles to quantize, unless they must at once.
 
     """
 
@@ -569,8 +569,8 @@ class LayerCache:
                 rows = min(stop, self.sinks) - start
                 if rows > 0:
                     kept[start : start + rows, :, : self.head_dim] = x[:rows]
-            # What was a sink has no codes worth having in its tile
-            alive = alike and (self.sinks >= other.sinks or t * tile >= other.sinks)
+            # What was a sink has no codes worth having in its tile; and what is still dense is the better source
+            alive = alike and (self.sinks >= other.sinks or t * tile >= other.sinks) and bool(coded[-1])
             sources = [tier for tier in other.tiers if alive and tier.first <= t < tier.stop]
             kept_as = self._enter(t, position, sources)
             dead = min(self._dead(t), stop - start)
@@ -583,8 +583,8 @@ class LayerCache:
     def _enter(self, t: int, position: int, sources: list[TileStore]) -> str:
         """Take tile t, the last of the recent segment, through the tiers that it has reached.
 
-        Returns how the next query finds it: "dense", "as it was" where it could be copied from one of ``sources``, or in
-        new codes "anew".
+        Returns how the query before ``position`` has to see it: "dense", "as it was" where it could be copied from one of
+        ``sources``, or in new codes "anew".
         """
         source, kept_as = self.recent, "dense"
         for tier, age, stop in zip(self.tiers, self.ages, self.sealed(position), strict=True):

@@ -95,8 +95,9 @@ class Session:
             part = ids[first : first + self.chunk]
             left = len(ids) - first - len(part)
             wanted: Rows = "all" if logits == "all" else ("last" if logits and not left else None)
-            # One token is seldom the last one. A tile that goes can go two tokens before the next one begins
-            result = self._step(part, wanted, min(left, self.chunk) if len(ids) > 1 else 2)
+            # One token is seldom the last one, and a tile that goes may go two tokens before the next one begins
+            coming = min(left, self.chunk) if len(ids) > 1 else min(2, self.context - self.position - 1)
+            result = self._step(part, wanted, coming)
             if result is not None:
                 rows.append(result)
             if progress is not None:
@@ -119,8 +120,8 @@ class Session:
     def truncate(self, position: int, *, replay: bool = False) -> None:
         """Go back: the session is then as if it had never gone further.
 
-        At least the last ``policy.rollback`` tokens can be taken back; how far it goes beyond depends on which tiles have
-        been sealed.
+        At least the last ``policy.rollback`` tokens can be taken back; how far it goes beyond depends on which tiles are
+        kept as codes only.
 
         Args:
             position: how many tokens to keep, from 0 to all.

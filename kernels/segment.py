@@ -160,6 +160,11 @@ class TileStore:
         tiles += len(self._spare) * self.layout.page_tiles
         return tiles * self.layout.nbytes + sum(self._wide_nbytes(side) for _, side in held.wide)
 
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether there are pages for tiles to come."""
+        return bool(self._spare)
+
     def place(self, tile: int) -> tuple[Bytes, int]:
         """The page and the slot of a tile that is held, or of one of the next, which ``append`` will hold."""
         number, slot = divmod(tile, self.layout.page_tiles)

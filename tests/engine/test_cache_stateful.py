@@ -367,6 +367,7 @@ def check_retiered(old: LayerBook, new: LayerBook, before: LayerCache, after: La
                 j for j, other in enumerate(before.tiers)
                 if same_tiles and other.first <= t < other.stop and other.layout.same_tiles(tier.layout)
                 and (after.sinks >= before.sinks or rows.start >= before.sinks)
+                and not before.recent.first <= t < before.recent.stop
             ]  # fmt: skip
             if sources:
                 assert raw_of(new, i, t) == raw_of(old, sources[0], t)

@@ -120,6 +120,41 @@ def test_a_step_that_seals_a_tile_keeps_its_memory_for_the_next_token() -> None:
     assert more() == 0
 
 
+def test_memory_kept_for_tokens_that_do_not_come_goes_with_the_next_ones() -> None:
+    """A prompt is interrupted between two chunks, or the context is full."""
+    model = mixkv.load("toy", weights="q8")
+    policy, ids = replace(MIXED, window=MIXED.tile), ids_for(model, 200)
+
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    for rest in (ids[128:130], ids[128:135], ids[128:200]):
+        session = Session(model, policy, chunk=128)
+        with pytest.raises(KeyboardInterrupt):
+            session.forward(ids, None, progress=interrupt)
+        assert session.position == 128
+        session.forward(rest, None)
+        assert session.nbytes() == plan(model.config, policy, session.position).nbytes()
+    session = Session(model, policy, context=3 * policy.tile)
+    for token in ids[: session.context]:
+        session.forward([token], None)
+    assert session.nbytes() == plan(model.config, policy, session.position, context=session.context).nbytes()
+
+
+def test_retier_takes_what_is_still_dense_from_there_and_not_from_codes_made_early() -> None:
+    model = mixkv.load("toy", weights="q8")
+    policy = CachePolicy(window=64, sinks=0, tile=32, k_bits=2, v_bits=2, scales="range")
+    ids = ids_for(model, 90)
+    session, fresh = Session(model, policy), Session(model, replace(policy, scales="fit"))
+    session.forward(ids, None)
+    fresh.forward(ids, None)
+    assert [layer.recent.first for layer in session.cache.layers] == [0] * 3, "something is dense no longer"
+    session.retier(fresh.policy)
+    assert [layer.old.stop for layer in session.cache.layers] == [layer.old.stop for layer in fresh.cache.layers]
+    for token in ids_for(model, 60):
+        assert session.forward([token]).tobytes() == fresh.forward([token]).tobytes()
+
+
 @pytest.mark.parametrize(
     "policy", [MIXED, replace(MIXED, window=96, older=(Tier(130, 2, 2),)), replace(MIXED, window=0)]
 )
@@ -145,7 +180,8 @@ def test_layers_seal_at_different_steps_which_changes_no_bit(
         np.concatenate(found).tobytes()
         == np.concatenate([at_once.forward(ids[:50]), *map(at_once.forward, ids[50:, None])]).tobytes()
     )
-    assert [layer.tiles_quantized for layer in at_once.cache.layers] <= [layer.tiles_quantized for layer in layers]
+    counts = [[layer.tiles_quantized for layer in x.cache.layers] for x in (at_once, session)]
+    assert all(late <= early for late, early in zip(*counts, strict=True)) and min(counts[0]) > 0
 
 
 def test_all_is_the_default_and_any_integers_are_taken(toy: Model) -> None:
