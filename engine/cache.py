@@ -26,8 +26,8 @@ class Attentions:
 
     Attributes:
         table: int64 (layers, 4), as a chain of the kernels takes them (kernels/project.py, ATTENTIONS).
-        unsettled: the layers that the next step finds otherwise than this one, because tiles have entered a tier, or that keep a
-            ledger.
+        unsettled: the layers that the next step finds otherwise than this one, because tiles have entered a tier, or that
+            keep a ledger.
         is_intact: whether everything fitted where it was to go.
 
     """
