@@ -86,6 +86,8 @@ def _decode_cases() -> list[Case]:
         for n_rep in (1, 3, 4, 8)
         for bits in (16, 8, 4, 3, 2)
     ]
+    coded = [case for case in cases if case.keys == LARGE and case.k_bits <= 8]
+    cases += [replace(case, name=f"{case.name}-tile128", tile=128) for case in coded]
     plain = _decode(9, 3, 64, LARGE, 4, 4)
     cases += [
         _decode(9, 3, 64, LARGE, 8, 4),
@@ -93,14 +95,6 @@ def _decode_cases() -> list[Case]:
         replace(plain, name=f"{plain.name}-channels", v_axis="channel"),
         replace(plain, name=f"{plain.name}-tile32", tile=32),
         replace(plain, name=f"{plain.name}-f32", precision="f32"),
-    ]
-    cases += [
-        replace(case, name=f"{case.name}-tile128", tile=128)
-        for case in cases
-        if case.keys == LARGE
-        and (case.k_bits == case.v_bits <= 8)
-        and (case.k_axis, case.v_axis, case.tile) == (plain.k_axis, plain.v_axis, plain.tile)
-        and case.precision == plain.precision
     ]
     cases += [_decode(16, 8, 128, keys, bits, bits) for keys in (LARGE, SMALL) for bits in (16, 8, 4)]
     return cases

@@ -65,7 +65,7 @@ from ..models.errors import NumericalError, UsageError
 from ..models.transformer import Softmax
 from .policy import DENSE, CachePolicy
 
-LEADS = 8
+LEADS = 8  # so many groups of layers, as many parts of a tile apart
 _WIDER = "use a policy with dense='f32' and k_bits and v_bits of 32"
 
 
@@ -587,14 +587,14 @@ class LayerCache:
         ``sources``, or in new codes "anew".
         """
         source, kept_as = self.recent, "dense"
-        for tier, age, stop in zip(self.tiers, self.ages, self.sealed(position), strict=True):
+        for i, (tier, stop) in enumerate(zip(self.tiers, self.sealed(position), strict=True)):
             if t >= stop:
                 break
             if not tier.stop:
                 tier.forget_before(t)
             tier.append()
             same = [other for other in sources if other.layout.same_tiles(tier.layout)]
-            if t < sealed_tiles(position, age, 0, self.policy.tile):
+            if t < self.policy.boundary(position - 1, i) // self.policy.tile:
                 coded = max(tier.layout.k_kind, tier.layout.v_kind) >= Q8
                 kept_as = "as it was" if same else "anew" if coded else "dense"
             if same:
