@@ -13,7 +13,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .microkernel import _ask_ahead, _at, _choose, _largest_of, _load_dense, _Loop, _number
+from .microkernel import _ask_ahead, _ask_to_write, _at, _choose, _largest_of, _load_dense, _Loop, _number
 from .simd import (
     _F32,
     _I32,
@@ -100,6 +100,8 @@ def _bytes(bits: int, has_minima: bool) -> Any:
         x, x_scales, x_others, codes, scales, minima, groups, rows, target, row_stride, fresh = args
         for n_rows in _choose(builder, rows, iter(byte_rows(context))):
             chains = CHAINS.get(n_rows, 1) if cpu_has(context, "avx512f") else 1
+            for r in range(n_rows) if n_rows > 2 else ():
+                _ask_to_write(builder, _at(builder, target, (r, row_stride)))
             loop = _Loop(builder, groups, 1, "group")
             totals = [loop.carry(_const(_V_F32, 0.0)) for _ in range(n_rows)]
             own_x = builder.add(x, builder.mul(loop.i, _number(x, TILE_ROWS * GROUP)))

@@ -155,15 +155,24 @@ def _choose(builder: Any, value: Any, cases: Iterator[int]) -> Iterator[int]:
     builder.position_at_end(done)
 
 
-def _ask_ahead(builder: Any, address: Any) -> None:
-    """Ask for the cache lines that lie AHEAD of an address; any will do, even one that is not ours."""
+def _prefetch(builder: Any, address: Any, to_write: bool, locality: int) -> None:
+    """Ask for the cache line of an address; any will do, even one that is not ours."""
     byte = ir.IntType(8).as_pointer()
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32]), "llvm.prefetch.p0"
     )
+    builder.call(function, [builder.inttoptr(address, byte), _I32(int(to_write)), _I32(locality), _I32(1)])
+
+
+def _ask_ahead(builder: Any, address: Any) -> None:
+    """Ask for the cache lines that lie AHEAD of an address."""
     for distance, locality in AHEAD:
-        pointer = builder.inttoptr(builder.add(address, _number(address, distance)), byte)
-        builder.call(function, [pointer, _I32(0), _I32(locality), _I32(1)])
+        _prefetch(builder, builder.add(address, _number(address, distance)), False, locality)
+
+
+def _ask_to_write(builder: Any, address: Any) -> None:
+    """Ask for the cache line of an address that will be written to."""
+    _prefetch(builder, address, True, 3)
 
 
 # --- Dense numbers --------------------------------------------------------------------------------------------------------
@@ -286,10 +295,16 @@ def _scaled(
                 for total, (_, factor, offset) in zip(totals, own, strict=True)
             ]
             arms.append((found, builder.block))
-    merged = [builder.phi(_V_F32) for _ in totals]
-    for found, block in arms:
-        for phi, value in zip(merged, found, strict=True):
-            phi.add_incoming(value, block)
+    (one, first), (other, second) = arms
+    return _merge_arms(builder, first, one, second, other)
+
+
+def _merge_arms(builder: Any, first: Any, one: list[Any], second: Any, other: list[Any]) -> list[Any]:
+    """Values that are ``one`` where control came from the block ``first``, and ``other`` from ``second``."""
+    merged = [builder.phi(value.type) for value in one]
+    for phi, a, b in zip(merged, one, other, strict=True):
+        phi.add_incoming(a, first)
+        phi.add_incoming(b, second)
     return merged
 
 
@@ -316,7 +331,14 @@ def _codes(bits: int) -> Any:
                         _broadcast(builder, _load(builder, builder.add(offsets, four), _F32), _V_F32),
                     )
                 )
+            before = builder.block
+            with builder.if_then(has_tops):
+                tops_at = [_load(builder, builder.add(largest, _number(a, 8 * r)), a.type) for r in range(n_rows)]
+                kept = [_load(builder, at, _V_F32) for at in tops_at]
+                loaded = builder.block
+            largest_before = _merge_arms(builder, before, [_const(_V_F32, 0.0)] * n_rows, loaded, kept)
             outer = _Loop(builder, vectors, 1, "vector")
+            tops_so_far = [outer.carry(top) for top in largest_before]
             at = builder.add(b, builder.mul(outer.i, b_stride))
             pairs = builder.lshr(b_stride, _number(a, 3))  # of a vector over all of the sum axis, 8 to a word
             pair = builder.add(first_pair, builder.mul(outer.i, pairs))
@@ -357,18 +379,15 @@ def _codes(bits: int) -> Any:
                     builder.fadd(_load(builder, to, _V_F32), x) for to, x in zip(places, values, strict=True)
                 ]
                 added = builder.block
-            merged = [builder.phi(_V_F32) for _ in values]
-            for phi, value, total in zip(merged, values, sums_so_far, strict=True):
-                phi.add_incoming(value, alone)
-                phi.add_incoming(total, added)
+            merged = _merge_arms(builder, alone, values, added, sums_so_far)
             for value, to in zip(merged, places, strict=True):
                 builder.store(value, _pointer(builder, to, _V_F32)).align = 4
+            tops = [_larger(builder, top, value) for top, value in zip(tops_so_far, merged, strict=True)]
+            outer.turn(tops)
             with builder.if_then(has_tops):
-                for r, value in enumerate(merged):
-                    top = _load(builder, builder.add(largest, _number(a, 8 * r)), a.type)
-                    top_value = _larger(builder, _load(builder, top, _V_F32), value)
-                    builder.store(top_value, _pointer(builder, top, _V_F32)).align = 4
-            outer.turn([])
+                for r, value in enumerate(tops):
+                    at = _load(builder, builder.add(largest, _number(a, 8 * r)), a.type)
+                    builder.store(value, _pointer(builder, at, _V_F32)).align = 4
 
     body.__name__ = f"multiply_codes{bits}" if bits < 16 else "multiply_pairs"
     body.__doc__ = f"""target[r][v] += factors[r] * scales[v] * (sum of a[r][i] . b[v][i]) + offsets[r] * centres[v].
