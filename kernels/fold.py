@@ -186,13 +186,13 @@ def _fold_rest(xs, x_offset, rows, count, factors, words, own_factors, own_offse
 
 
 @inner
-def fold(xs, scales, rows, lanes, steps, side, words, factors, offsets, scratch):  # type: ignore[no-untyped-def]
+def fold(xs, x_offset, scales, rows, lanes, steps, side, words, factors, offsets, scratch):  # type: ignore[no-untyped-def]
     """The integer route, first step: round what will be multiplied with codes.
 
     xs, scales: addresses of int64, the addresses of x and of the scales of the tile it meets, for each of ``rows``; after
-    the scales come the centres, in the same order. side: the address of the Side's numbers. words: room for PARTS x LIMBS
-    times ``rows`` int16, as many each as a sum has steps, and one vector; factors, offsets: for PARTS x LIMBS times as many
-    floats as rows, rounded up to 16; scratch: see ``_fold_rows``.
+    the scales come the centres, in the same order. x_offset: an offset of all x. side: the address of the Side's numbers.
+    words: room for PARTS x LIMBS times ``rows`` int16, as many each as a sum has steps, and one vector; factors, offsets:
+    for PARTS x LIMBS times as many floats as rows, rounded up to 16; scratch: see ``_fold_rows``.
     """
     simd.never_inline()
     group, parts = simd.integer_at(side + 8 * GROUP), simd.integer_at(side + 8 * PARTS)
@@ -200,21 +200,21 @@ def fold(xs, scales, rows, lanes, steps, side, words, factors, offsets, scratch)
     length = group if per_lane else steps
     for part in range(parts):
         more_words, more_factors, more_offsets = next_part(words, factors, offsets, rows, length)
-        x_offset, own_scales, own_centres = 0, np.int64(-1), np.int64(0)
+        own_offset, own_scales, own_centres = x_offset, np.int64(-1), np.int64(0)
         if per_lane:
-            x_offset = 4 * part * length
+            own_offset += 4 * part * length
         else:
             own_scales, own_centres = 4 * part * steps, 4 * (parts + part) * steps
         in_registers = own_scales >= 0 and folds_in_registers(length)
         block = block_rows(length)
         for i in range(0, rows if in_registers else 0, block):
             fold_block(
-                xs + 8 * i, x_offset, scales + 8 * i, own_scales, own_centres, min(block, rows - i), length,
+                xs + 8 * i, own_offset, scales + 8 * i, own_scales, own_centres, min(block, rows - i), length,
                 words + 2 * i * length, factors + 4 * i, offsets + 4 * i,
             )  # fmt: skip
         for i in range(0, 0 if in_registers else rows, FOLDED):
             _fold_rows(
-                xs + 8 * i, x_offset, scales + 8 * i, own_scales, own_centres, min(FOLDED, rows - i), length,
+                xs + 8 * i, own_offset, scales + 8 * i, own_scales, own_centres, min(FOLDED, rows - i), length,
                 words + 2 * i * length, factors + 4 * i, offsets + 4 * i, scratch,
             )  # fmt: skip
             if limbs == 2:
@@ -222,7 +222,7 @@ def fold(xs, scales, rows, lanes, steps, side, words, factors, offsets, scratch)
         if limbs == 2:  # not before all rows have their first limb: a short row's last vector reaches into what follows
             for i in range(0, rows, FOLDED):
                 _fold_rest(
-                    xs + 8 * i, x_offset, min(FOLDED, rows - i), length, factors + 4 * i, more_words + 2 * i * length,
+                    xs + 8 * i, own_offset, min(FOLDED, rows - i), length, factors + 4 * i, more_words + 2 * i * length,
                     more_factors + 4 * i, more_offsets + 4 * i,
                 )  # fmt: skip
         words, factors, offsets = more_words, more_factors, more_offsets

@@ -55,6 +55,7 @@ from .tables import (
     row_int,
     see_split,
     see_tiles,
+    see_whole,
     set_row_float,
     set_row_int,
     tile_address,
@@ -87,12 +88,13 @@ def _as_floats(is_k, side, addresses, t, head, width, tile, low, high, rows, roo
 @inner
 def _fold_tiles(  # type: ignore[no-untyped-def]
     table, first_tile, stop_tile, base, addresses, which, head, side, lanes, steps, x, x_stride, x_step, target,
-    target_stride, room,
+    target_stride, again, room,
 ):  # fmt: skip
     """Unpack the scales of some tiles and fold the rows that see them.
 
     base: the row of ``addresses`` that belongs to tile 0 of the split; which: K_PARAMS or V_PARAMS. x: the address of
-    row 0 and the first of the tiles, x_step bytes before that of the next tile; target: of row 0.
+    row 0 and of tile 0, x_step bytes before that of the next tile; target: of row 0. again: whether it is one tile of the
+    same rows as in the last call, with the same arguments otherwise.
     """
     simd.never_inline()
     count = get(side, PARTS) * (lanes if get(side, PER_LANE) else steps)
@@ -100,15 +102,18 @@ def _fold_tiles(  # type: ignore[no-untyped-def]
     for t in range(first_tile, stop_tile):
         scales = get(room, SCALES) + (t - first_tile) * 8 * count
         unpack_scales(tile_address(addresses, base + t, which, side, head), count, middle, scales)
-        for i in range(row_int(table, FIRST, t - first_tile), row_int(table, FIRST, t - first_tile + 1)):
+        for i in range(
+            row_int(table, FIRST, t - first_tile), 0 if again else row_int(table, FIRST, t - first_tile + 1)
+        ):
             row = row_int(table, ACTIVE, i)
             set_row_int(table, X, i, x + row * x_stride + (t - first_tile) * x_step)
             set_row_int(table, SCALES_AT, i, scales)
             set_row_int(table, TARGETS, i, target + row * target_stride)
             set_row_int(table, TOPS, i, get(room, SUMS) + row * VECTOR)
     fold(
-        row_field(table, X), row_field(table, SCALES_AT), row_int(table, FIRST, stop_tile - first_tile), lanes, steps, side,
-        get(room, WORDS), get(room, FACTORS), get(room, OFFSETS), get(room, SCRATCH),
+        row_field(table, X), first_tile * x_step, row_field(table, SCALES_AT),
+        row_int(table, FIRST, stop_tile - first_tile), lanes, steps, side, get(room, WORDS), get(room, FACTORS),
+        get(room, OFFSETS), get(room, SCRATCH),
     )  # fmt: skip
 
 
@@ -132,9 +137,9 @@ def _multiply_tile(  # type: ignore[no-untyped-def]
 
 @inner
 def _score_tiles(  # type: ignore[no-untyped-def]
-    head, t0, stop_tile, base, first, stop, rows, addresses, geometry, options, room, table, numbers, plain
+    head, t0, stop_tile, again, base, first, stop, rows, addresses, geometry, options, room, table, numbers, plain
 ):
-    """Logits of all rows against the tiles t0 .. stop_tile of a split."""
+    """Logits of all rows against the tiles t0 .. stop_tile of a split. again: see ``_fold_tiles``."""
     tile, width, side = get(geometry, TILE), get(geometry, WIDTH), geometry + 8 * K_SIDE
     exact, cap = simd.scalar_at(options + 4 * EXACT) != 0, simd.scalar_at(options + 4 * SOFTCAP)
     origin = (base + get(geometry, FIRST_TILE)) * tile
@@ -143,7 +148,7 @@ def _score_tiles(  # type: ignore[no-untyped-def]
     if not floats:
         _fold_tiles(
             table, t0, stop_tile, base, addresses, K_PARAMS, head, side, tile, width, queries, width * 4, 0, logits,
-            LOGITS_ROW, room,
+            LOGITS_ROW, again, room,
         )  # fmt: skip
     for t in range(t0, stop_tile):
         nth, low, high = t - t0, t * tile, (t + 1) * tile
@@ -170,7 +175,7 @@ def _score_tiles(  # type: ignore[no-untyped-def]
 
 @inner
 def _weigh_tiles(  # type: ignore[no-untyped-def]
-    head, t0, stop_tile, base, first, stop, rows, addresses, geometry, options, room, table, numbers
+    head, t0, stop_tile, again, base, first, stop, rows, addresses, geometry, options, room, table, numbers
 ):
     """Exponentials of all rows' logits for the tiles t0 .. stop_tile of a split, and their products with V."""
     tile, width, side = get(geometry, TILE), get(geometry, WIDTH), geometry + 8 * V_SIDE
@@ -185,8 +190,8 @@ def _weigh_tiles(  # type: ignore[no-untyped-def]
         exponentials(active + 8 * first_row, count, numbers, t * tile, (t + 1) * tile, logits, sums)
     if not floats:
         _fold_tiles(
-            table, t0, stop_tile, base, addresses, V_PARAMS, head, side, width, tile, logits + 4 * t0 * tile, LOGITS_ROW,
-            4 * tile, out, width * 4, room,
+            table, t0, stop_tile, base, addresses, V_PARAMS, head, side, width, tile, logits, LOGITS_ROW, 4 * tile, out,
+            width * 4, again, room,
         )  # fmt: skip
     for t in range(t0, stop_tile):
         nth, low = t - t0, t * tile
@@ -231,17 +236,24 @@ def split_kernel(  # type: ignore[no-untyped-def]
     plain = no_options(table, numbers, rows, cap)
     base = (origin >> shift) - get(geometry, FIRST_TILE)
     first_tile, stop_tile, tiles = first >> shift, ((stop - 1) >> shift) + 1, tiles_together(rows, tile)
+    before = False
     for t in range(first_tile, stop_tile, tiles):
-        end = min(t + tiles, stop_tile)
-        if see_tiles(table, rows, t, end, tile, common, common_stop) > 0:
+        end, all_see = min(t + tiles, stop_tile), tiles == 1 and see_whole(t, tile, common, common_stop)
+        again = before and all_see
+        if again or see_tiles(table, rows, t, end, tile, common, common_stop) > 0:
             _score_tiles(
-                head, t, end, base, first, stop, rows, addresses, geometry, options, room, table, numbers, plain
+                head, t, end, again, base, first, stop, rows, addresses, geometry, options, room, table, numbers, plain
             )
+        before = all_see
     emptied = find_maxima(table, numbers, rows, get(room, LOGITS), sums)
     common_stop = 0 if emptied else common_stop
-    see_again = emptied or tiles < stop_tile - first_tile  # else the lists are those made for K
+    see_again, before = emptied or tiles < stop_tile - first_tile, False  # else the lists are those made for K
     for t in range(first_tile, stop_tile, tiles):
-        end = min(t + tiles, stop_tile)
-        if not see_again or see_tiles(table, rows, t, end, tile, common, common_stop) > 0:
-            _weigh_tiles(head, t, end, base, first, stop, rows, addresses, geometry, options, room, table, numbers)
+        end, all_see = min(t + tiles, stop_tile), tiles == 1 and see_whole(t, tile, common, common_stop)
+        again = before and all_see
+        if again or not see_again or see_tiles(table, rows, t, end, tile, common, common_stop) > 0:
+            _weigh_tiles(
+                head, t, end, again, base, first, stop, rows, addresses, geometry, options, room, table, numbers
+            )
+        before = all_see
     divide_by_sums(numbers, rows, width, sums, out)

@@ -159,6 +159,12 @@ def see_split(table, rows, origin):  # type: ignore[no-untyped-def]
 
 
 @inner
+def see_whole(t, tile, common, common_stop):  # type: ignore[no-untyped-def]
+    """Whether all rows see all of a tile. common .. common_stop: what all rows see."""
+    return common <= t * tile and (t + 1) * tile <= common_stop
+
+
+@inner
 def see_tiles(table, rows, first_tile, stop_tile, tile, common, common_stop):  # type: ignore[no-untyped-def]
     """List the rows that see each of some tiles; returns how many in all. There is room for them (``tiles_together``).
 
@@ -169,7 +175,7 @@ def see_tiles(table, rows, first_tile, stop_tile, tile, common, common_stop):  #
         low, high = t * tile, (t + 1) * tile
         set_row_int(table, FIRST, t - first_tile, count)
         whole = True
-        if common <= low and high <= common_stop:
+        if see_whole(t, tile, common, common_stop):
             for row in range(rows):
                 set_row_int(table, ACTIVE, count + row, row)
             count += rows
