@@ -131,7 +131,7 @@ def _norm(source, row, count, padded, weight, eps):  # type: ignore[no-untyped-d
 
 
 @inner
-def _gate(source, up, row, padded, how):  # type: ignore[no-untyped-def]
+def gate_run(source, up, row, padded, how):  # type: ignore[no-untyped-def]
     """Gate * sigmoid(f(gate)) * up, the gate being ``source`` (https://arxiv.org/abs/2002.05202).
 
     SILU: f(x) = x. GELU, by its tanh (https://arxiv.org/abs/1606.08415): f(x) = 2 sqrt(2 / pi) (x + 0.044715 x^3). CLAMPED
@@ -170,7 +170,7 @@ def prepare_row(x, count, padded, how, weight, eps, room):  # type: ignore[no-un
     if how == NORM:
         _norm(source, room, count, padded, weight, eps)
     elif how >= SILU:
-        _gate(source, up, room, padded, how)
+        gate_run(source, up, room, padded, how)
     else:
         return source
     return room
@@ -198,12 +198,16 @@ def normalize_segments(  # type: ignore[no-untyped-def]
 
 
 @inner
-def quantize_row(row, groups, tile, place):  # type: ignore[no-untyped-def]
-    """Round a prepared row to bytes, as row ``place`` of the tile at address ``tile``."""
+def quantize_row(row, first, count, groups, tile, place):  # type: ignore[no-untyped-def]
+    """Round ``count`` groups of a prepared row to bytes, as those from ``first`` on of row ``place`` of a tile.
+
+    row, tile: addresses, of the first of those groups and of the tile, which is for rows of ``groups``.
+    """
     stride = groups * TILE_ROWS * 4
-    numbers = tile + groups * TILE_ROWS * GROUP + 4 * place
-    for g in range(0, groups, TOGETHER):
+    codes, numbers = tile + place * GROUP, tile + groups * TILE_ROWS * GROUP + 4 * place
+    for g in range(0, count, TOGETHER):
+        at = first + g
         quantize_groups(
-            row + 4 * GROUP * g, tile + (g * TILE_ROWS + place) * GROUP, numbers + 4 * TILE_ROWS * g, stride,
-            min(TOGETHER, groups - g),
+            row + 4 * GROUP * g, codes + at * TILE_ROWS * GROUP, numbers + 4 * TILE_ROWS * at, stride,
+            min(TOGETHER, count - g),
         )  # fmt: skip

@@ -16,6 +16,7 @@ from .project import (
     COLUMNS,
     EPS,
     FIRST_CHANNEL,
+    GATE,
     HAS_CODES,
     HAS_FLOATS,
     HEAD_DIM,
@@ -30,9 +31,11 @@ from .project import (
     ONTO,
     OUT_COLUMNS,
     OWN_BUFFERS,
+    PART_FIELDS,
     PREPARE_KERNEL,
     ROTARY_DIM,
     ROW_KERNEL,
+    ROWS,
     SOURCE,
     TARGET,
     follow_chain,
@@ -92,12 +95,6 @@ class Projection:
         fields[SOURCE], fields[TARGET], fields[ONTO] = source, target, onto
         return fields
 
-    def room_nbytes(self, rows: int) -> int:
-        """Bytes that so many rows made ready take."""
-        groups, n_tiles = -(-self.columns // GROUP), -(-rows // TILE_ROWS)
-        codes, floats = self._fields[HAS_CODES], self._fields[HAS_FLOATS]
-        return n_tiles * groups * (GROUP_NBYTES * codes + TILE_ROWS * 4 * GROUP * floats) + 64
-
     def __call__(self, x: Float32, workers: int) -> Float32:
         """X float32 (T, in_columns), C order, to float32 (T, rows).
 
@@ -108,7 +105,7 @@ class Projection:
         if x.ndim != 2 or x.shape[1] != self.in_columns or x.dtype != np.float32 or not x.flags.c_contiguous:
             raise ValueError(f"x must be C-ordered float32 (T, {self.in_columns}), found {x.dtype} {x.shape}")
         out = np.empty((len(x), self.rows), np.float32)
-        room = np.empty(self.room_nbytes(len(x)) if len(x) > 1 else 1, np.uint8)
+        room = np.empty(room_nbytes(self._alone, len(x)), np.uint8)
         if len(x):
             tasks, addresses = chain_addresses(1, room, [x, out])
             run_chain(self._alone, 0, addresses, len(x), workers)
@@ -186,8 +183,32 @@ def chain_addresses(links: int, room: NDArray[np.uint8], buffers: Sequence[Float
 
 
 def chain_table(links: Sequence[list[int]]) -> Int64:
-    """The table of a chain: its links, filled up to the longest."""
+    """The table of a chain: its links, filled up to the longest, the first of two told of a gate between them (GATE)."""
     table = np.zeros((len(links), max(map(len, links))), np.int64)
     for row, fields in zip(table, links, strict=True):
         row[: len(fields)] = fields
+    for row, following in zip(table[:-1], table[1:], strict=True):
+        if _makes_ready(row, following):
+            row[GATE] = following[HOW]
     return table
+
+
+def _makes_ready(link: Int64, following: Int64) -> bool:
+    """Whether a link's two parts are the gate and the other half of what comes next, and of codes, as that is."""
+    products = link[N_PARTS] == 2 and following[N_PARTS] > 0 and link[TARGET] == following[SOURCE]
+    if not products or not SILU <= following[HOW] < BY_ROW or link[BIAS] or link[ONTO]:
+        return False
+    rows = link[LINK_FIELDS + ROWS :: PART_FIELDS][:2]
+    return (
+        not (link[HAS_FLOATS] or following[HAS_FLOATS])
+        and bool((rows == following[COLUMNS]).all())
+        and rows[0] % GROUP == 0
+    )
+
+
+def room_nbytes(table: Int64, rows: int) -> int:
+    """Bytes that the rooms of a chain must have for so many rows made ready, and what comes of a gate."""
+    n_tiles, groups = -(-rows // TILE_ROWS), -(-table[:, COLUMNS] // GROUP)
+    codes, floats = GROUP_NBYTES * table[:, HAS_CODES], 4 * TILE_ROWS * GROUP * table[:, HAS_FLOATS]
+    each = n_tiles * groups * (codes + floats) * (rows > 1)
+    return int((each + np.append(np.where(table[:-1, GATE] != 0, each[1:], 0), 0)).max()) + 64

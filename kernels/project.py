@@ -16,6 +16,8 @@ from .activations import (
     OFFSETS,
     SCALES,
     SILU,
+    TOGETHER,
+    gate_run,
     normalize_segments,
     prepare_row,
     quantize_row,
@@ -35,13 +37,15 @@ VECTOR = 4 * LANES
 HOW, SOURCE, TARGET, COLUMNS, OUT_COLUMNS, ONTO, NORM_WEIGHT, EPS, BIAS, HAS_CODES, HAS_FLOATS = range(11)
 N_PARTS, ALL_BLOCKS, HEADS, HEAD_DIM, ROTARY_DIM, FIRST_CHANNEL = range(11, 17)
 MULTIPLY_KERNEL, PREPARE_KERNEL, ROW_KERNEL = range(17, 20)  # addresses
-LAYER = 20
-LINK_FIELDS = 21
+LAYER, GATE = 20, 21
+LINK_FIELDS = 22
 KIND, DATA, BLOCK_NBYTES, BLOCKS, ROWS, FIRST = range(6)
 PART_FIELDS = 6
 # A value of HOW besides those of activations.py: no product, but what ROW_KERNEL does with each row, from SOURCE to TARGET
 BY_ROW = 16
 ATTEND = 17  # the attention of LAYER: its queries, keys and values are SOURCE
+# GATE: a gate of activations.py, with which many rows go on at once, two parts being gate and up: they are gated, rounded
+# and put where the next link takes them, and are never in TARGET, whose lines would come and go through a distant cache
 # Whose addresses a chain runs on. ATTENTIONS: int64 (layers, 4), of each layer's call, state, and parts (attention.py)
 FOLLOW, TASKS, ATTENTIONS, ROOM, OWN_BUFFERS = range(5)
 LINK_TASKS = 2  # at most: making rows ready, and the product
@@ -99,9 +103,47 @@ def _finish(source, rows, lanes, target, stride, bias, onto):  # type: ignore[no
             simd.store_scalar(target + r * stride + 4 * i, value)
 
 
+@inner
+def _multiply_gated(call, share, shares, tiles, rows, out):  # type: ignore[no-untyped-def]
+    """A share of gate and up times all rows, a few columns of both at a time; gated and rounded, into tiles at ``out``."""
+    simd.never_inline()
+    groups, how = (get(call, COLUMNS) + GROUP - 1) // GROUP, get(call, GATE)
+    parts = call + 8 * LINK_FIELDS
+    blocks_a_group, out_groups = GROUP // LANES, get(parts, ROWS) // GROUP
+    first, stop = out_groups * share // shares, out_groups * (share + 1) // shares
+    group_nbytes = blocks_a_group * (get(parts, BLOCK_NBYTES) + get(parts + 8 * PART_FIELDS, BLOCK_NBYTES))
+    step = min(max(CACHED_NBYTES // group_nbytes, 1), TOGETHER)
+    stride, half = np.int64(TOGETHER * GROUP * 4), TILE_ROWS * TOGETHER * GROUP * 4
+    own = np.empty(2 * TILE_ROWS * TOGETHER * GROUP + LANES, np.float32)
+    scratch = (own.ctypes.data + 63) // 64 * 64
+    for group in range(first, stop, step):
+        together = min(step, stop - group)
+        row = np.int64(0)
+        while row < rows:
+            place, tile = row % TILE_ROWS, row // TILE_ROWS
+            count = next_byte_rows(min(TILE_ROWS - place, rows - row))
+            for p in range(2):
+                part = parts + 8 * PART_FIELDS * p
+                kind, data, nbytes = get(part, KIND), get(part, DATA), get(part, BLOCK_NBYTES)
+                for b in range(blocks_a_group * together):
+                    _multiply_codes(
+                        kind, data + (blocks_a_group * group + b) * nbytes, groups, tiles + tile * tile_nbytes(groups),
+                        place, count, scratch + half * p + VECTOR * b, stride, np.int64(1),
+                    )  # fmt: skip
+            for r in range(count):
+                at = scratch + stride * r
+                gate_run(at, at + half, at, together * GROUP, how)
+                quantize_row(at, group, together, out_groups, out + tile * tile_nbytes(out_groups), place + r)
+            row += count
+    own[0] = 0
+
+
 @standalone(SHARE)
 def multiply_blocks(call, share, shares, tiles, floats, rows, out, _1, _2):  # type: ignore[no-untyped-def]
-    """A share of the blocks of all parts times all rows. Arguments are numbers and addresses."""
+    """A share of the blocks of all parts times all rows, gated if there are many. Arguments are numbers and addresses."""
+    if rows > 1 and get(call, GATE):
+        _multiply_gated(call, share, shares, tiles, rows, out)
+        return
     first, stop = get(call, ALL_BLOCKS) * share // shares, get(call, ALL_BLOCKS) * (share + 1) // shares
     columns, stride = simd.integer_at(call + 8 * COLUMNS), 4 * simd.integer_at(call + 8 * OUT_COLUMNS)
     bias, onto = simd.integer_at(call + 8 * BIAS), simd.integer_at(call + 8 * ONTO)
@@ -166,7 +208,7 @@ def prepare_rows(call, share, shares, tiles, floats, rows, x, _1, _2):  # type: 
             simd.scalar_at(call + 8 * EPS), scratch,
         )  # fmt: skip
         if simd.integer_at(call + 8 * HAS_CODES):
-            quantize_row(made, groups, tiles + row // TILE_ROWS * tile_nbytes(groups), row % TILE_ROWS)
+            quantize_row(made, 0, groups, groups, tiles + row // TILE_ROWS * tile_nbytes(groups), row % TILE_ROWS)
         if simd.integer_at(call + 8 * HAS_FLOATS):
             for i in range(0, 4 * padded, VECTOR):
                 simd.store_f32(floats + 4 * row * padded + i, simd.load_f32(made + i))
@@ -240,8 +282,13 @@ def follow_chain(table, first, links, link_nbytes, addresses, rows, workers):  #
             do_task(get(call, ROW_KERNEL), call, min(rows, workers), source, target, rows, none, none, none, task)
             continue
         tiles, floats = _tiles_and_floats(call, rows, room)
+        behind = tiles + _prepared_nbytes(call, rows)  # where a gate's are
         preparing = get(call, PREPARE_KERNEL)
-        if rows == 1:  # each worker for itself
+        if rows > 1 and get(call, GATE):
+            target = behind
+        if rows > 1 and i > 0 and get(call - link_nbytes, GATE):
+            tiles = _tiles_and_floats(call - link_nbytes, rows, room)[0] + _prepared_nbytes(call - link_nbytes, rows)
+        elif rows == 1:  # each worker for itself
             attempt(preparing, call, none, rows, tiles, floats, rows, source, none, none, task)
         else:
             n_tiles = (rows + TILE_ROWS - 1) // TILE_ROWS

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.chain import Normalization, attention, chain_addresses, chain_table, rotation
+from ..kernels.chain import Normalization, attention, chain_addresses, chain_table, room_nbytes, rotation
 from ..kernels.project import OWN_BUFFERS, run_chain
 from ..kernels.threads import get_num_threads
 from .experts import Experts
@@ -121,9 +121,6 @@ class Chain:
     """Links that run one after the other on the same buffers."""
 
     def __init__(self, links: Sequence[Link]) -> None:
-        self._packed = [
-            link.linear for link in links if isinstance(link, Apply) and isinstance(link.linear, PackedLinear)
-        ]
         self._runs: list[NDArray[np.int64] | Link] = []
         self._links = list(links)  # what they keep
         rows: list[list[int]] = []
@@ -154,7 +151,7 @@ class Chain:
 
     def room_nbytes(self, rows: int) -> int:
         """Bytes that the buffers' room must have for so many rows."""
-        return max([1, *(linear.projection.room_nbytes(rows) for linear in self._packed)])
+        return max([1, *(room_nbytes(run, rows) for run in self._runs if isinstance(run, np.ndarray))])
 
     def __call__(self, buffers: Buffers) -> None:
         """Run all links."""

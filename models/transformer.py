@@ -304,7 +304,7 @@ class Transformer:
             buffers = self._spare.pop()
             buffers.threads = get_num_threads()
             return buffers
-        return Buffers(rows, self._widths, self._whole.links, self._whole.room_nbytes(rows) if rows > 1 else 1)
+        return Buffers(rows, self._widths, self._whole.links, self._whole.room_nbytes(rows))
 
     def _last_layer_of_last_rows(self, step: Step, buffers: Buffers, qkv: Float32, attended: Float32) -> Float32:
         """The last layer, from its attention on: its output (len(spans), E) of each span's last row. All keys are kept."""
