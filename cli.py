@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 another error; 2 wrong usage; 3 a model file refused; 4 a 
 130 interrupted; 141 the reader of stdout went away.
 """
 
+import gc
 from typing import Annotated
 
 import typer
@@ -66,9 +67,18 @@ def _common(
     """Generate text with a mixed-precision KV cache, on the CPU."""
 
 
+def collect_seldom() -> None:
+    """Let Python look for cycles of garbage less often: imports and tokenizers make half a million objects, and none."""
+    gc.set_threshold(10_000)
+
+
 def main() -> None:
     """Run the command line."""
-    app()
+    collect_seldom()
+    try:
+        app()
+    finally:
+        gc.freeze()  # else Python looks at every object once more before it ends, for longer than an answer takes
 
 
 if __name__ == "__main__":

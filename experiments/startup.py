@@ -25,7 +25,10 @@ LONGEST_PROMPT = 256  # characters in which they should be found
 ANSWER_TOKENS = 16  # the first ones may have no text of their own
 PARTS = ("imports", "load", "kernels", "first_token")
 # What the command line imports counts too; a layer below it may not import it, a process of its own may.
-_STAGES = "import mixkv.cli, rich.progress; from mixkv.experiments.startup import stages; stages()"
+_STAGES = (
+    "import mixkv.cli, rich.progress; mixkv.cli.collect_seldom(); "
+    "from mixkv.experiments.startup import stages; stages()"
+)
 
 
 def stages() -> None:

@@ -208,6 +208,17 @@ def test_info_models_and_version() -> None:
     assert mixkv("--version").stdout.strip() == f"mixkv {__version__}"
 
 
+def test_python_looks_for_garbage_seldom_and_not_at_its_end() -> None:
+    """Both are settings of the interpreter, so a process of its own tells what they are behind a command."""
+    program = (
+        "import gc, sys\nfrom mixkv import cli\nsys.argv = ['mixkv', '--version']\n"
+        "try:\n    cli.main()\nexcept SystemExit as end:\n    code = end.code\n"
+        "print(code, gc.get_threshold()[0], gc.get_freeze_count() > 10_000, gc.isenabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1:] == ["0 10000 True True"]
+
+
 @pytest.mark.fault("generate-options")
 @pytest.mark.parametrize(
     ("options", "words"),
