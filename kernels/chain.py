@@ -194,16 +194,13 @@ def chain_table(links: Sequence[list[int]]) -> Int64:
 
 
 def _makes_ready(link: Int64, following: Int64) -> bool:
-    """Whether a link's two parts are the gate and the other half of what comes next, and of codes, as that is."""
-    products = link[N_PARTS] == 2 and following[N_PARTS] > 0 and link[TARGET] == following[SOURCE]
-    if not products or not SILU <= following[HOW] < BY_ROW or link[BIAS] or link[ONTO]:
+    """Whether a link, of codes, is gate and up of what comes next, of codes: one matrix, or each of them one."""
+    products = link[N_PARTS] in (1, 2) and following[N_PARTS] > 0 and link[TARGET] == following[SOURCE]
+    if not products or not SILU <= following[HOW] < BY_ROW or link[HOW] >= SILU or link[BIAS] or link[ONTO]:
         return False
-    rows = link[LINK_FIELDS + ROWS :: PART_FIELDS][:2]
-    return (
-        not (link[HAS_FLOATS] or following[HAS_FLOATS])
-        and bool((rows == following[COLUMNS]).all())
-        and rows[0] % GROUP == 0
-    )
+    rows, width = link[LINK_FIELDS + ROWS :: PART_FIELDS][: link[N_PARTS]], following[COLUMNS]
+    halves = bool((rows * link[N_PARTS] == 2 * width).all()) and width % GROUP == 0
+    return halves and not (link[HAS_FLOATS] or following[HAS_FLOATS])
 
 
 def room_nbytes(table: Int64, rows: int) -> int:

@@ -44,8 +44,8 @@ PART_FIELDS = 6
 # A value of HOW besides those of activations.py: no product, but what ROW_KERNEL does with each row, from SOURCE to TARGET
 BY_ROW = 16
 ATTEND = 17  # the attention of LAYER: its queries, keys and values are SOURCE
-# GATE: a gate of activations.py, with which many rows go on at once, two parts being gate and up: they are gated, rounded
-# and put where the next link takes them, and are never in TARGET, whose lines would come and go through a distant cache
+# GATE: a gate of activations.py that many rows meet at once, the halves of the rows of weights being gate and up: they are
+# gated, rounded, and put where the next link takes them, never into TARGET, whose lines would go through a distant cache
 # Whose addresses a chain runs on. ATTENTIONS: int64 (layers, 4), of each layer's call, state, and parts (attention.py)
 FOLLOW, TASKS, ATTENTIONS, ROOM, OWN_BUFFERS = range(5)
 LINK_TASKS = 2  # at most: making rows ready, and the product
@@ -108,27 +108,29 @@ def _multiply_gated(call, share, shares, tiles, rows, out):  # type: ignore[no-u
     """A share of gate and up times all rows, a few columns of both at a time; gated and rounded, into tiles at ``out``."""
     simd.never_inline()
     groups, how = (get(call, COLUMNS) + GROUP - 1) // GROUP, get(call, GATE)
-    parts = call + 8 * LINK_FIELDS
-    blocks_a_group, out_groups = GROUP // LANES, get(parts, ROWS) // GROUP
+    blocks_a_group, out_groups = GROUP // LANES, get(call, OUT_COLUMNS) // 2 // GROUP
     first, stop = out_groups * share // shares, out_groups * (share + 1) // shares
-    group_nbytes = blocks_a_group * (get(parts, BLOCK_NBYTES) + get(parts + 8 * PART_FIELDS, BLOCK_NBYTES))
-    step = min(max(CACHED_NBYTES // group_nbytes, 1), TOGETHER)
+    gate = up = call + 8 * LINK_FIELDS
+    first_up = blocks_a_group * out_groups
+    if get(call, N_PARTS) > 1:
+        up, first_up = up + 8 * PART_FIELDS, np.int64(0)
     stride, half = np.int64(TOGETHER * GROUP * 4), TILE_ROWS * TOGETHER * GROUP * 4
     own = np.empty(2 * TILE_ROWS * TOGETHER * GROUP + LANES, np.float32)
     scratch = (own.ctypes.data + 63) // 64 * 64
-    for group in range(first, stop, step):
-        together = min(step, stop - group)
+    for group in range(first, stop, TOGETHER):
+        together = min(TOGETHER, stop - group)
         row = np.int64(0)
         while row < rows:
             place, tile = row % TILE_ROWS, row // TILE_ROWS
             count = next_byte_rows(min(TILE_ROWS - place, rows - row))
             for p in range(2):
-                part = parts + 8 * PART_FIELDS * p
-                kind, data, nbytes = get(part, KIND), get(part, DATA), get(part, BLOCK_NBYTES)
+                part, block = (up, first_up) if p else (gate, np.int64(0))
+                kind, nbytes = get(part, KIND), get(part, BLOCK_NBYTES)
+                block = get(part, DATA) + (block + blocks_a_group * group) * nbytes
                 for b in range(blocks_a_group * together):
                     _multiply_codes(
-                        kind, data + (blocks_a_group * group + b) * nbytes, groups, tiles + tile * tile_nbytes(groups),
-                        place, count, scratch + half * p + VECTOR * b, stride, np.int64(1),
+                        kind, block + b * nbytes, groups, tiles + tile * tile_nbytes(groups), place, count,
+                        scratch + half * p + VECTOR * b, stride, np.int64(1),
                     )  # fmt: skip
             for r in range(count):
                 at = scratch + stride * r

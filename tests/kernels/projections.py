@@ -14,9 +14,10 @@ import numba
 import numpy as np
 
 from mixkv.kernels.activations import CLAMPED, GELU, NORM, PLAIN, SILU
-from mixkv.kernels.chain import Projection
+from mixkv.kernels.chain import Projection, chain_addresses, chain_table, room_nbytes
 from mixkv.kernels.dots import next_byte_rows
 from mixkv.kernels.jit import kernel
+from mixkv.kernels.project import GATE, OWN_BUFFERS, run_chain
 from mixkv.kernels.weights import (
     W4,
     W4M,
@@ -201,6 +202,36 @@ def apply(layer: Layer, x: np.ndarray, workers: int | None = None) -> np.ndarray
     return layer.projection()(x, numba.get_num_threads() if workers is None else workers)
 
 
+def mlp(layers: Sequence[Layer], x: np.ndarray, workers: int, cut: int = 0, together: bool = False) -> np.ndarray:
+    """An MLP, as one chain: ``layers`` are gate and up, behind a norm, and down, behind a gate.
+
+    cut: 1 to run the second link in a call of its own. together: gate and up are one matrix. Fails where the gate was not
+    given to the first link, or where many rows were written to the buffer between.
+    """
+    first, second = layers
+    norm = first.norm_weight
+    matrices = [packed(*first.parts)] if together else [packed(part) for part in first.parts]
+    links = (Projection(matrices, None, NORM, norm, first.eps), second.projection())
+    between, out = np.full((len(x), first.rows), np.nan, np.float32), np.empty((len(x), second.rows), np.float32)
+    table = chain_table([links[0].link(OWN_BUFFERS, OWN_BUFFERS + 1), links[1].link(OWN_BUFFERS + 1, OWN_BUFFERS + 2)])
+    assert list(table[:, GATE]) == [HOWS[second.how], 0]
+    room = np.full(room_nbytes(table, len(x)) + 128, 0xA5, np.uint8)
+    tasks, addresses = chain_addresses(2, room[64:], [x, between, out])
+    if cut:
+        assert run_chain(table[:1], 0, addresses, len(x), workers) == 1
+    assert run_chain(table, cut, addresses, len(x), workers) == 2
+    del tasks
+    assert (room[:64] == 0xA5).all() and (room[-64:] == 0xA5).all()
+    assert len(x) == 1 or np.isnan(between).all()
+    return out
+
+
+def random_mlp(rng: np.random.Generator, kinds: Sequence[str], hidden: int, inner: int, gate: str) -> list[Layer]:
+    """Gate, up and down of these kinds."""
+    gate_up = random_layer(rng, [(kinds[0], inner), (kinds[1], inner)], hidden, "norm")
+    return [gate_up, random_layer(rng, [(kinds[2], hidden)], inner, gate)]
+
+
 # --- What another process can tell of its CPU ----------------------------------------------------------------------------
 
 
@@ -276,6 +307,10 @@ def projection_bits() -> dict[str, str]:
         for rows in (1, 2, 5, 19):
             found = apply(layer, layer.input(rng, rows))
             hashes[f"{name} {rows}"] = hashlib.sha256(found.tobytes()).hexdigest()
+    layers = random_mlp(rng, ("q4m", "q8", "q4"), 80, 224, "gate")
+    x = layers[0].input(rng, 19)
+    for rows in (1, 2, 5, 19):
+        hashes[f"mlp {rows}"] = hashlib.sha256(mlp(layers, x[:rows], numba.get_num_threads()).tobytes()).hexdigest()
     return hashes
 
 

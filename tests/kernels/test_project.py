@@ -1,5 +1,6 @@
 """Products with packed weights: against float64, and bit for bit the same however rows are put together."""
 
+import itertools
 from collections.abc import Sequence
 
 import numba
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mixkv.kernels.chain import Normalization, Projection, chain_addresses, chain_table, room_nbytes, rotation
-from mixkv.kernels.project import OWN_BUFFERS, run_chain
+from mixkv.kernels.project import GATE, OWN_BUFFERS, run_chain
 from mixkv.kernels.weights import W8, WBF16, empty_matrix
 
 from .oracle import DTYPES, normal
@@ -24,8 +25,10 @@ from .projections import (
     Rows,
     apply,
     coded_rows,
+    mlp,
     projection_bits,
     random_layer,
+    random_mlp,
     round_groups,
 )
 
@@ -352,12 +355,54 @@ def test_a_chain_is_its_calls_one_after_the_other(kind: str, t: int, workers: in
         first.link(C, A, onto=True), second.link(A, D), third.link(D, A, onto=True), fourth.link(A, B),
         rotation(E, B, HEADS + KV_HEADS, HEAD_DIM, HEAD_DIM, width),
     ]  # fmt: skip
-    run(links, arrays, workers, cut=int(rng.integers(0, 5)))
+    run(links, arrays, workers, cut=t % 5)
     np.testing.assert_array_equal(arrays[0], want)
     at_once = t > 1 and inner % GROUP == 0 and {row.kind for row in (*gate_up.parts, *down.parts)} <= set(CODES)
     np.testing.assert_array_equal(arrays[3], np.full_like(middle, np.nan) if at_once else middle)
     np.testing.assert_array_equal(arrays[1], rotated)
     assert np.isfinite(rotated).all() and not np.array_equal(rotated, queries)
+
+
+@pytest.mark.parametrize("kinds", [("q4m", "q4m", "q4m"), ("q8", "q8", "q8"), ("q4", "q4", "q8"), ("q8", "q4m", "q4")])
+@pytest.mark.parametrize("gate", ["gate", "gelu", "clamped"])
+@pytest.mark.parametrize("inner", [32, 224, 288])
+def test_many_rows_are_gated_where_they_come_out_of_a_product(
+    kinds: tuple[str, str, str], gate: str, inner: int
+) -> None:
+    """Gate and up as one matrix or two, and whether or not a call ends between the links: bit for bit two products.
+
+    A row that is not a number stays one row.
+    """
+    rng = np.random.default_rng(35)
+    layers = random_mlp(rng, kinds, HIDDEN, inner, gate)
+    for t in (1, 2, 9, MOST):
+        x = normal(rng, t, HIDDEN)
+        x[t // 2, 3] = np.nan if t > 2 else 1
+        want = apply(layers[1], apply(layers[0], x))
+        for workers, cut, together in itertools.product((1, 2, 5), (0, 1), (False, True)):
+            if not together or kinds[0] == kinds[1]:
+                np.testing.assert_array_equal(mlp(layers, x, workers, cut, together), want)
+        assert t <= 2 or np.isnan(want).any(axis=1).sum() == 1
+
+
+def test_a_gate_stays_where_the_link_before_cannot_take_it() -> None:
+    """A bias, numbers, an inner width of no whole groups, halves of other widths; and of two gates the first alone goes."""
+    rng = np.random.default_rng(36)
+    down = random_layer(rng, [("q8", 64)], 64, "gate").projection().link(B, C)
+
+    def given(*parts: tuple[str, int], how: str = "norm", biased: bool = False, onto: bool = False) -> int:
+        layer = random_layer(rng, list(parts), 64, how, biased=biased)
+        return int(chain_table([layer.projection().link(A, B, onto=onto), down])[0, GATE])
+
+    assert given(("q8", 64), ("q4", 64)) == HOWS["gate"] == given(("q8", 128))
+    for refused in (
+        given(("q8", 64), ("q4", 64), biased=True), given(("q8", 64), ("q4", 64), onto=True), given(("q8", 64), ("bf16", 64)),
+        given(("q8", 32), ("q4", 96)), given(("q8", 64)), given(("q8", 64), ("q8", 32), ("q8", 32)),
+        given(("q8", 64), ("q4", 64), how="gelu"),
+    ):  # fmt: skip
+        assert refused == 0
+    odd = random_layer(rng, [("q8", 40), ("q8", 40)], 64, "norm").projection().link(A, B)
+    assert chain_table([odd, random_layer(rng, [("q8", 64)], 40, "gate").projection().link(B, C)])[0, GATE] == 0
 
 
 def turns_of(angles: np.ndarray) -> np.ndarray:
