@@ -386,7 +386,7 @@ def test_many_rows_are_gated_where_they_come_out_of_a_product(
 
 
 def test_a_gate_stays_where_the_link_before_cannot_take_it() -> None:
-    """A bias, numbers, an inner width of no whole groups, halves of other widths; and of two gates the first alone goes."""
+    """A bias, numbers, an inner width of no whole groups, halves of other widths, a gate of its own."""
     rng = np.random.default_rng(36)
     down = random_layer(rng, [("q8", 64)], 64, "gate").projection().link(B, C)
 
@@ -396,8 +396,8 @@ def test_a_gate_stays_where_the_link_before_cannot_take_it() -> None:
 
     assert given(("q8", 64), ("q4", 64)) == HOWS["gate"] == given(("q8", 128))
     for refused in (
-        given(("q8", 64), ("q4", 64), biased=True), given(("q8", 64), ("q4", 64), onto=True), given(("q8", 64), ("bf16", 64)),
-        given(("q8", 32), ("q4", 96)), given(("q8", 64)), given(("q8", 64), ("q8", 32), ("q8", 32)),
+        given(("q8", 64), ("q4", 64), biased=True), given(("q8", 64), ("q4", 64), onto=True),
+        given(("q8", 64), ("bf16", 64)), given(("q8", 32), ("q4", 96)), given(("q8", 64)), given(("q8", 64), ("q8", 32), ("q8", 32)),
         given(("q8", 64), ("q4", 64), how="gelu"),
     ):  # fmt: skip
         assert refused == 0
