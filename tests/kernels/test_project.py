@@ -397,8 +397,8 @@ def test_a_gate_stays_where_the_link_before_cannot_take_it() -> None:
     assert given(("q8", 64), ("q4", 64)) == HOWS["gate"] == given(("q8", 128))
     for refused in (
         given(("q8", 64), ("q4", 64), biased=True), given(("q8", 64), ("q4", 64), onto=True),
-        given(("q8", 64), ("bf16", 64)), given(("q8", 32), ("q4", 96)), given(("q8", 64)), given(("q8", 64), ("q8", 32), ("q8", 32)),
-        given(("q8", 64), ("q4", 64), how="gelu"),
+        given(("q8", 64), ("bf16", 64)), given(("q8", 32), ("q4", 96)), given(("q8", 64)),
+        given(("q8", 64), ("q8", 32), ("q8", 32)), given(("q8", 64), ("q4", 64), how="gelu"),
     ):  # fmt: skip
         assert refused == 0
     odd = random_layer(rng, [("q8", 40), ("q8", 40)], 64, "norm").projection().link(A, B)
