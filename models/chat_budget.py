@@ -52,11 +52,11 @@ class Budget:
         self._left = self._allowed
         self._steps = 0
 
-    def step(self) -> None:
-        """One more loop iteration or macro call."""
-        self._steps += 1
+    def step(self, steps: int = 1) -> None:
+        """One more loop iteration, or macro call, which is several steps."""
+        self._steps += steps
         if self._steps > MAX_TEMPLATE_STEPS:
-            raise refused(f"more than {MAX_TEMPLATE_STEPS} steps (loop iterations and macro calls)")
+            raise refused(f"more than {MAX_TEMPLATE_STEPS} steps (loop iterations, and macro calls, four each)")
 
     def charge(self, units: int) -> None:
         """Something that costs this many units is about to happen."""
@@ -96,8 +96,9 @@ class Budget:
     def text(self, value: object) -> str:
         """``str(value)`` where that is safe."""
         if type(value) is str:
-            self.charge(ITEM + len(value))
+            self.charge(2 * ITEM + len(value))
             return value
+        self.charge(ITEM)
         self.weigh(value, 4, closed=True)  # a character takes up to ten in a repr; the memory is charged below
         written = str(value)
         self.charge(len(written))

@@ -44,6 +44,7 @@ _STATEMENTS = (nodes.Assign, nodes.AssignBlock, nodes.Break, nodes.CallBlock, no
 _BLOCKS = (nodes.For, nodes.If, nodes.Macro, nodes.Output, nodes.Scope, nodes.With)
 _ALLOWED = _EXPRESSIONS + _LOOKUPS + _PARTS + _STATEMENTS + _BLOCKS
 _NODE = 8  # units, of what runs inline: a name, a condition, an assignment
+_STEPS_OF_A_CALL = 4  # a macro takes so many times as long as a round of a loop, or, deep in others, longer
 _REPEATED = (nodes.For, nodes.Macro, nodes.CallBlock)
 
 
@@ -108,13 +109,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """``obj[argument]``; a key that is a tuple is hashed all the way down."""
-        self._budget.charge(ITEM)
+        self._budget.charge(2 * ITEM)
         self._budget.weigh_containers(argument)
         return super().getitem(obj, argument)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """``obj.attribute``."""
-        self._budget.charge(ITEM)
+        self._budget.charge(2 * ITEM)
         return super().getattr(obj, attribute)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -156,9 +157,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """The text of a value that goes into the output."""
         return self._budget.text(value)
 
-    def tick(self, size: int) -> bool:
-        """One more round of a loop or call of a macro whose body has this many nodes."""
-        self._budget.step()
+    def tick(self, size: int, steps: int) -> bool:
+        """One more round of a loop or call of a macro whose body has this many nodes; it counts as so many steps."""
+        self._budget.step(steps)
         self._budget.charge(_NODE * size)
         return True
 
@@ -214,8 +215,9 @@ class _Charging(NodeTransformer):
         constant.set_lineno(line).set_environment(self._environment)
         return constant
 
-    def _tick(self, body: list[nodes.Node], line: int) -> nodes.Call:
-        return self._call(self._environment.tick, [self._constant(_size(body), line)], line)
+    def _tick(self, body: list[nodes.Node], line: int, steps: int = 1) -> nodes.Call:
+        given = [self._constant(number, line) for number in (_size(body), steps)]
+        return self._call(self._environment.tick, given, line)
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         tick = self._tick(node.body, node.lineno)
@@ -227,7 +229,7 @@ class _Charging(NodeTransformer):
         return node
 
     def _repeated(self, node: nodes.Macro | nodes.CallBlock) -> nodes.Node:
-        tick = self._tick(node.body, node.lineno)
+        tick = self._tick(node.body, node.lineno, _STEPS_OF_A_CALL)
         self.generic_visit(node)
         node.body.insert(0, nodes.ExprStmt(tick).set_lineno(node.lineno))
         return node
