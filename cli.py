@@ -68,7 +68,7 @@ def _common(
 
 
 def collect_seldom() -> None:
-    """Let Python look for cycles of garbage less often: imports and tokenizers make half a million objects, and none."""
+    """Let Python look for cycles of garbage less often: of half a million objects made at the start, none is garbage."""
     gc.set_threshold(10_000)
 
 

@@ -204,8 +204,10 @@ def _makes_ready(link: Int64, following: Int64) -> bool:
 
 
 def room_nbytes(table: Int64, rows: int) -> int:
-    """Bytes that the rooms of a chain must have for so many rows made ready, and what comes of a gate."""
+    """Bytes that the room of a chain must have for so many rows made ready and what comes of a gate; one row needs none."""
+    if rows <= 1:
+        return 1
     n_tiles, groups = -(-rows // TILE_ROWS), -(-table[:, COLUMNS] // GROUP)
     codes, floats = GROUP_NBYTES * table[:, HAS_CODES], 4 * TILE_ROWS * GROUP * table[:, HAS_FLOATS]
-    each = n_tiles * groups * (codes + floats) * (rows > 1)
+    each = n_tiles * groups * (codes + floats)
     return int((each + np.append(np.where(table[:-1, GATE] != 0, each[1:], 0), 0)).max()) + 64

@@ -124,9 +124,9 @@ def _multiply_gated(call, share, shares, tiles, rows, out):  # type: ignore[no-u
             place, tile = row % TILE_ROWS, row // TILE_ROWS
             count = next_byte_rows(min(TILE_ROWS - place, rows - row))
             for p in range(2):
-                part, block = (up, first_up) if p else (gate, np.int64(0))
+                part, first_block = (up, first_up) if p else (gate, np.int64(0))
                 kind, nbytes = get(part, KIND), get(part, BLOCK_NBYTES)
-                block = get(part, DATA) + (block + blocks_a_group * group) * nbytes
+                block = get(part, DATA) + (first_block + blocks_a_group * group) * nbytes
                 for b in range(blocks_a_group * together):
                     _multiply_codes(
                         kind, block + b * nbytes, groups, tiles + tile * tile_nbytes(groups), place, count,

@@ -102,9 +102,8 @@ def _fold_tiles(  # type: ignore[no-untyped-def]
     for t in range(first_tile, stop_tile):
         scales = get(room, SCALES) + (t - first_tile) * 8 * count
         unpack_scales(tile_address(addresses, base + t, which, side, head), count, middle, scales)
-        for i in range(
-            row_int(table, FIRST, t - first_tile), 0 if again else row_int(table, FIRST, t - first_tile + 1)
-        ):
+        first, stop = row_int(table, FIRST, t - first_tile), row_int(table, FIRST, t - first_tile + 1)
+        for i in range(first, first if again else stop):
             row = row_int(table, ACTIVE, i)
             set_row_int(table, X, i, x + row * x_stride + (t - first_tile) * x_step)
             set_row_int(table, SCALES_AT, i, scales)

@@ -14,6 +14,4 @@ def test_each_mlp_of_codes_is_gated_where_gate_and_up_end(weights: str, gates: i
     table = load("toy", weights).transformer._whole.table
     assert table is not None
     assert (table[:, GATE] != 0).sum() == gates and (table[:, HOW] == SILU).sum() == 3
-    np.testing.assert_array_equal(
-        np.flatnonzero(table[:, GATE]) + 1, np.flatnonzero(table[:, HOW] == SILU)[: gates or 0]
-    )
+    np.testing.assert_array_equal(np.flatnonzero(table[:, GATE]) + 1, np.flatnonzero(table[:, HOW] == SILU)[:gates])
