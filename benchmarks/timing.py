@@ -125,9 +125,9 @@ def attend_once(case: Case, q: Any, segment: Segment) -> Any:
     stops = np.full(case.queries, case.keys, np.int64)
     if case.causal:
         stops -= np.arange(case.queries - 1, -1, -1)
-    out, state = np.zeros_like(q), empty_state(case.q_heads, case.queries)
-    starts = np.zeros(case.queries, np.int64)
-    attend(q, segment, starts, stops, out, state, scale=case.head_dim**-0.5, exact=case.precision == "f32")
+    out, state = np.empty_like(q), np.empty((case.q_heads, case.queries, 2), np.float32)
+    starts, exact = np.zeros(case.queries, np.int64), case.precision == "f32"
+    attend(q, segment, starts, stops, out, state, scale=case.head_dim**-0.5, exact=exact, fresh=True)
     return out
 
 

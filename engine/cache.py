@@ -6,8 +6,9 @@ import numpy as np
 
 from ..kernels.quantize import Float32
 from ..kernels.segment import Int64
+from ..kernels.sight import renew_calls
 from ..kernels.simd import LANES
-from ..kernels.tables import CALL_FIELDS, FIRST_QUERY, N_QUERIES, STEP
+from ..kernels.tables import FIRST_QUERY, N_QUERIES
 from ..models.errors import NumericalError
 from ..models.transformer import Softmax
 from .layer import LayerCache, View, lead_of
@@ -46,11 +47,22 @@ class Attentions:
         self._calls = [
             layer.describe(views[i], softmax) for layer, i, softmax in zip(layers, like, softmaxes, strict=True)
         ]
-        rows = [(layer.call_address, *views[i].addresses) for layer, i in zip(layers, like, strict=True)]
-        self.table: Int64 = np.array(rows, np.int64)
+        self.table: Int64 = np.array([(layer.call_address, 0, 0, 0) for layer in layers], np.int64)
+        self._fields: Int64 = np.empty(len(layers), np.int64)  # addresses of the views' fields
+        self._placed: dict[int, tuple[int, ...]] = {}  # the views' other addresses, which the table has
+        self._place(views)
         self.unsettled = [i for i, layer in enumerate(layers) if not layer.is_settled]
         self._lets_in_at = [layer.lets_in_at for layer in layers]
+        self._next_in = min(self._lets_in_at)
         self._room = min(layer.room for layer in layers)
+
+    def _place(self, views: dict[int, View]) -> None:
+        """Note where views are that have moved, or are others than before."""
+        for i, view in views.items():
+            if self._placed.get(i) is not view.addresses:
+                own = np.equal(self._like, i)
+                self.table[own, 1:], self._fields[own] = view.addresses, view.fields.ctypes.data
+                self._placed[i] = view.addresses
 
     def renew(self, views: dict[int, View], qkv: Float32, softmaxes: Sequence[Softmax]) -> bool:
         """Describe another step, anew in layers where tiles enter a tier, or did.
@@ -63,17 +75,17 @@ class Attentions:
         if stop > self._room:
             return False
         self._views, self._qkv = views, qkv
-        for call, i in zip(self._calls, self._like, strict=True):
-            call[STEP:CALL_FIELDS] = views[i].fields
-        for i, view in views.items():
-            self.table[np.equal(self._like, i), 1:] = view.addresses
+        self._place(views)
+        renew_calls(self.table, self._fields)
         anew = self.unsettled
-        if stop >= min(self._lets_in_at):
+        if stop >= self._next_in:
             anew = sorted({*anew, *(i for i, at in enumerate(self._lets_in_at) if stop >= at)})
         for i in anew:
             layer = self._layers[i]
             self._calls[i] = layer.describe(views[self._like[i]], softmaxes[i])
             self.table[i, 0], self._lets_in_at[i] = layer.call_address, layer.lets_in_at
+        if anew:
+            self._next_in = min(self._lets_in_at)
         self.unsettled = [i for i in anew if not self._layers[i].is_settled]
         return True
 
@@ -139,6 +151,7 @@ class Cache:
         self._plain = layer_type is LayerCache
         keys = [layer.view_key for layer in self.layers]
         self._like = [keys.index(key) for key in keys]  # the first layer whose queries see the same positions
+        self._kinds = sorted(set(self._like))
         self._views: dict[int, View] = {}  # of these layers
         self._still_seen: dict[int, list[int]] = {}  # of these layers, at the last commit that had anything to forget
         self._awaited = 0  # the position up to which memory is kept for tokens; if fewer come, it is to go
@@ -159,7 +172,16 @@ class Cache:
         like = self._like[layer]
         view = self._views.get(like)
         if layer == 0 or view is None or (view.position, view.n_queries) != (position, len(qkv)):
-            view = self._views[like] = self.layers[layer].view(position, qkv)
+            return self._look(like, position, qkv)
+        return view
+
+    def _look(self, like: int, position: int, qkv: Float32) -> View:
+        """What queries at a position see in the layers like one; of as many queries it is the same object."""
+        view = self._views.get(like)
+        if view is None or not view.fits(qkv):
+            view = self._views[like] = self.layers[like].view(position, qkv)
+        else:
+            view.go_to(position)
         return view
 
     def attentions(self, qkv: Float32, position: int, softmaxes: Sequence[Softmax]) -> "Attentions | None":
@@ -170,11 +192,11 @@ class Cache:
         """
         if not self._plain or qkv.shape[2] % LANES:
             return None
-        self._views = {i: self.layers[i].view(position, qkv) for i in sorted(set(self._like))}
-        if self._attentions is None or not self._attentions.renew(self._views, qkv, softmaxes):
+        views = {i: self._look(i, position, qkv) for i in self._kinds}
+        if self._attentions is None or not self._attentions.renew(views, qkv, softmaxes):
             if any(softmax.sink_logits is not None for softmax in softmaxes):
                 return None
-            self._attentions = Attentions(self.layers, self._views, self._like, qkv, softmaxes)
+            self._attentions = Attentions(self.layers, views, self._like, qkv, softmaxes)
         return self._attentions
 
     def commit(self, position: int, coming: int = 0) -> None:
@@ -185,7 +207,7 @@ class Cache:
         states = [layer.ledger for layer in self.layers if layer.ledger is not None] if self.ledger is not None else []
         if self.ledger is not None and states:
             self.ledger.add(position - states[0].shape[2], states)
-        still_seen = {i: self.layers[i].still_seen(position) for i in set(self._like)}
+        still_seen = {i: self.layers[i].still_seen(position) for i in self._kinds}
         which: Sequence[int] = range(len(self.layers))
         as_before = still_seen == self._still_seen and coming >= self._awaited
         if self._attentions is not None and self._attentions.is_intact and as_before:
@@ -236,7 +258,8 @@ class Cache:
     def fork(self) -> "Cache":
         """A cache of the same tokens that goes its own way; see ``LayerCache.fork``."""
         other = Cache.__new__(Cache)
-        other.policy, other._like, other._plain = self.policy, self._like, self._plain
+        other.policy, other._plain = self.policy, self._plain
+        other._like, other._kinds = self._like, self._kinds
         other._views, other._still_seen, other._awaited, other.ledger = {}, {}, 0, None
         self._attentions = other._attentions = None  # what is written to next may be copied
         other.layers = [layer.fork() for layer in self.layers]

@@ -18,22 +18,21 @@ import math
 import sys
 from bisect import bisect_left
 from dataclasses import replace
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.attention import attend_segments
-from ..kernels.flash import empty_call, n_parts
+from ..kernels.flash import empty_call
 from ..kernels.hadamard import block_size, rotated
 from ..kernels.layout import DENSE_DTYPES, F32, Q8
 from ..kernels.quantize import IMPOSSIBLE_AT, TOO_WIDE_AT, Float32, narrow, store_rows
 from ..kernels.segment import Int64, TileStore, seal, seal_job, segment_of_arrays, widen_as_found
+from ..kernels.sight import look
 from ..kernels.simd import LANES
 from ..kernels.state import pad_last_axis
 from ..kernels.tables import (
     APPEND_AS_IS,
-    APPEND_ROTATED,
     APPENDED,
     CALL_FIELDS,
     DENSE_KIND,
@@ -48,14 +47,9 @@ from ..kernels.tables import (
     MAX_N_REP,
     MAX_ROUNDS,
     N_HEADS,
-    N_PARTS,
-    N_QUERIES,
     N_SEGMENTS,
     N_SINKS,
     OPTIONS,
-    POSITION,
-    Q_STRIDE,
-    RANGES,
     SEGMENTS,
     STEP,
     V_BLOCK,
@@ -83,50 +77,51 @@ def sealed_tiles(stop: int, age: int, lead: int, tile: int) -> int:
 
 
 class View:
-    """What the queries of one step see, the same in every layer of one policy and window: positions, by segment."""
+    """What the queries of one step see, the same in every layer of one policy and window (kernels/sight.py).
+
+    Attributes:
+        position: of the first query; stop: one past the last.
+        ranges: int64 (2 * (tiers + 2), T), where each starts and stops: of the sinks, of each tier from the oldest on, of
+            the recent tokens.
+        state: float32 (n_heads, T, 2), to be used by one layer after the other.
+        fields: int64, what a call has from STEP on.
+        addresses: of the state and the parts, as a chain takes them (kernels/project.py, ATTENTIONS); the same tuple until
+            something has moved.
+
+    """
 
     def __init__(self, cache: "LayerCache", position: int, qkv: Float32) -> None:
-        n_kv_heads, tile = cache.recent.layout.n_kv_heads, cache.policy.tile
+        n_kv_heads = cache.recent.layout.n_kv_heads
         n_queries, heads = len(qkv), qkv.shape[1] - 2 * n_kv_heads
         if heads > MAX_N_REP * n_kv_heads:  # the kernels would write beyond their tables
             raise ValueError(f"at most {MAX_N_REP} query heads may share a KV head, found {heads} and {n_kv_heads}")
-        self.position, self.n_queries, self.heads = position, n_queries, heads
-        self.stop, self.threads = position + n_queries, get_num_threads()
+        self.n_queries, self.heads, self.threads = n_queries, heads, get_num_threads()
         self.state = np.empty((heads, n_queries, 2), np.float32)
-        ends, window, sinks = range(position + 1, self.stop + 1), cache.sliding_window, cache.sinks
-        first = [max(end - window, 0) if window is not None else 0 for end in ends]
-        behind_sinks = [max(x, sinks) for x in first]
-        boundaries = [[max((end - age) // tile, 0) for end in ends] for age in cache.ages]  # of each tier, in tiles
-        # Of sink, tiers from the oldest on, recent: where each query starts and stops
-        bounds = [first, [min(end, sinks) for end in ends], behind_sinks]
-        for each in reversed(boundaries):
-            stops = [tile * x for x in each]
-            bounds += [stops, [max(x, y) for x, y in zip(stops, behind_sinks, strict=True)]]
-        bounds.append(list(ends))
-        ranges = self.ranges = np.array(bounds, np.int64)
-        spans = [(starts[0], stops[-1]) for starts, stops in zip(bounds[::2], bounds[1::2], strict=True)]
-        width = -(-qkv.shape[2] // LANES) * LANES
-        parts = n_parts(n_queries, heads, n_kv_heads, spans, self.threads)
-        fields = [0] * CALL_FIELDS
-        fields[N_QUERIES], fields[Q_STRIDE], fields[APPENDED] = n_queries, 4 * qkv.shape[1] * width, APPEND_ROTATED
-        fields[POSITION], fields[N_PARTS] = position, parts
-        address, nbytes = ranges.ctypes.data, 8 * n_queries
-        for i, (low, high) in enumerate(spans):
-            own = address + 2 * i * nbytes, address + (2 * i + 1) * nbytes, low, high
-            fields[RANGES + 4 * i : RANGES + 4 * (i + 1)] = own
-        self.fields = np.array(fields[STEP:], np.int64)
-        self._room = parts * n_queries * heads, width
+        self.ranges = np.empty((2 * (len(cache.ages) + 2), n_queries), np.int64)
+        self.fields = np.empty(CALL_FIELDS - STEP, np.int64)
+        self._shape, self._width = qkv.shape, -(-qkv.shape[2] // LANES) * LANES
+        self._fixed = (
+            np.array(cache.ages, np.int64), cache.policy.tile, cache.sinks, cache.sliding_window or 0, heads, n_kv_heads,
+            4 * qkv.shape[1] * self._width, self.threads,
+        )  # fmt: skip
+        self._n_parts, self._parts = -1, (np.empty(0, np.float32),) * 2
+        self.go_to(position)
 
-    @cached_property
-    def _parts(self) -> tuple[Float32, Float32]:
-        """Room for the outputs and the states of parts that are merged (kernels/attention.py)."""
-        rows, width = self._room
-        return np.empty(rows * width + LANES, np.float32), np.empty(rows * 2 + 1, np.float32)
+    def go_to(self, position: int) -> None:
+        """See what as many queries see from another position on."""
+        self.position, self.stop = position, position + self.n_queries
+        parts = look(position, *self._fixed, self.ranges, self.fields)
+        if (
+            parts != self._n_parts
+        ):  # room for the outputs and the states of parts that are merged (kernels/attention.py)
+            rows = parts * self.n_queries * self.heads
+            self._parts = np.empty(rows * self._width + LANES, np.float32), np.empty(rows * 2 + 1, np.float32)
+            self._n_parts = parts
+            self.addresses = self.state.ctypes.data, *(x.ctypes.data for x in self._parts)
 
-    @cached_property
-    def addresses(self) -> tuple[int, ...]:
-        """Of the state and the parts, as a chain takes them (kernels/project.py, ATTENTIONS)."""
-        return self.state.ctypes.data, *(x.ctypes.data for x in self._parts)
+    def fits(self, qkv: Float32) -> bool:
+        """Whether it does for other queries, keys and values, wherever they are."""
+        return qkv.shape == self._shape and self.threads == get_num_threads()
 
 
 class LayerCache:

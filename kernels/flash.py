@@ -10,33 +10,41 @@ from numpy.typing import ArrayLike, NDArray
 
 from .attention import KERNELS, attend_segments
 from .forks import check_usable
+from .jit import kernel
+from .layout import LIMBS, PARTS
 from .segment import Int64, Segment, segment_of_arrays
+from .sight import parts_of, splits_in
 from .simd import LANES
-from .state import Float32, check_out, check_state, empty_state, merge_partials, pad_last_axis
+from .state import Float32, check_out, check_state, merge_partials, pad_last_axis
 from .tables import (
-    BLOCK_ROWS,
     CALL_NUMBERS,
     DISTANCES,
+    EXACT,
+    FRESH,
+    K_SIDE,
     MASK_HEAD,
     MASK_QUERY,
     MASKS,
     MAX_N_REP,
     MOST_PARTS,
     N_HEADS,
+    N_KV_HEADS,
     N_PARTS,
     N_QUERIES,
     N_SEGMENTS,
     OPTIONS,
     Q_STRIDE,
     RANGES,
+    ROW_WIDTH,
+    SCALE,
     SEGMENTS,
     SLOPES,
-    SPLIT,
+    SOFTCAP,
+    V_SIDE,
 )
 
 PRECISIONS = ("default", "f32")
 _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
-UNITS_A_WORKER = 8  # units of work each, at least, so that none waits long for another
 _FARTHEST = 2**62  # positions beyond would wrap when one is subtracted from another
 
 
@@ -124,7 +132,7 @@ def flash_attention(
         check_state("state", state, h, t, writable=True)
         if out is None and (state[..., 1] > 0).any():
             raise ValueError("the state has rows with S > 0: pass the out that belongs to it")
-    k_position = int(_integers("k_position", k_position, 1)[0])
+    k_position = _position("k_position", k_position)
     where = _positions(positions, t, k_position, segment)
     starts, stops = _ranges(start, stop, t, segment)
     if causal:
@@ -134,16 +142,20 @@ def flash_attention(
     tall_mask = _mask(mask, h, t, segment)
     sinks = _sink_logits(sink_logits, h)
 
-    running = empty_state(h, t) if state is None else state
-    # Writable and aligned are part of the type that Numba compiles for: a copy is cheaper than compiling once more.
-    padded_q = np.require(pad_last_axis(q), requirements=["W", "A"])
+    padded_q = pad_last_axis(q)
+    if not (padded_q.flags.writeable and padded_q.flags.aligned):
+        padded_q = padded_q.copy()  # cheaper than compiling for such a type, too
     overlap = out is not None and any(isinstance(x, np.ndarray) and np.may_share_memory(out, x) for x in (q, k, v))
     in_place = out is not None and padded_q.shape[2] == d and not overlap
-    result = out if out is not None and in_place else _prior(out, state, padded_q.shape)
-    _clear_empty_rows(result, running)
+    if state is None:
+        running = np.empty((h, t, 2), np.float32)
+        result = out if out is not None and in_place else np.empty(padded_q.shape, np.float32)
+    else:
+        running, result = state, out if out is not None and in_place else _prior(out, state, padded_q.shape)
+        _clear_empty_rows(result, running)
     attend(
         padded_q, segment, starts, stops, result, running, scale=scale, softcap=softcap, slopes=_slopes(max_bias, h),
-        distances=k_position - where, mask=tall_mask, exact=precision == "f32",
+        distances=k_position - where if max_bias else None, mask=tall_mask, exact=precision == "f32", fresh=state is None,
     )  # fmt: skip
     if sinks is not None:
         _add_sink_logits(result, running, sinks)
@@ -168,38 +180,59 @@ def attend(
     distances: Int64 | None = None,
     mask: Float32 | None = None,
     exact: bool = False,
+    fresh: bool = False,
 ) -> None:
     """Continue ``out`` and ``state`` over a segment. The checked inside of ``flash_attention``.
 
+    All arrays in C order, unless said otherwise, and writable, as that is part of a type that Numba compiles for.
+
     Args:
-        q: float32 (T, H, width), C order, width a multiple of 16.
+        q: float32 (T, H, width), width a multiple of 16.
         starts, stops: int64 (T,), absolute positions within the segment.
-        out: float32 (T, H, width), C order; rows with S = 0 hold finite numbers.
-        state: float32 (H, T, 2), C order.
+        out: float32 (T, H, width); rows with S = 0 hold finite numbers.
+        state: float32 (H, T, 2).
         slopes: float32 (H,); distances: int64 (T,), key position 0 minus query position (both for ALiBi).
         mask: float32 (H, T, N rounded up to 16), any strides but the last.
+        fresh: out and state are begun, whatever they hold.
 
     """
-    n_queries, n_heads, width = q.shape
-    _check_n_rep(n_heads, segment.n_kv_heads)
-    low, high = int(starts.min(initial=segment.stop)), int(stops.max(initial=0))
-    if low >= high or n_queries == 0:
-        return
-    options = np.array([scale, softcap, exact], np.float32)
+    _check_n_rep(q.shape[1], segment.n_kv_heads)
     workers = numba.get_num_threads()
-    call = empty_call(n_heads, segment.n_kv_heads, width, segment.most_parts)
-    call[N_QUERIES], call[Q_STRIDE], call[OPTIONS] = n_queries, 4 * n_heads * width, options.ctypes.data
-    if slopes is not None and slopes.any():
+    call = _describe(
+        _kernels(), segment.table, segment.geometry, segment.n_kv_heads, starts, stops, q, scale, softcap, exact, fresh,
+        workers,
+    )  # fmt: skip
+    if slopes is not None:
         assert distances is not None
         call[SLOPES], call[DISTANCES] = slopes.ctypes.data, distances.ctypes.data
     if mask is not None:
         call[MASKS], call[MASK_HEAD], call[MASK_QUERY] = mask.ctypes.data, *mask.strides[:2]
-    call[N_SEGMENTS] = 1
-    call[SEGMENTS : SEGMENTS + 2] = segment.table.ctypes.data, segment.geometry.ctypes.data
-    call[RANGES : RANGES + 4] = starts.ctypes.data, stops.ctypes.data, low, high
-    call[N_PARTS] = n_parts(n_queries, n_heads, segment.n_kv_heads, [(low, high)], workers)
     attend_segments(call, q, out, state, workers)
-    del starts, stops, slopes, distances, mask, segment, options  # whose addresses were in use until here
+    del starts, stops, slopes, distances, mask, segment  # whose addresses were in use until here
+
+
+@kernel
+def _describe(kernels, table, geometry, n_kv_heads, starts, stops, q, scale, softcap, exact, fresh, workers):  # type: ignore[no-untyped-def]
+    """The call of ``attend_segments`` for one segment, its options behind it; in Python it took a tenth of a decode."""
+    call = np.empty(CALL_NUMBERS + 2, np.int64)
+    call[:CALL_NUMBERS] = kernels
+    options = call.view(np.float32)[2 * CALL_NUMBERS :]
+    options[SCALE], options[SOFTCAP], options[EXACT] = scale, softcap, exact
+    n_queries, n_heads, width = q.shape
+    most = max(geometry[K_SIDE + PARTS] * geometry[K_SIDE + LIMBS], geometry[V_SIDE + PARTS] * geometry[V_SIDE + LIMBS])
+    call[N_HEADS], call[N_KV_HEADS], call[ROW_WIDTH], call[MOST_PARTS] = n_heads, n_kv_heads, width, most
+    call[N_QUERIES], call[Q_STRIDE], call[OPTIONS], call[FRESH] = (
+        n_queries,
+        4 * n_heads * width,
+        options.ctypes.data,
+        fresh,
+    )
+    call[N_SEGMENTS], call[SEGMENTS], call[SEGMENTS + 1] = 1, table.ctypes.data, geometry.ctypes.data
+    low, high = starts.min() if n_queries else 0, stops.max() if n_queries else 0
+    call[RANGES], call[RANGES + 1] = starts.ctypes.data, stops.ctypes.data
+    call[RANGES + 2], call[RANGES + 3] = low, high
+    call[N_PARTS] = parts_of(n_queries, n_heads, n_kv_heads, splits_in(low, high), workers)
+    return call
 
 
 def empty_call(n_heads: int, n_kv_heads: int, width: int, most_parts: int) -> Int64:
@@ -213,20 +246,9 @@ def empty_call(n_heads: int, n_kv_heads: int, width: int, most_parts: int) -> In
 def _kernels() -> Int64:
     """A call of nothing, with the addresses of the kernels."""
     call = np.zeros(CALL_NUMBERS, np.int64)
-    for field, kernel in KERNELS.items():
-        call[field] = kernel.address()
+    for field, standalone in KERNELS.items():
+        call[field] = standalone.address()
     return call
-
-
-def n_parts(n_queries: int, n_heads: int, n_kv_heads: int, ranges: list[tuple[int, int]], workers: int) -> int:
-    """In how many parts the splits are attended to that hold these ranges of positions; 0 for all in one go.
-
-    Parts are for calls whose queries alone would leave workers idle.
-    """
-    n_rows = n_queries * n_heads // n_kv_heads
-    splits = sum(-(-high // SPLIT) - low // SPLIT for low, high in ranges if low < high)
-    enough_units = -(-n_rows // BLOCK_ROWS) * n_kv_heads >= UNITS_A_WORKER * workers
-    return 0 if splits <= 1 or n_rows > BLOCK_ROWS or enough_units else splits
 
 
 def _check_n_rep(n_heads: int, n_kv_heads: int) -> None:
@@ -246,6 +268,10 @@ def _window(size: object) -> int:
     if not isinstance(size, int | np.integer) or isinstance(size, bool) or not 1 <= size <= _FARTHEST:
         raise ValueError(f"sliding_window must be a whole number from 1 to 2^62, or None, found {size!r}")
     return int(size)
+
+
+def _position(name: str, value: ArrayLike) -> int:
+    return value if type(value) is int and abs(value) <= _FARTHEST else int(_integers(name, value, 1)[0])
 
 
 def _positions(positions: ArrayLike | None, t: int, k_position: int, segment: Segment) -> Int64:
@@ -281,13 +307,13 @@ def _mask(mask: object, h: int, t: int, segment: Segment) -> Float32 | None:
     return np.broadcast_to(pad_last_axis(mask), (h, t, -(-n // LANES) * LANES))
 
 
-def _slopes(max_bias: float, n_heads: int) -> Float32:
-    """ALiBi's slopes, float32 (H,), as in https://arxiv.org/abs/2108.12409 and its reference code.
+def _slopes(max_bias: float, n_heads: int) -> Float32 | None:
+    """ALiBi's slopes, float32 (H,), or None for no bias, as in https://arxiv.org/abs/2108.12409 and its reference code.
 
     A geometric series for the largest power of two of heads, then every second one of a finer series for the rest.
     """
     if max_bias == 0:
-        return np.zeros(n_heads, np.float32)
+        return None
     power = 2 ** (n_heads.bit_length() - 1)
     head = np.arange(n_heads)
     exponent = np.where(head < power, (head + 1) / power, (2 * (head - power) + 1) / (2 * power))

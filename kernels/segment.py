@@ -20,9 +20,7 @@ from .layout import (
     K_CODES,
     K_PARAMS,
     KIND_OF_BITS,
-    LIMBS,
     PAGE,
-    PARTS,
     V_CODES,
     V_PARAMS,
     Side,
@@ -31,7 +29,7 @@ from .layout import (
 from .memory import Bytes, slabs, zeroed_memory
 from .quantize import IMPOSSIBLE_AT, TOO_WIDE_AT, Float32, quantize_jobs, store_rows
 from .simd import LANES
-from .tables import FIRST_TILE, K_SIDE, V_SIDE, make_geometry
+from .tables import FIRST_TILE, make_geometry
 
 Int64 = NDArray[np.int64]
 
@@ -50,11 +48,6 @@ class Segment:
     n_kv_heads: int
     head_dim: int
     owner: Any
-
-    @property
-    def most_parts(self) -> int:
-        """The most parts of a side, times its limbs (layout.py)."""
-        return max(int(self.geometry[side + PARTS] * self.geometry[side + LIMBS]) for side in (K_SIDE, V_SIDE))
 
     def __reduce_ex__(self, _: object) -> NoReturn:
         """Refuse: a copy would keep the addresses of memory that it does not own."""

@@ -1,13 +1,14 @@
 """A row's bits depend on neither the other rows of a call, nor its size, its route, its threads, nor the run."""
 
 import os
+from typing import Any
 
 import numba
 import numpy as np
 import pytest
 
-from mixkv.kernels import Segment, empty_state, flash_attention
-from mixkv.kernels.flash import n_parts
+from mixkv.kernels import Segment, empty_state, flash, flash_attention, tables
+from mixkv.kernels.sight import splits_in
 
 from .oracle import DTYPES, make_store, normal, quantize_as
 from .other_process import CODED_PAIRS, PRECISIONS, attention_bits, run_process
@@ -106,16 +107,20 @@ def test_a_query_head_over_codes_alone_equals_the_head_in_its_group(kinds: tuple
 def test_both_ways_of_dealing_out_the_work_give_the_same_bits(form: str, precision: str, t: int) -> None:
     q, keys = normal(np.random.default_rng(7), t, H, 20), make_keys(form, d=20)
     before = attention(normal(np.random.default_rng(8), t, H, 20), keys)
-    found, parts = [], []
-    for limit in ({"UNITS_A_WORKER": 0}, {"BLOCK_ROWS": 10**9}):  # all go by blocks of queries, all by splits of keys
+    found, describe = [], flash._describe
+    for in_parts in (False, True):  # all go by blocks of queries, all by splits of keys
+
+        def described(*arguments: Any, in_parts: bool = in_parts) -> Any:
+            call = describe(*arguments)
+            call[tables.N_PARTS] = splits_in(call[tables.RANGES + 2], call[tables.RANGES + 3]) * in_parts
+            assert (call[tables.N_PARTS] > 1) == in_parts
+            return call
+
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in limit.items():
-                patch.setattr(f"mixkv.kernels.flash.{name}", value)
-            patch.setattr("mixkv.kernels.flash.n_parts", lambda *a: parts.append(n_parts(*a)) or parts[-1])
+            patch.setattr(flash, "_describe", described)
             out, state = before[0].copy(), before[1].copy()
             flash_attention(q, *keys, causal=True, state=state, out=out, precision=precision)
         found.append((out, state))
-    assert parts[0] == 0 < parts[1]
     assert_same_bits(*found)
 
 
