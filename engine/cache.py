@@ -26,7 +26,7 @@ class Attentions:
         qkv, softmaxes: what ``LayerCache.attend`` takes; the array has each layer's numbers in turn.
 
     Attributes:
-        table: int64 (layers, 4), as a chain of the kernels takes them (kernels/project.py, ATTENTIONS).
+        address: of int64 (layers, 4), what a chain of the kernels needs of each (kernels/project.py, ATTENTIONS).
         unsettled: the layers that the next step finds otherwise than this one, because tiles have entered a tier, or that
             keep a ledger.
         is_intact: whether everything fitted where it was to go.
@@ -47,7 +47,8 @@ class Attentions:
         self._calls = [
             layer.describe(views[i], softmax) for layer, i, softmax in zip(layers, like, softmaxes, strict=True)
         ]
-        self.table: Int64 = np.array([(layer.call_address, 0, 0, 0) for layer in layers], np.int64)
+        self._table: Int64 = np.array([(layer.call_address, 0, 0, 0) for layer in layers], np.int64)
+        self.address = self._table.ctypes.data
         self._fields: Int64 = np.empty(len(layers), np.int64)  # addresses of the views' fields
         self._placed: dict[int, tuple[int, ...]] = {}  # the views' other addresses, which the table has
         self._place(views)
@@ -61,7 +62,7 @@ class Attentions:
         for i, view in views.items():
             if self._placed.get(i) is not view.addresses:
                 own = np.equal(self._like, i)
-                self.table[own, 1:], self._fields[own] = view.addresses, view.fields.ctypes.data
+                self._table[own, 1:], self._fields[own] = view.addresses, view.fields.ctypes.data
                 self._placed[i] = view.addresses
 
     def renew(self, views: dict[int, View], qkv: Float32, softmaxes: Sequence[Softmax]) -> bool:
@@ -76,14 +77,14 @@ class Attentions:
             return False
         self._views, self._qkv = views, qkv
         self._place(views)
-        renew_calls(self.table, self._fields)
+        renew_calls(self._table, self._fields)
         anew = self.unsettled
         if stop >= self._next_in:
             anew = sorted({*anew, *(i for i, at in enumerate(self._lets_in_at) if stop >= at)})
         for i in anew:
             layer = self._layers[i]
             self._calls[i] = layer.describe(views[self._like[i]], softmaxes[i])
-            self.table[i, 0], self._lets_in_at[i] = layer.call_address, layer.lets_in_at
+            self._table[i, 0], self._lets_in_at[i] = layer.call_address, layer.lets_in_at
         if anew:
             self._next_in = min(self._lets_in_at)
         self.unsettled = [i for i in anew if not self._layers[i].is_settled]
@@ -111,7 +112,7 @@ class Attentions:
             self.finish(i)
             raise NumericalError(f"layer {i}, position {view.position}: {error}") from None
         layer.describe_again(view, self._softmaxes[i])
-        self.table[i, 0] = layer.call_address
+        self._table[i, 0] = layer.call_address
         return False
 
     def finish(self, stop: int | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.health import are_below, are_finite, have_largest
 from ..models.errors import NumericalError, PromptError, UsageError
 from ..models.fingerprint import fingerprint
 from ..models.load import Model
@@ -274,7 +275,8 @@ class Session:
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise PromptError(f"token_ids must be a flat sequence of integers, found {ids.dtype} {ids.shape}")
         vocab = self.model.config.vocab_size
-        if ids.min() < 0 or ids.max() >= vocab:
+        found = ids.astype(np.int64)
+        if not are_below(found, vocab):
             bad = ids[(ids < 0) | (ids >= vocab)][0]
             raise PromptError(f"token id {bad} is outside of the vocabulary, 0 to {vocab - 1}")
         if self.position + len(ids) > self.context:
@@ -283,7 +285,7 @@ class Session:
                 if self.position
                 else f"{len(ids)} tokens do not fit into the context of {self.context}"
             )
-        return ids.astype(np.int64)
+        return found
 
     def _step(self, ids: NDArray[np.int64], wanted: Rows, coming: int) -> Float32 | None:
         """One pass through the layers, before so many tokens more.
@@ -301,11 +303,11 @@ class Session:
 
         def watch(x: Float32) -> None:  # NaN in any layer is NaN in the last; the cache must not keep it
             nonlocal healthy
-            healthy = healthy and bool(np.isfinite(x).all())
+            healthy = healthy and are_finite(x)
 
         with np.errstate(invalid="ignore", over="ignore"):  # NaN is looked for here; NumPy need not warn of it as well
             result = self.model.transformer.forward(step, wanted, watch=watch)
-            if not healthy or (result is not None and not np.isfinite(result.max(axis=1)).all()):
+            if not healthy or (result is not None and not have_largest(result)):
                 self._explain(step)
         self.position = stop
         self.cache.commit(stop, stop + coming)

@@ -48,6 +48,14 @@ def _rest(_: Any, builder: Any, rounds: Any) -> None:
             builder.call(cgutils.get_or_insert_function(builder.module, signature, "sched_yield"), [])
 
 
+@_operation(types.int64)
+def threads_in_force(_: Any, builder: Any) -> Any:
+    """How many threads a region has; for parallel kernels alone, as others are loaded without the library that says it."""
+    signature = ir.FunctionType(ir.IntType(types.intp.bitwidth), [])
+    number = builder.call(cgutils.get_or_insert_function(builder.module, signature, "get_num_threads"), [])
+    return builder.sext(number, ir.IntType(64))
+
+
 @inner
 def begin_tasks(tasks, count):  # type: ignore[no-untyped-def]
     """Before the region: the counters of so many tasks, at this address, are zeros."""

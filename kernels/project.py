@@ -24,7 +24,7 @@ from .activations import (
     tile_nbytes,
 )
 from .attention import follow_attention, is_to_be_repeated
-from .crew import TASK_NBYTES, attempt, begin_tasks, do_task, have_failed
+from .crew import TASK_NBYTES, attempt, begin_tasks, do_task, have_failed, threads_in_force
 from .dots import GROUP, TILE_ROWS, multiply_bytes4, multiply_bytes4m, multiply_bytes8, next_byte_rows
 from .jit import SHARE, inner, kernel, parallel_kernel, standalone
 from .rotary import rotate_heads
@@ -49,6 +49,9 @@ ATTEND = 17  # the attention of LAYER: its queries, keys and values are SOURCE
 # Whose addresses a chain runs on. ATTENTIONS: int64 (layers, 4), of each layer's call, state, and parts (attention.py)
 FOLLOW, TASKS, ATTENTIONS, ROOM, OWN_BUFFERS = range(5)
 LINK_TASKS = 2  # at most: making rows ready, and the product
+ALL_WORKERS = (
+    0  # as many as there are threads in force: Python takes as long to say how many as a layer's row to be normed
+)
 CACHED_NBYTES = 1 << 16  # of weights: part of a second-level cache
 
 
@@ -310,7 +313,7 @@ def run_chain(table, first, addresses, rows, workers):  # type: ignore[no-untype
 
     table: int64 (links, LINK_FIELDS and more). addresses: int64; FOLLOW that of ``follow_chain``, TASKS of the counters of
     LINK_TASKS a link, whatever they are (crew.py), ATTENTIONS of what those need, ROOM of room for rows made ready, then
-    those of the buffers.
+    those of the buffers. workers: how many, or ALL_WORKERS.
 
     Raises:
         MemoryError: a worker got no memory.
@@ -318,6 +321,8 @@ def run_chain(table, first, addresses, rows, workers):  # type: ignore[no-untype
     Returns how many links are done: all, or those before an attention that is to be repeated (attention.py).
     """
     links, fields = table.shape
+    if workers == ALL_WORKERS:
+        workers = threads_in_force()
     begin_tasks(addresses[TASKS], LINK_TASKS * links)
     for i in range(first, links):
         if table[i, HOW] == ATTEND:
@@ -341,10 +346,14 @@ def run_chain(table, first, addresses, rows, workers):  # type: ignore[no-untype
 
 @kernel
 def take_rows(table, ids, out):  # type: ignore[no-untyped-def]
-    """Rows ``ids`` of the matrix of the first link, which has one part, as float32."""
+    """Rows ``ids`` of the matrix of the first link, which has one part, as float32; False if there is no such row."""
     part = table.ctypes.data + 8 * LINK_FIELDS
+    for i in range(len(ids)):
+        if not 0 <= ids[i] < get(part, ROWS):
+            return False
     for i in range(len(ids)):
         row_of(
             get(part, KIND), get(part, DATA) + ids[i] // LANES * get(part, BLOCK_NBYTES), ids[i] % LANES, table[0, COLUMNS],
             out.ctypes.data + i * out.shape[1] * 4,
         )  # fmt: skip
+    return True

@@ -11,9 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.chain import Normalization, attention, chain_addresses, chain_table, room_nbytes, rotation
-from ..kernels.project import OWN_BUFFERS, run_chain
-from ..kernels.threads import get_num_threads
+from ..kernels.chain import Normalization, address_of, attention, chain_addresses, chain_table, room_nbytes, rotation
+from ..kernels.project import ALL_WORKERS, OWN_BUFFERS, run_chain
 from .experts import Experts
 from .linear import Linear, Norm, PackedLinear
 
@@ -29,13 +28,13 @@ class Buffers:
     def __init__(self, rows: int, widths: Sequence[int], links: int, room_nbytes: int) -> None:
         self.arrays = [np.empty((rows, width), np.float32) for width in widths]
         self._room = np.empty(room_nbytes, np.uint8)
-        self.rows, self.threads = rows, get_num_threads()
+        self.rows = rows
         self._tasks, self.addresses = chain_addresses(links, self._room, self.arrays)
 
     def replace(self, which: int, array: Float32) -> None:
         """Take another array, float32 (rows, any), C order, in the place of one."""
         self.arrays[which] = array
-        self.addresses[OWN_BUFFERS + which] = array.ctypes.data
+        self.addresses[OWN_BUFFERS + which] = address_of(array)
 
 
 class Link(Protocol):
@@ -157,6 +156,6 @@ class Chain:
         """Run all links."""
         for run in self._runs:
             if isinstance(run, np.ndarray):
-                run_chain(run, 0, buffers.addresses, buffers.rows, buffers.threads)
+                run_chain(run, 0, buffers.addresses, buffers.rows, ALL_WORKERS)
             else:
                 run(buffers)

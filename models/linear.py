@@ -55,8 +55,8 @@ class Linear(Protocol):
     def __call__(self, x: Float32) -> Float32:
         """X (T, in), or (T, 2 * in) behind a gate, to (T, out)."""
 
-    def take(self, ids: NDArray[np.int64]) -> Float32:
-        """Rows of W as float32 (len(ids), in): W as an embedding."""
+    def take(self, ids: NDArray[np.int64], out: Float32 | None = None) -> Float32:
+        """Rows of W as float32 (len(ids), in), into ``out`` if it is there, C order: W as an embedding."""
 
     def behind(self, before: Before) -> "Linear":
         """The same weights, not copied, behind something else."""
@@ -88,9 +88,9 @@ class FloatLinear:
             y += self.bias
         return y
 
-    def take(self, ids: NDArray[np.int64]) -> Float32:
+    def take(self, ids: NDArray[np.int64], out: Float32 | None = None) -> Float32:
         """See ``Linear``."""
-        return self.weight[ids]
+        return self.weight.take(ids, 0, out)
 
     def behind(self, before: Before) -> "FloatLinear":
         """See ``Linear``."""
@@ -116,9 +116,9 @@ class PackedLinear:
         """See ``Linear``."""
         return self.projection(x, get_num_threads())
 
-    def take(self, ids: NDArray[np.int64]) -> Float32:
+    def take(self, ids: NDArray[np.int64], out: Float32 | None = None) -> Float32:
         """See ``Linear``."""
-        out = np.empty((len(ids), self.columns), np.float32)
+        out = np.empty((len(ids), self.columns), np.float32) if out is None else out
         self.projection.take(ids, out)
         return out
 

@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels import forks
-from ..kernels.project import ATTENTIONS, LAYER, run_chain
+from ..kernels.project import ALL_WORKERS, ATTENTIONS, LAYER, run_chain
 from ..kernels.state import empty_state
-from ..kernels.threads import get_num_threads
 from .chain import Apply, Attend, Buffers, Chain, Link, normalize, rotate
 from .config import ModelConfig
 from .errors import MixkvError
@@ -66,11 +65,11 @@ class Attentions(Protocol):
     """The attentions of all layers in one step.
 
     Attributes:
-        table: int64 (layers, 4), as a chain takes them (kernels/project.py, ATTENTIONS).
+        address: of int64 (layers, 4), what a chain needs of each (kernels/project.py, ATTENTIONS).
 
     """
 
-    table: NDArray[np.int64]
+    address: int
 
     def want_last_query(self) -> None:
         """In the last layer the output of the last query is enough."""
@@ -156,6 +155,7 @@ X, QKV, ATTENDED, GATE_UP, BRANCH, LOGITS, TURNS = range(7)
 # So many rows times layers are one call of the kernels, at least a layer: what Python does in between counts where they are
 # few, and an interrupt waits for a call to end
 CALL_ROWS = 768
+KEPT_TURNS = 64  # positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +194,7 @@ class Transformer:
             Softmax(config.softmax_scale, config.attn_logit_softcapping, layer.sink_logits) for layer in weights.layers
         ]
         self._turning: tuple[int, list[tuple[Rope, Float32]]] = 0, []
+        self._turns: tuple[tuple[int, int], Float32] | None = None  # for which context, from where on, and what
         self._embedding_scale = np.float32(config.embedding_multiplier / config.residual_multiplier)
 
     def _queries(self, i: int, layer: Layer) -> list[Link]:
@@ -242,23 +243,21 @@ class Transformer:
         """Run the rows of ``step`` through all layers. Many rows end at the last keys and values if no one asks for more.
 
         Returns logits float32 (T, V) for "all", (len(spans), V) of each span's last row for "last", None for None.
-        ``watch`` is called with arrays that have a NaN if anything computed has, or anything kept. ``on_output`` is called
-        with the output (T, E) of the last layer, ``on_layer`` with the number of each and its output, ``on_attention``
-        before each attention, with arrays that are written to afterwards. ``begin``: where an earlier pass of the same rows
-        stood, to go on there.
+        ``watch`` is called with arrays (T, any) that have a NaN if anything computed has, or anything kept. ``on_output``
+        is called with the output (T, E) of the last layer, ``on_layer`` with the number of each and its output, and
+        ``on_attention`` before each attention, with arrays that are written to afterwards. ``begin``: where an earlier pass
+        of the same rows stood, to go on there.
         MixkvError in a process that was forked from one that had used the kernels.
         """
         if not forks.usable():
             raise MixkvError(forks.MESSAGE)
         weights, n_rows = self.weights, len(step.token_ids)
         buffers = self._buffers(n_rows)
-        ropes = self._ropes(step.context or self.config.max_position_embeddings)
-        for (rope, frequencies), turns in zip(ropes, buffers.arrays[TURNS:], strict=True):
-            rope.turns(step.positions, frequencies, turns)
+        self._turn(step.positions, step.context or self.config.max_position_embeddings, buffers.arrays[TURNS:])
         x = buffers.arrays[X]
         qkv = buffers.arrays[QKV].reshape(n_rows, self._heads[1], -1)
         if begin is None:
-            x[:] = weights.embedding.take(step.token_ids)
+            weights.embedding.take(step.token_ids, x)
             if self._embedding_scale != 1:
                 x *= self._embedding_scale
         else:
@@ -268,7 +267,7 @@ class Transformer:
         attentions = None if begin is not None or watched else self._attentions(step, qkv)
         found = None
         if attentions is not None:
-            x, found = self._run_whole(buffers, attentions, qkv, logits, only_last, watch)
+            x, found = self._run_whole(buffers, attentions, logits, only_last, watch)
         else:
             attended = buffers.arrays[ATTENDED].reshape(n_rows, self._heads[0], -1)
             if begin is None:
@@ -285,7 +284,7 @@ class Transformer:
             if only_last:
                 if watch is not None:
                     watch(x)
-                    watch(qkv)
+                    watch(buffers.arrays[QKV])
                 x = self._last_layer_of_last_rows(step, buffers, qkv, attended)
         if watch is not None:
             watch(x)
@@ -301,9 +300,7 @@ class Transformer:
     def _buffers(self, rows: int) -> Buffers:
         """The buffers of a pass."""
         if rows == 1 and self._spare:
-            buffers = self._spare.pop()
-            buffers.threads = get_num_threads()
-            return buffers
+            return self._spare.pop()
         return Buffers(rows, self._widths, self._whole.links, self._whole.room_nbytes(rows))
 
     def _last_layer_of_last_rows(self, step: Step, buffers: Buffers, qkv: Float32, attended: Float32) -> Float32:
@@ -333,7 +330,6 @@ class Transformer:
         self,
         buffers: Buffers,
         attentions: Attentions,
-        qkv: Float32,
         logits: Literal["all", "last"] | None,
         only_last: bool,
         watch: Callable[[Float32], None] | None,
@@ -350,7 +346,7 @@ class Transformer:
             self._run_links(0, done, buffers, attentions)
             if watch is not None:
                 watch(buffers.arrays[X])
-                watch(qkv)
+                watch(buffers.arrays[QKV])
             buffers = self._some_rows(buffers, [buffers.rows - 1])
         with_head = logits == "all" or (logits == "last" and buffers.rows == 1)
         found = np.empty((buffers.rows, self.weights.head.rows), np.float32) if with_head else None
@@ -365,12 +361,29 @@ class Transformer:
         table = self._whole.table
         assert table is not None
         at_once = max(1, CALL_ROWS // buffers.rows) * (len(table) // len(self.weights.layers) + 1)
-        buffers.addresses[ATTENTIONS] = attentions.table.ctypes.data
+        buffers.addresses[ATTENTIONS] = attentions.address
         while first < stop:
             part = table[: min(first + at_once, stop)]
-            first = run_chain(part, first, buffers.addresses, buffers.rows, buffers.threads)
+            first = run_chain(part, first, buffers.addresses, buffers.rows, ALL_WORKERS)
             if first < len(part):
                 first += attentions.settle(int(table[first, LAYER]))
+
+    def _turn(self, positions: NDArray[np.int64], context: int, targets: Sequence[Float32]) -> None:
+        """Write the cosines and sines of each rotary embedding; for one token, those of its neighbours are kept."""
+        if len(positions) > 1:
+            for (rope, frequencies), turns in zip(self._ropes(context), targets, strict=True):
+                rope.turns(positions, frequencies, turns)
+            return
+        nth = int(positions[0]) % KEPT_TURNS
+        first = int(positions[0]) - nth
+        kept = self._turns  # another thread may replace it
+        if kept is None or kept[0] != (context, first):
+            found = np.empty((len(targets), KEPT_TURNS, self.config.rotary_channels), np.float32)
+            for (rope, frequencies), turns in zip(self._ropes(context), found, strict=True):
+                rope.turns(np.arange(first, first + KEPT_TURNS), frequencies, turns)
+            kept = self._turns = (context, first), found
+        for turns, target in zip(kept[1], targets, strict=True):
+            target[0] = turns[nth]
 
     def _ropes(self, context: int) -> list[tuple[Rope, Float32]]:
         """Each rotary embedding with its angles a position; those of the last context are kept."""

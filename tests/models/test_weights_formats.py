@@ -230,8 +230,9 @@ class Oracle:
         if rounds and isinstance(linear, PackedLinear):
             self._rounded = np.concatenate([np.full(part.rows, part.kind in CODES) for part in linear.parts])
 
-    def take(self, ids: NDArray[np.int64]) -> Float32:
-        return self._weight[ids].astype(np.float32)
+    def take(self, ids: NDArray[np.int64], out: Float32) -> Float32:
+        out[:] = self._weight[ids]
+        return out
 
     def __call__(self, values: Float32) -> Float32:
         x = values.astype(np.float64)
