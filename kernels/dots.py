@@ -13,7 +13,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .microkernel import _ask_ahead, _ask_to_write, _at, _choose, _largest_of, _load_dense, _Loop, _number
+from .microkernel import _ask_to_write, _at, _choose, _largest_of, _load_dense, _Loop, _number
 from .simd import (
     _F32,
     _I32,
@@ -94,10 +94,11 @@ def _codes_of_group(builder: Any, at: Any, bits: int) -> list[tuple[int, Any]]:
 
 
 def _bytes(bits: int, has_minima: bool) -> Any:
-    group_nbytes = GROUP * LANES * bits // 8
+    group_nbytes, params_nbytes = GROUP * LANES * bits // 8, 2 * LANES * 2  # of a unit (weights.py): a group, or two
+    double = 0 if has_minima else 1
 
     def body(context: Any, builder: Any, *args: Any) -> None:
-        x, x_scales, x_others, codes, scales, minima, groups, rows, target, row_stride, fresh = args
+        x, x_scales, x_others, block, groups, rows, target, row_stride, fresh = args
         for n_rows in _choose(builder, rows, iter(byte_rows(context))):
             chains = CHAINS.get(n_rows, 1) if cpu_has(context, "avx512f") else 1
             for r in range(n_rows) if n_rows > 2 else ():
@@ -107,10 +108,10 @@ def _bytes(bits: int, has_minima: bool) -> Any:
             own_x = builder.add(x, builder.mul(loop.i, _number(x, TILE_ROWS * GROUP)))
             place = builder.mul(loop.i, _number(x, 4 * TILE_ROWS))
             own_scales, own_others = builder.add(x_scales, place), builder.add(x_others, place)
-            at = builder.add(codes, builder.mul(loop.i, _number(codes, group_nbytes)))
-            for line in range(0, group_nbytes, VECTOR) if n_rows <= 2 else ():  # many rows read a block many times
-                _ask_ahead(builder, builder.add(at, _number(at, line)))
-            half = builder.mul(loop.i, _number(x, 2 * LANES))
+            nth, within = builder.lshr(loop.i, _number(x, double)), builder.and_(loop.i, _number(x, double))
+            unit = builder.add(block, builder.mul(nth, _number(x, params_nbytes + (group_nbytes << double))))
+            own = builder.add(unit, builder.mul(within, _number(x, group_nbytes)))
+            at = builder.add(own, _number(x, params_nbytes))
             sums = []
             for r in range(n_rows):
                 first = _const(_V_I32, 0)
@@ -122,8 +123,10 @@ def _bytes(bits: int, has_minima: bool) -> Any:
                 for r in range(n_rows):
                     i = u % chains
                     sums[r][i] = _dot_bytes(context, builder, sums[r][i], own_x, GROUP * r + column, words, bits)
-            scale = _load_dense(context, builder, builder.add(scales, half), "f16")
-            minimum = _load_dense(context, builder, builder.add(minima, half), "f16") if has_minima else None
+            own = builder.add(unit, builder.mul(within, _number(x, 2 * LANES)))
+            scale = _load_dense(context, builder, own, "f16")
+            behind = builder.add(unit, _number(x, 2 * LANES))
+            minimum = _load_dense(context, builder, behind, "f16") if has_minima else None
             for r in range(n_rows):
                 total = sums[r][0]
                 for more in sums[r][1:]:
@@ -147,10 +150,10 @@ def _bytes(bits: int, has_minima: bool) -> Any:
     body.__doc__ = f"""target[r] (+)= one block of 16 weight rows of {bits} bits times a few rows of activations.
 
     Arguments, addresses and bytes: codes of the activations, their scales, their offsets (where weights have minima, else
-    what a group's sum begins with), all of the first row in its tile; the block's codes, scales, minima; groups, rows,
-    target of row 0, from one row's target to the next, whether targets are fresh (1: they count as 0).
+    what a group's sum begins with), all of the first row in its tile; the block; groups, rows, target of row 0, from one
+    row's target to the next, whether targets are fresh (1: they count as 0).
     """
-    return _operation(types.void, *[types.intp] * 11)(body)
+    return _operation(types.void, *[types.intp] * 9)(body)
 
 
 multiply_bytes8, multiply_bytes4, multiply_bytes4m = _bytes(8, False), _bytes(4, False), _bytes(4, True)

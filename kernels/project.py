@@ -30,7 +30,7 @@ from .jit import SHARE, inner, kernel, parallel_kernel, standalone
 from .rotary import rotate_heads
 from .simd import LANES
 from .tables import CALL_TASKS, FOLLOW_KERNEL, call_tasks, get
-from .weights import W4, W4M, W8, WBF16, WF16, WF32, codes_of, row_of
+from .weights import W4, W4M, W8, WBF16, WF16, WF32, row_of
 
 VECTOR = 4 * LANES
 # A link of a chain: one array of int64, behind which the parts of its matrix follow. EPS is the bits of a float32
@@ -68,17 +68,15 @@ def _multiply_codes(kind, block, groups, tile, place, rows, target, stride, fres
     """Some rows of one tile of activations, from row ``place`` on, times one block of weights."""
     simd.never_inline()
     others = OFFSETS if kind == W4M else LESS_8 if kind == W4 else LESS_128
-    params = groups * LANES * 2
-    codes = codes_of(kind, block, groups)
     x = _array_of(tile, groups, CODES) + place * GROUP
     scales = _array_of(tile, groups, SCALES) + 4 * place
     others_at = _array_of(tile, groups, others) + 4 * place
     if kind == W8:
-        multiply_bytes8(x, scales, others_at, codes, block, 0, groups, rows, target, stride, fresh)
+        multiply_bytes8(x, scales, others_at, block, groups, rows, target, stride, fresh)
     elif kind == W4:
-        multiply_bytes4(x, scales, others_at, codes, block, 0, groups, rows, target, stride, fresh)
+        multiply_bytes4(x, scales, others_at, block, groups, rows, target, stride, fresh)
     else:
-        multiply_bytes4m(x, scales, others_at, codes, block, block + params, groups, rows, target, stride, fresh)
+        multiply_bytes4m(x, scales, others_at, block, groups, rows, target, stride, fresh)
 
 
 @inner

@@ -44,9 +44,13 @@ def read(matrix: Matrix) -> np.ndarray:
         if matrix.kind in DENSE:
             found.append(block.view(DENSE[matrix.kind]).reshape(matrix.columns, 16).T.astype(np.float64))
             continue
+        each, nbytes = 1 if matrix.kind == W4M else 2, 512 if matrix.kind == W8 else 256  # groups of a unit; of codes
+        numbers, codes = np.empty((2, groups, 16)), np.empty((groups, nbytes // 64, 16, 4), np.int64)
+        for group in range(groups):
+            unit, nth = group // each * (64 + each * nbytes), group % each
+            numbers[:, group] = np.roll(block[unit : unit + 64].view("<f2").reshape(2, 16), -nth, axis=0)
+            codes[group] = block[unit + 64 + nth * nbytes :][:nbytes].reshape(-1, 16, 4)
         kinds = 2 if matrix.kind == W4M else 1
-        numbers = block[: kinds * groups * 32].view("<f2").reshape(kinds, groups, 16).astype(np.float64)
-        codes = block[-(-kinds * groups * 32 // 64) * 64 :].reshape(groups, -1, 16, 4).astype(np.int64)
         values = np.empty((16, groups, GROUP))
         for lane in range(16):
             for c in range(GROUP):
