@@ -310,7 +310,7 @@ def _merge_arms(builder: Any, first: Any, one: list[Any], second: Any, other: li
 
 def _codes(bits: int) -> Any:
     per_word = 8 if bits == 3 else 16 // bits  # pairs
-    words_a_turn = {16: 4, 8: 2}.get(bits, 1)
+    words_a_turn = {16: 4, 8: 2, 4: 2}.get(bits, 1)
 
     def body(context: Any, builder: Any, *args: Any) -> None:
         a, a_stride, b, b_stride, tops_plane, first_pair, count, rows, vectors = args[:9]
