@@ -7,11 +7,14 @@ import numpy as np
 from numba.core import event
 
 from .activations import PLAIN
-from .chain import Projection
+from .chain import Projection, address_of
 from .flash import flash_attention
+from .health import are_below, are_finite, have_largest
 from .matmul import matvec
 from .project import normalize_rows, rotate_rows
 from .segment import quantize
+from .sight import look, renew_calls
+from .tables import CALL_FIELDS, STEP
 from .threads import get_num_threads
 from .weights import W8, empty_matrix
 
@@ -29,11 +32,23 @@ def _linear() -> None:
     normalize_rows.address()
 
 
+def _steps() -> None:
+    """What a session does around a pass."""
+    none, row = np.zeros(1, np.int64), np.zeros((1, 1), np.float32)
+    look(0, none, 64, 0, 0, 1, 1, 0, 1, np.empty((6, 1), np.int64), np.empty(CALL_FIELDS - STEP, np.int64))
+    renew_calls(np.zeros((0, 4), np.int64), none[:0])
+    are_below(none, 1)
+    are_finite(row)
+    have_largest(row)
+    address_of(row)
+
+
 STEPS: dict[str, Callable[[], object]] = {
     "attention": lambda: _attention(1, 1),
     "merging": lambda: _attention(1, 513),
     "quantizing": lambda: quantize(np.ones((1, 1, 16), np.float32), np.ones((1, 1, 16), np.float32)),
     "linear layers": _linear,
+    "steps": _steps,
     "matrix-vector product": lambda: matvec(np.ones((4, 16), np.float32), np.ones(16, np.float32)),
 }
 """What each step compiles, or loads from the cache, by its name."""
