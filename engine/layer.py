@@ -108,16 +108,17 @@ class View:
         self.go_to(position)
 
     def go_to(self, position: int) -> None:
-        """See what as many queries see from another position on."""
+        """See what as many queries see from another position on. An interrupt leaves no address of freed memory."""
+        self.position = -1  # fits no step until all is done
+        n_parts = look(position, *self._fixed, self.ranges, self.fields)
+        if n_parts != self._n_parts:  # room for outputs and states of parts that are merged (kernels/attention.py)
+            rows = n_parts * self.n_queries * self.heads
+            parts = np.empty(rows * self._width + LANES, np.float32), np.empty(rows * 2 + 1, np.float32)
+            addresses = self.state.ctypes.data, *(x.ctypes.data for x in parts)
+            self._n_parts = -1
+            self._parts, self.addresses = parts, addresses
+            self._n_parts = n_parts
         self.position, self.stop = position, position + self.n_queries
-        parts = look(position, *self._fixed, self.ranges, self.fields)
-        if (
-            parts != self._n_parts
-        ):  # room for the outputs and the states of parts that are merged (kernels/attention.py)
-            rows = parts * self.n_queries * self.heads
-            self._parts = np.empty(rows * self._width + LANES, np.float32), np.empty(rows * 2 + 1, np.float32)
-            self._n_parts = parts
-            self.addresses = self.state.ctypes.data, *(x.ctypes.data for x in self._parts)
 
     def fits(self, qkv: Float32) -> bool:
         """Whether it does for other queries, keys and values, wherever they are."""

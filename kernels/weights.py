@@ -8,7 +8,7 @@
     float16, bfloat16, float32    [blocks of 16 rows][columns][16 rows]
 
 What is used together lies together: a block is read as one run of memory, which the processor itself fetches ahead. With
-all scales of a block before its codes it did not, and a matrix took 1.3 to 1.8 times as long.
+all scales of a block before its codes it did not, and the matrices of a token took 1.2 to 1.3 times as long.
 
 A group is 32 columns. A value is ``scale * (code - middle)``, or ``scale * code + minimum``. Rows are filled up to 16 and
 columns to 32 with zeros.
