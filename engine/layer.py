@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.attention import attend_segments
+from ..kernels.crew import ALL_WORKERS
 from ..kernels.flash import empty_call
 from ..kernels.hadamard import block_size, rotated
 from ..kernels.layout import DENSE_DTYPES, F32, Q8
@@ -54,7 +55,7 @@ from ..kernels.tables import (
     STEP,
     V_BLOCK,
 )
-from ..kernels.threads import get_num_threads
+from ..kernels.threads import most_threads
 from ..models.errors import NumericalError, UsageError
 from ..models.transformer import Softmax
 from .policy import DENSE, CachePolicy
@@ -93,16 +94,18 @@ class View:
     def __init__(self, cache: "LayerCache", position: int, qkv: Float32) -> None:
         n_kv_heads = cache.recent.layout.n_kv_heads
         n_queries, heads = len(qkv), qkv.shape[1] - 2 * n_kv_heads
+        if n_queries == 0:
+            raise ValueError("there must be a query, found none")
         if heads > MAX_N_REP * n_kv_heads:  # the kernels would write beyond their tables
             raise ValueError(f"at most {MAX_N_REP} query heads may share a KV head, found {heads} and {n_kv_heads}")
-        self.n_queries, self.heads, self.threads = n_queries, heads, get_num_threads()
+        self.n_queries, self.heads = n_queries, heads
         self.state = np.empty((heads, n_queries, 2), np.float32)
         self.ranges = np.empty((2 * (len(cache.ages) + 2), n_queries), np.int64)
         self.fields = np.empty(CALL_FIELDS - STEP, np.int64)
         self._shape, self._width = qkv.shape, -(-qkv.shape[2] // LANES) * LANES
         self._fixed = (
             np.array(cache.ages, np.int64), cache.policy.tile, cache.sinks, cache.sliding_window or 0, heads, n_kv_heads,
-            4 * qkv.shape[1] * self._width, self.threads,
+            4 * qkv.shape[1] * self._width, most_threads(),
         )  # fmt: skip
         self._n_parts, self._parts = -1, (np.empty(0, np.float32),) * 2
         self.go_to(position)
@@ -245,7 +248,7 @@ class LayerCache:
             call[FIRST_QUERY] = 0 if self.keeps_ledger else first
             if not call[FRESH]:  # go on from the sink logits instead of from nothing
                 view.state[...], result[...] = softmax.first_state(heads, view.n_queries), 0
-            attend_segments(call, padded, result, view.state, view.threads)
+            attend_segments(call, padded, result, view.state, ALL_WORKERS)
             if self.settle(padded[:, heads:]):
                 break
             call = self.describe_again(view, softmax)

@@ -15,7 +15,7 @@ from numba import prange, types
 
 from . import simd
 from .append import store_share
-from .crew import TASK_NBYTES, begin_tasks, do_task, have_failed
+from .crew import ALL_WORKERS, TASK_NBYTES, begin_tasks, do_task, have_failed, threads_in_force
 from .hadamard import rotate_head
 from .jit import SHARE, inner, parallel_kernel, standalone
 from .products import multiply_dense, multiply_tile
@@ -380,8 +380,11 @@ def attend_segments(call, q, out, state, workers):  # type: ignore[no-untyped-de
 
     q: float32 (T, heads, width), of which the first N_HEADS heads are queries. out (T, H, width) and state (H, T, 2) are
     continued, or begun where FRESH. Where APPENDED, the heads behind the queries are keys and values: they are stored
-    first. Then tiles are quantized, as the call's jobs say (quantize.py), round by round.
+    first. Then tiles are quantized, as the call's jobs say (quantize.py), round by round. workers: their number, or
+    ALL_WORKERS.
     """
+    if workers == ALL_WORKERS:
+        workers = threads_in_force()
     parts, rows = call[N_PARTS], call[N_QUERIES] * call[N_HEADS]
     outs, states = (
         np.empty(parts * rows * call[ROW_WIDTH] + LANES, np.float32),

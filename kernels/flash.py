@@ -4,11 +4,11 @@ import functools
 import math
 from numbers import Real
 
-import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .attention import KERNELS, attend_segments
+from .crew import ALL_WORKERS
 from .forks import check_usable
 from .jit import kernel
 from .layout import LIMBS, PARTS
@@ -42,6 +42,7 @@ from .tables import (
     SOFTCAP,
     V_SIDE,
 )
+from .threads import most_threads
 
 PRECISIONS = ("default", "f32")
 _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
@@ -197,17 +198,16 @@ def attend(
 
     """
     _check_n_rep(q.shape[1], segment.n_kv_heads)
-    workers = numba.get_num_threads()
     call = _describe(
         _kernels(), segment.table, segment.geometry, segment.n_kv_heads, starts, stops, q, scale, softcap, exact, fresh,
-        workers,
+        most_threads(),
     )  # fmt: skip
     if slopes is not None:
         assert distances is not None
         call[SLOPES], call[DISTANCES] = slopes.ctypes.data, distances.ctypes.data
     if mask is not None:
         call[MASKS], call[MASK_HEAD], call[MASK_QUERY] = mask.ctypes.data, *mask.strides[:2]
-    attend_segments(call, q, out, state, workers)
+    attend_segments(call, q, out, state, ALL_WORKERS)
     del starts, stops, slopes, distances, mask, segment  # whose addresses were in use until here
 
 

@@ -24,7 +24,7 @@ from .activations import (
     tile_nbytes,
 )
 from .attention import follow_attention, is_to_be_repeated
-from .crew import TASK_NBYTES, attempt, begin_tasks, do_task, have_failed, threads_in_force
+from .crew import ALL_WORKERS, TASK_NBYTES, attempt, begin_tasks, do_task, have_failed, threads_in_force
 from .dots import GROUP, TILE_ROWS, multiply_bytes4, multiply_bytes4m, multiply_bytes8, next_byte_rows
 from .jit import SHARE, inner, kernel, parallel_kernel, standalone
 from .rotary import rotate_heads
@@ -49,9 +49,6 @@ ATTEND = 17  # the attention of LAYER: its queries, keys and values are SOURCE
 # Whose addresses a chain runs on. ATTENTIONS: int64 (layers, 4), of each layer's call, state, and parts (attention.py)
 FOLLOW, TASKS, ATTENTIONS, ROOM, OWN_BUFFERS = range(5)
 LINK_TASKS = 2  # at most: making rows ready, and the product
-ALL_WORKERS = (
-    0  # as many as there are threads in force: Python takes as long to say how many as a layer's row to be normed
-)
 CACHED_NBYTES = 1 << 16  # of weights: part of a second-level cache
 
 

@@ -33,7 +33,7 @@ def splits_in(low, high):  # type: ignore[no-untyped-def]
 def parts_of(n_queries, n_heads, n_kv_heads, splits, workers):  # type: ignore[no-untyped-def]
     """In how many parts so many splits are attended to; 0 for all in one go.
 
-    Parts are for calls whose queries alone would leave workers idle.
+    Parts are for calls whose queries alone would leave workers idle. workers: the most that there may be.
     """
     n_rows = n_queries * n_heads // n_kv_heads
     enough_units = (n_rows + BLOCK_ROWS - 1) // BLOCK_ROWS * n_kv_heads >= UNITS_A_WORKER * workers

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.chain import Normalization, address_of, attention, chain_addresses, chain_table, room_nbytes, rotation
-from ..kernels.project import ALL_WORKERS, OWN_BUFFERS, run_chain
+from ..kernels.crew import ALL_WORKERS
+from ..kernels.project import OWN_BUFFERS, run_chain
 from .experts import Experts
 from .linear import Linear, Norm, PackedLinear
 

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels import forks
-from ..kernels.project import ALL_WORKERS, ATTENTIONS, LAYER, run_chain
+from ..kernels.crew import ALL_WORKERS
+from ..kernels.project import ATTENTIONS, LAYER, run_chain
 from ..kernels.state import empty_state
 from .chain import Apply, Attend, Buffers, Chain, Link, normalize, rotate
 from .config import ModelConfig

@@ -7,7 +7,7 @@ cache, before any line, and before every few byte-code instructions - where Ctrl
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 import mixkv
+from mixkv.engine.layer import LayerCache
 from mixkv.engine.policy import CachePolicy
 from mixkv.engine.session import Session
 from mixkv.models.transformer import Softmax, Step
@@ -185,6 +186,23 @@ def test_an_interrupt_before_any_line_of_a_decode_step_leaves_the_session_in_ste
 def test_a_tile_sealed_with_a_token_that_then_does_not_count_is_sealed_again() -> None:
     check_every_interrupt(first=95, then=1, policy=NO_WINDOW)
     check_every_interrupt(first=90, then=40, policy=NO_WINDOW, stride=3)
+
+
+def test_an_interrupt_while_a_view_moves_leaves_no_address_of_memory_that_is_gone() -> None:
+    """More splits are seen, and attended to in more parts, whose room is another."""
+    layer = LayerCache(CachePolicy(window=64), HEADS, 16)
+    qkv = np.zeros((1, 3 * HEADS, 16), np.float32)
+    interrupter = Interrupter(opcodes=True)
+    with interrupter.tracing():
+        layer.view(1000, qkv).go_to(2000)
+    for at in range(interrupter.passed):
+        view = layer.view(1000, qkv)
+        with interrupter.tracing(raise_at=at), suppress(KeyboardInterrupt):
+            view.go_to(2000)
+        view.go_to(2000)
+        fresh = layer.view(2000, qkv)
+        assert [x.size for x in view._parts] == [x.size for x in fresh._parts]
+        assert view.addresses == (view.state.ctypes.data, *(x.ctypes.data for x in view._parts)), interrupter.where
 
 
 def test_an_interrupt_between_instructions_leaves_the_session_in_step() -> None:
