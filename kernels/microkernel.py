@@ -164,9 +164,9 @@ def _prefetch(builder: Any, address: Any, to_write: bool, locality: int) -> None
     builder.call(function, [builder.inttoptr(address, byte), _I32(int(to_write)), _I32(locality), _I32(1)])
 
 
-def _ask_ahead(builder: Any, address: Any) -> None:
-    """Ask for the cache lines that lie AHEAD of an address."""
-    for distance, locality in AHEAD:
+def _ask_ahead(builder: Any, address: Any, distances: tuple[tuple[int, int], ...] = AHEAD) -> None:
+    """Ask for the cache lines that lie some distances ahead of an address."""
+    for distance, locality in distances:
         _prefetch(builder, builder.add(address, _number(address, distance)), False, locality)
 
 

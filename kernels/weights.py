@@ -7,8 +7,8 @@
         4 bits             [4 words][16 rows]: the lower half of byte b of word w is column 4 w + b, the upper 16 + 4 w + b
     float16, bfloat16, float32    [blocks of 16 rows][columns][16 rows]
 
-What is used together lies together: a block is read as one run of memory, which the processor itself fetches ahead. With
-all scales of a block before its codes it did not, and the matrices of a token took 1.2 to 1.3 times as long.
+What is used together lies together: a block is read as one run of memory, which AMD's processors fetch ahead by themselves.
+With all scales of a block before its codes they did not, and the matrices of a token took 1.2 to 1.3 times as long.
 
 A group is 32 columns. A value is ``scale * (code - middle)``, or ``scale * code + minimum``. Rows are filled up to 16 and
 columns to 32 with zeros.
