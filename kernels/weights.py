@@ -53,8 +53,8 @@ class CodedRows:
     scales: NDArray[np.float16]
     minima: NDArray[np.float16] | None = None
 
-    def take(self, order: NDArray[np.int64]) -> "CodedRows":
-        """Some of the rows, in some order."""
+    def take(self, order: NDArray[np.int64] | slice) -> "CodedRows":
+        """Some of the rows, in some order; those of a slice are views."""
         minima = None if self.minima is None else self.minima[order]
         return CodedRows(self.kind, self.words[order], self.scales[order], minima)
 

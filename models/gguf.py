@@ -10,60 +10,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels.weights import W4, W4M, W8, CodedRows
+from ..kernels.weights import CodedRows
 from .check import refuse_impostor, shown
 from .errors import ModelError
+from .gguf_blocks import CODE_KINDS, TENSOR_TYPES, codes_of_rows, dequantize
 from .gguf_metadata import Cursor, Kind, MetaValue, kind_name, of_kind
 from .limits import MAX_GGUF_ALIGNMENT, MAX_GGUF_DIMS, MAX_GGUF_KEYS, MAX_GGUF_TENSORS, MIN_GGUF_ALIGNMENT
 
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
-_VALUES_AT_ONCE = 1 << 17  # a chunk and its temporaries stay in the L2 cache: 0.3 s for the default model, not 0.75
-
-
-class _Blocks(NamedTuple):
-    """How a tensor type is stored: ``values`` numbers in each ``nbytes`` bytes."""
-
-    name: str
-    values: int
-    nbytes: int
-
-
-# The types that gguf.quants turns into float32, by their number in the file. Spelled out because importing gguf costs
-# more than opening a file does; a test compares the table with the package's.
-TENSOR_TYPES: Mapping[int, _Blocks] = {
-    0: _Blocks("F32", 1, 4),
-    1: _Blocks("F16", 1, 2),
-    2: _Blocks("Q4_0", 32, 18),
-    3: _Blocks("Q4_1", 32, 20),
-    6: _Blocks("Q5_0", 32, 22),
-    7: _Blocks("Q5_1", 32, 24),
-    8: _Blocks("Q8_0", 32, 34),
-    10: _Blocks("Q2_K", 256, 84),
-    11: _Blocks("Q3_K", 256, 110),
-    12: _Blocks("Q4_K", 256, 144),
-    13: _Blocks("Q5_K", 256, 176),
-    14: _Blocks("Q6_K", 256, 210),
-    16: _Blocks("IQ2_XXS", 256, 66),
-    17: _Blocks("IQ2_XS", 256, 74),
-    18: _Blocks("IQ3_XXS", 256, 98),
-    19: _Blocks("IQ1_S", 256, 50),
-    20: _Blocks("IQ4_NL", 32, 18),
-    21: _Blocks("IQ3_S", 256, 110),
-    22: _Blocks("IQ2_S", 256, 82),
-    23: _Blocks("IQ4_XS", 256, 136),
-    29: _Blocks("IQ1_M", 256, 56),
-    30: _Blocks("BF16", 1, 2),
-    34: _Blocks("TQ1_0", 256, 54),
-    35: _Blocks("TQ2_0", 256, 66),
-}
-_KERNEL_KINDS = {"Q4_0": W4, "Q4_1": W4M, "Q8_0": W8}
-_BY_NAME = {blocks.name: blocks for blocks in TENSOR_TYPES.values()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +58,7 @@ class GGUFFile:
         Raises ModelError if the file has no tensor of that name.
         """
         tensor = self._tensor(which)
-        stored = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
-        return _dequantize(stored, _BY_NAME[tensor.type_name]).reshape(tensor.shape)
+        return dequantize(self._bytes(tensor), tensor.type_name).reshape(tensor.shape)
 
     def _tensor(self, which: str | GGUFTensor) -> GGUFTensor:
         if isinstance(which, GGUFTensor):
@@ -109,18 +67,16 @@ class GGUFFile:
             raise ModelError(f"{self.path}: there is no tensor {shown(which)}")
         return self.tensors[which]
 
-    def blocks(self, which: str | GGUFTensor) -> CodedRows | None:
-        """The rows of a matrix as the codes that the file holds, views into it; None for types that the kernels lack."""
+    def _bytes(self, tensor: GGUFTensor) -> npt.NDArray[np.uint8]:
+        """A tensor as it is stored, a view into the file."""
+        return np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
+
+    def codes(self, which: str | GGUFTensor) -> CodedRows | None:
+        """The rows of a matrix as codes of the kind in CODE_KINDS; None for other types, and where a scale does not fit."""
         tensor = self._tensor(which)
-        kind = _KERNEL_KINDS.get(tensor.type_name)
-        if kind is None or len(tensor.shape) != 2:
+        if tensor.type_name not in CODE_KINDS or len(tensor.shape) != 2:
             return None
-        block = _BY_NAME[tensor.type_name]
-        stored = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
-        stored = stored.reshape(tensor.shape[0], tensor.shape[1] // block.values, block.nbytes)
-        numbers = 2 if kind == W4M else 1  # the scale, and after it the minimum
-        scales, minima = (stored[..., 2 * i : 2 * i + 2].view(np.float16)[..., 0] for i in (0, numbers - 1))
-        return CodedRows(kind, stored[..., 2 * numbers :].view(np.uint32), scales, minima if numbers == 2 else None)
+        return codes_of_rows(self._bytes(tensor).reshape(tensor.shape[0], -1), tensor.type_name)
 
     def forget(self, which: str | GGUFTensor) -> None:
         """Give back the memory that reading a tensor took up; reading it again is all right."""
@@ -234,7 +190,8 @@ def _read_tensor(cursor: Cursor, index: int, alignment: int) -> GGUFTensor:
     code = cursor.uint32(f"the type of {what}")
     offset = cursor.uint64(f"the offset of {what}")
     if code not in TENSOR_TYPES:
-        raise ModelError(f"{what} has the type number {code}, supported are {', '.join(_BY_NAME)}")
+        known = ", ".join(blocks.name for blocks in TENSOR_TYPES.values())
+        raise ModelError(f"{what} has the type number {code}, supported are {known}")
     blocks = TENSOR_TYPES[code]
     if 0 in shape:
         raise ModelError(f"{what} has the shape {shape}, every dimension must be at least 1")
@@ -258,19 +215,3 @@ def _placed(tensors: Iterable[GGUFTensor], start: int, file_size: int) -> list[G
             raise ModelError(f"tensor {shown(previous)} should end at byte {end}, but the file has {file_size} bytes")
         placed.append(replace(tensor, offset=offset))
     return placed
-
-
-def _dequantize(stored: npt.NDArray[np.uint8], blocks: _Blocks) -> npt.NDArray[np.float32]:
-    """The float32 values, flat, of the stored blocks, flat."""
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    kind = GGMLQuantizationType[blocks.name]
-    values = np.empty(stored.size // blocks.nbytes * blocks.values, np.float32)
-    step = _VALUES_AT_ONCE // blocks.values
-    with np.errstate(invalid="ignore", over="ignore"):  # NaN and Inf scales pass through; checking weights is apart
-        for first in range(0, stored.size // blocks.nbytes, step):
-            # As a single row: gguf.quants cuts what it is given into groups of 16 rows, which would be too small.
-            part = stored[first * blocks.nbytes : (first + step) * blocks.nbytes].reshape(1, -1)
-            values[first * blocks.values : (first + step) * blocks.values] = dequantize(part, kind)[0]
-    return values

@@ -107,7 +107,7 @@ class GGUFSource:
     def stored(self, name: str) -> Stored:
         """Tensor ``name`` as the file holds it, where the kernels know the format; else float32."""
         tensor = self._stored[name]
-        coded = self._file.blocks(tensor)
+        coded = self._file.codes(tensor)
         if coded is None:
             values = self.read(name)
             dtype = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}.get(tensor.type_name)

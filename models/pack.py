@@ -1,8 +1,8 @@
 """From the tensors of a file to linear layers, in the format that was asked for.
 
-"auto" changes no number where the kernels know the stored format (Q4_0, Q4_1, Q8_0, bfloat16, float16, float32); float64
-becomes float32, and what they do not know, K types for example, is kept as q8. Every other choice converts everything that
-is stored otherwise.
+"auto" changes no number where the kernels know the stored format (gguf_blocks.CODE_KINDS, bfloat16, float16, float32), but
+the scales of Q4_K, which become float16; float64 becomes float32, and what they do not know, Q6_K for example, is kept as
+q8. Every other choice converts everything that is stored otherwise.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,12 +32,14 @@ from ..kernels.weights import (
 )
 from .check import check_finite, shown
 from .errors import ModelError, UsageError
+from .gguf_blocks import CODE_KINDS
 from .linear import Before, FloatLinear, Linear, PackedLinear
 
 Float32 = NDArray[np.float32]
 WEIGHTS = ("auto", "f32", "bf16", "q8", "q4")
+_STORED_AT_ONCE = 1 << 22  # bytes of codes
 _KINDS = {"bf16": WBF16, "q8": W8, "q4": W4M}
-_LOSSLESS = {"F32": None, "F64": None, "F16": WF16, "BF16": WBF16, "Q8_0": W8, "Q4_0": W4, "Q4_1": W4M}
+_KNOWN = {"F32": None, "F64": None, "F16": WF16, "BF16": WBF16, **CODE_KINDS}
 
 
 class TensorSource(Protocol):
@@ -65,7 +67,7 @@ def _kind(weights: str, stored_type: str) -> int | None:
     if weights == "f32":
         return None
     if weights == "auto":
-        return _LOSSLESS.get(stored_type, W8)
+        return _KNOWN.get(stored_type, W8)
     if weights == "q4" and stored_type == "Q4_0":
         return W4
     return _KINDS[weights]
@@ -161,8 +163,10 @@ class Packer:
             for numbers in (stored.scales, stored.minima):
                 if numbers is not None:
                     check_finite(name, numbers, self._checked)
-        store_coded(matrix, first, stored)
-        self._source.forget(name)
+        rows = max(_STORED_AT_ONCE // (stored.words[0].nbytes * LANES), 1) * LANES
+        for begin in range(0, len(stored.words), rows):
+            store_coded(matrix, first + begin, stored.take(slice(begin, begin + rows)))
+            self._source.forget(name)  # what was read so far, or a large matrix would be in memory twice
 
     def _coded(self, name: str, values: Float32, kind: int) -> CodedRows:
         try:

@@ -16,9 +16,10 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mixkv.models import gguf as reader
+from mixkv.models import gguf_blocks
 from mixkv.models.errors import ModelError
-from mixkv.models.gguf import TENSOR_TYPES, open_gguf
+from mixkv.models.gguf import open_gguf
+from mixkv.models.gguf_blocks import TENSOR_TYPES
 from mixkv.models.gguf_config import config_from_gguf
 from mixkv.models.gguf_names import GGUFSource, unpermute_heads
 
@@ -140,7 +141,7 @@ def test_table_of_tensor_types_agrees_with_the_gguf_package() -> None:
 def test_each_type_reads_as_the_gguf_package_dequantizes_it(
     tmp_path: Path, kind: GGMLQuantizationType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "_VALUES_AT_ONCE", 2048)  # several chunks, the last one shorter
+    monkeypatch.setattr(gguf_blocks, "_VALUES_AT_ONCE", 2048)  # several chunks, the last one shorter
     values, nbytes = GGML_QUANT_SIZES[kind]
     rows, columns = 19, 512
     stored = np.random.default_rng(1).integers(0, 256, (rows, columns // values * nbytes), np.uint8)

@@ -30,17 +30,17 @@ Change = Callable[[dict[str, NDArray[Any]], dict[str, Any]], None]
 DATA = Path(__file__).parents[1] / "data"
 TINY_LLAMA = DATA / "tiny_llama"
 CODES = (W8, W4, W4M)
-KEPT = {"Q4_0": W4, "Q4_1": W4M, "Q8_0": W8, "F16": WF16, "BF16": WBF16}  # without loss
+KEPT = {"Q4_0": W4, "Q4_1": W4M, "Q5_0": W8, "Q8_0": W8, "F16": WF16, "BF16": WBF16}  # without loss
 # One layer has parts that are stored differently; the next one, parts that share a matrix as far as they can
 MIXED = {
     "0.self_attn.q_proj.weight": "Q4_1", "0.self_attn.k_proj.weight": "Q8_0", "0.self_attn.v_proj.weight": "F16",
     "0.self_attn.o_proj.weight": "Q4_0", "0.mlp.gate_proj.weight": "Q4_0", "0.mlp.up_proj.weight": "BF16",
     "0.mlp.down_proj.weight": "BF16", "1.self_attn.o_proj.weight": "F16", "1.mlp.gate_proj.weight": "Q4_1",
-    "1.mlp.up_proj.weight": "Q4_1", "embed_tokens.weight": "Q8_0", "lm_head.weight": "Q5_0", ".weight": "Q4_0",
+    "1.mlp.up_proj.weight": "Q4_1", "embed_tokens.weight": "Q8_0", "lm_head.weight": "Q5_1", ".weight": "Q4_0",
 }  # fmt: skip
 FORMATS = [
     *(f"tiny_llama {weights}" for weights in ("q8", "q4", "bf16")), *(f"toy {weights}" for weights in ("q8", "q4", "bf16")),
-    *KEPT, "Q5_0", "mixed",
+    *KEPT, "Q5_1", "mixed",
 ]  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def test_what_the_kernels_know_is_kept_without_loss(models: Callable[[str], Mode
     for names, linear in linears(model):
         assert isinstance(linear, PackedLinear)
         stored = [type_of(name, types) for name in names]
-        if "Q5_0" in stored:
+        if "Q5_1" in stored:
             continue
         assert {part.kind for part in linear.parts} == {KEPT[x] for x in stored}
         want = [read_back(values[name], x) for name, x in zip(names, stored, strict=True)]
@@ -121,9 +121,9 @@ def test_what_the_kernels_know_is_kept_without_loss(models: Callable[[str], Mode
 def test_what_the_kernels_do_not_know_becomes_q8(models: Callable[[str], Model]) -> None:
     """At the cost of half a step, a 127th of the largest of 32."""
     values = tensors()
-    for names, linear in linears(models("Q5_0")):
+    for names, linear in linears(models("Q5_1")):
         assert {part.kind for part in linear.parts} == {W8}
-        want = np.concatenate([read_back(values[name], "Q5_0") for name in names])
+        want = np.concatenate([read_back(values[name], "Q5_1") for name in names])
         largest = np.abs(want).reshape(len(want), -1, 32).max(axis=2)
         error = np.abs(all_rows(linear) - want).reshape(len(want), -1, 32).max(axis=2)
         assert (error <= 0.501 * largest / 127).all() and error.any()
@@ -163,16 +163,16 @@ def test_what_a_model_of_mixed_formats_will_take(tmp_path: Path) -> None:
     model = load(str(write_model(tmp_path / "model.gguf", types)))
     opened = open_model(str(tmp_path / "model.gguf"))
     formats, nbytes = kept(opened, "auto")
-    assert nbytes == matrix_nbytes(model) and formats["F32"] == "f32" and formats["Q5_0"] == "q8"
+    assert nbytes == matrix_nbytes(model) and formats["F32"] == "f32" and formats["Q5_1"] == "q8"
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("kind", [*KEPT, "Q5_0", "F32"])
+@pytest.mark.parametrize("kind", [*KEPT, "Q5_1", "F32"])
 def test_every_choice_keeps_what_it_says(tmp_path: Path, weights: str, kind: str) -> None:
     """What is stored in the format that is asked for keeps its codes; everything else is near what it was."""
     model, values = load(str(write_model(tmp_path / "model.gguf", kind)), weights), tensors()
     name = {
-        "auto": NAMES[KEPT[kind]] if kind in KEPT else {"Q5_0": "q8", "F32": "f32"}[kind],
+        "auto": NAMES[KEPT[kind]] if kind in KEPT else {"Q5_1": "q8", "F32": "f32"}[kind],
         "q4": "q4" if kind == "Q4_0" else "q4 with minima",
     }.get(weights, weights)
     opened = open_model(str(tmp_path / "model.gguf"))
@@ -350,7 +350,7 @@ def damaged(path: Path, kind: str, name: str, row: int, first_byte: int, number:
         # Row 5 of llama.cpp's is the second of the third pair
         ("Q4_0", "model.layers.0.self_attn.q_proj.weight", 18, NAN, "1 NaN and 0 infinite values, the first at [6, 1]"),
         ("Q8_0", "model.embed_tokens.weight", 34, INFINITY, "0 NaN and 1 infinite values, the first at [5, 1]"),
-        ("Q5_0", "model.layers.1.mlp.down_proj.weight", 44, NAN, "32 NaN and 0 infinite values, the first at [5, 64]"),
+        ("Q5_1", "model.layers.1.mlp.down_proj.weight", 48, NAN, "32 NaN and 0 infinite values, the first at [5, 64]"),
         ("F16", "model.layers.0.mlp.gate_proj.weight", 6, NAN, "1 NaN and 0 infinite values, the first at [5, 3]"),
         ("BF16", "model.layers.0.mlp.gate_proj.weight", 6, np.array([0x80, 0xFF], np.uint8),
          "0 NaN and 1 infinite values, the first at [5, 3]"),
