@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
@@ -44,6 +44,7 @@ def stored_rows(name: str, scales: NDArray[np.float16], seed: int = 0) -> NDArra
 
 
 @pytest.mark.parametrize("name", CODE_KINDS)
+@settings(deadline=None)
 @given(scales=arrays(np.float16, st.integers(1, 40), elements=SCALES), seed=st.integers(0, 9))
 def test_codes_are_the_numbers_of_the_file(name: str, scales: NDArray[np.float16], seed: int) -> None:
     """Equal; or, for Q4_K, as near as float16 is to the two numbers that it is the product and the sum of."""
