@@ -31,6 +31,7 @@ from .simd import (
     _operation,
     _pointer,
     cpu_has,
+    is_amd,
 )
 
 GROUP = 32  # columns that share a scale, of weights and of activations
@@ -50,10 +51,10 @@ def byte_rows(context: Any) -> tuple[int, ...]:
 def _lines_to_ask_for(context: Any, rows: int, nbytes: int) -> range:
     """The lines of a group, and that before it, which has scales, that are prefetched; none where that does not help.
 
-    Many rows read a block many times. And AMD's processors, which SSE4a tells from others, read so long a run ahead by
-    themselves, and less well beside prefetches; Intel's take 1.75 times as long without.
+    Many rows read a block many times. And AMD's processors read so long a run ahead by themselves, and less well beside
+    prefetches; Intel's take 1.75 times as long without.
     """
-    return range(0) if rows > 2 or cpu_has(context, "sse4a") else range(-VECTOR, nbytes, VECTOR)
+    return range(0) if rows > 2 or is_amd(context) else range(-VECTOR, nbytes, VECTOR)
 
 
 def _bytes_as_pairs(builder: Any, words: Any, signed: bool) -> tuple[Any, Any]:

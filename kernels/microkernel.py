@@ -37,6 +37,7 @@ from .simd import (
     _operation,
     _pointer,
     cpu_has,
+    is_amd,
 )
 
 VECTOR = 4 * LANES  # bytes of a vector of words
@@ -308,6 +309,13 @@ def _merge_arms(builder: Any, first: Any, one: list[Any], second: Any, other: li
     return merged
 
 
+def _chains(context: Any, n_rows: int) -> int:
+    """Sums of a row. Intel's processors begin two dot products a cycle, and one takes five: 8 rows are too few for that."""
+    if not cpu_has(context, "avx512f"):
+        return 1
+    return 2 if n_rows == 8 and not is_amd(context) else CHAINS[n_rows]
+
+
 def _codes(bits: int) -> Any:
     per_word = 8 if bits == 3 else 16 // bits  # pairs
     words_a_turn = {16: 4, 8: 2, 4: 2}.get(bits, 1)
@@ -317,9 +325,8 @@ def _codes(bits: int) -> Any:
         targets, column, fresh, factors, offsets, scales, centres, scale_step, largest = args[9:]
         has_tops, per_lane = (builder.icmp_unsigned("!=", x, _number(x, 0)) for x in (largest, scale_step))
         is_old = builder.icmp_unsigned("==", fresh, _number(fresh, 0))
-        wide = cpu_has(context, "avx512f")
         for n_rows in _choose(builder, rows, iter(code_rows(context))):
-            chains = CHAINS[n_rows] if wide else 1
+            chains = _chains(context, n_rows)
             a_rows = [_at(builder, a, (r, a_stride)) for r in range(n_rows)]
             own = []
             for r in range(n_rows):

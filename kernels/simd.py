@@ -62,6 +62,11 @@ def cpu_has(context: Any, feature: str) -> bool:
     return f"+{feature}" in context.codegen()._tm_features.split(",")
 
 
+def is_amd(context: Any) -> bool:
+    """Whether the CPU being compiled for is AMD's: SSE4a tells them from Intel's, which never had it."""
+    return _IS_X86 and cpu_has(context, "sse4a")
+
+
 def _const(llvm: ir.VectorType, value: Any) -> ir.Constant:
     return ir.Constant(llvm, [value] * llvm.count)
 
