@@ -21,9 +21,8 @@ from .simd import _IS_X86, _operation
 
 TASK_NBYTES = 64  # of counters: shares taken, shares done, shares failed; a cache line
 _DONE, _FAILED = 8, 16
-ALL_WORKERS = (
-    0  # in the place of their number: as many as there are threads in force. Python takes 30 us to say how many
-)
+# In the place of the number of workers: as many as there are threads in force. Python takes 30 us to say how many.
+ALL_WORKERS = 0
 _ROUNDS = 2000  # of waiting, some 20 us, before the core is offered to others
 
 
