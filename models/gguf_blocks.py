@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,12 +49,16 @@ TENSOR_TYPES: Mapping[int, Blocks] = {
     35: Blocks("TQ2_0", 256, 66),
 }
 _BY_NAME = {blocks.name: blocks for blocks in TENSOR_TYPES.values()}
+_DENSE = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 CODE_KINDS: Mapping[str, int] = {"Q4_0": W4, "Q4_1": W4M, "Q4_K": W4M, "Q5_0": W8, "Q8_0": W8, "IQ4_NL": W8}
 """The types that are codes times scales of 32 columns, and the kernels' kind that holds them."""
 
 
 def dequantize(stored: NDArray[np.uint8], type_name: str) -> NDArray[np.float32]:
-    """The float32 values, flat, of the stored blocks, flat, by the gguf package."""
+    """The float32 values, flat, of the stored blocks, flat; but for dense types, by the gguf package."""
+    if type_name in _DENSE:
+        with np.errstate(invalid="ignore"):  # NaN stays NaN
+            return stored.view(_DENSE[type_name]).astype(np.float32)
     from gguf import quants
     from gguf.constants import GGMLQuantizationType
 
