@@ -67,6 +67,7 @@ def copy_segment(case: Case, segment: Segment) -> Segment:
         if slot == 0:
             page[:] = segment.owner[t // store.layout.page_tiles]
         store.append()
+    store.finish()
     return store.segment(segment.start, segment.stop)
 
 

@@ -35,6 +35,7 @@ from .tables import (
     FIELDS,
     FINISH_KERNEL,
     FIRST_QUERY,
+    FIRST_TILE,
     FLOAT_FIELDS,
     FOLLOW_KERNEL,
     FRESH,
@@ -56,6 +57,9 @@ from .tables import (
     N_PARTS,
     N_QUERIES,
     N_SEGMENTS,
+    NEXT_HEAD,
+    NEXT_STOP,
+    NEXT_TILE,
     OPTIONS,
     OUT,
     PARTIAL,
@@ -178,8 +182,24 @@ def _end_rows(call, head, first_query, n_queries, state, fresh, table, numbers):
 
 
 @inner
-def _see_splits(call, segment, first_split, stop_split, head, first_query, n_queries, rows, room, table, numbers):  # type: ignore[no-untyped-def]
-    """Attention of a worker's rows over some splits of a segment, merged into their outputs and states."""
+def _look_ahead(call, segment, split, head, room):  # type: ignore[no-untyped-def]
+    """Say which tiles of a segment a worker turns to next, those of a split and a head; none if there is no such split."""
+    geometry = get(call, SEGMENTS + 2 * segment + 1)
+    low, high = max(get(call, RANGES + 4 * segment + 2), split * SPLIT), get(call, RANGES + 4 * segment + 3)
+    tile, first = get(geometry, TILE), get(geometry, FIRST_TILE)
+    simd.store_integer(room + 8 * NEXT_TILE, low // tile - first)
+    simd.store_integer(room + 8 * NEXT_STOP, (min(high, (split + 1) * SPLIT) + tile - 1) // tile - first)
+    simd.store_integer(room + 8 * NEXT_HEAD, head)
+
+
+@inner
+def _see_splits(  # type: ignore[no-untyped-def]
+    call, segment, first_split, stop_split, by_head, head, first_query, n_queries, rows, room, table, numbers
+):
+    """Attention of a worker's rows over some splits of a segment, merged into their outputs and states.
+
+    by_head: whether the worker goes from here to the next head, and not to the next split.
+    """
     n_rep, width = get(call, N_HEADS) // get(call, N_KV_HEADS), get(call, ROW_WIDTH)
     addresses, geometry = get(call, SEGMENTS + 2 * segment), get(call, SEGMENTS + 2 * segment + 1)
     starts, stops = get(call, RANGES + 4 * segment), get(call, RANGES + 4 * segment + 1)
@@ -189,6 +209,10 @@ def _see_splits(call, segment, first_split, stop_split, head, first_query, n_que
         set_row_int(table, START, row, get(starts, query))
         set_row_int(table, STOP, row, get(stops, query))
     for split in range(first_split, stop_split):
+        if by_head and head + 1 < get(call, N_KV_HEADS):
+            _look_ahead(call, segment, split, head + 1, room)
+        else:
+            _look_ahead(call, segment, split + 1, np.int64(0) if by_head else head, room)
         _attend_split(
             get(call, SPLIT_KERNEL), head, split, rows, addresses, geometry, get(call, OPTIONS), room, table, numbers
         )
@@ -199,11 +223,23 @@ def _see_splits(call, segment, first_split, stop_split, head, first_query, n_que
 
 
 @inner
+def _block_queries(call):  # type: ignore[no-untyped-def]
+    """How many queries are a block."""
+    return max(1, BLOCK_ROWS * get(call, N_KV_HEADS) // get(call, N_HEADS))
+
+
+@inner
+def _blocks(call):  # type: ignore[no-untyped-def]
+    """How many blocks of queries there are."""
+    block = _block_queries(call)
+    return (get(call, N_QUERIES) - get(call, FIRST_QUERY) + block - 1) // block
+
+
+@inner
 def _all_in_one_go(call, worker, workers, block, q, out, state, room, table, numbers):  # type: ignore[no-untyped-def]
     """One of some shares in blocks of queries. They differ in work, so they are dealt out, the last ones first."""
     n_queries, kv_heads, fresh = get(call, N_QUERIES), get(call, N_KV_HEADS), get(call, FRESH)
-    n_rep, begin = get(call, N_HEADS) // kv_heads, get(call, FIRST_QUERY)
-    units = (n_queries - begin + block - 1) // block * kv_heads
+    n_rep, begin, units = get(call, N_HEADS) // kv_heads, get(call, FIRST_QUERY), _blocks(call) * kv_heads
     for nth in range(worker, units, workers):
         unit = units - 1 - nth
         head, first = unit % kv_heads, begin + unit // kv_heads * block
@@ -211,7 +247,7 @@ def _all_in_one_go(call, worker, workers, block, q, out, state, room, table, num
         rows = _begin_rows(call, head, first, count, q, out, state, fresh, room, table, numbers)
         for segment in range(get(call, N_SEGMENTS)):
             first_split, stop_split = _splits_of(call, segment)
-            _see_splits(call, segment, first_split, stop_split, head, first, count, rows, room, table, numbers)
+            _see_splits(call, segment, first_split, stop_split, False, head, first, count, rows, room, table, numbers)
             _enter(call, segment, first, count, head * n_rep, n_rep, table, numbers)
         _end_rows(call, head, first, count, state, fresh, table, numbers)
         for row in range(rows):
@@ -245,7 +281,9 @@ def _in_parts(call, worker, workers, block, q, outs, states, room, table, number
                     for first in range(0, n_queries, block):
                         count = min(block, n_queries - first)
                         rows = _begin_rows(call, head, first, count, q, out, state, True, room, table, numbers)
-                        _see_splits(call, segment, split, split + 1, head, first, count, rows, room, table, numbers)
+                        _see_splits(
+                            call, segment, split, split + 1, True, head, first, count, rows, room, table, numbers
+                        )
                         _end_rows(call, head, first, count, state, True, table, numbers)
                 before += keys
             part += 1
@@ -255,8 +293,7 @@ def _in_parts(call, worker, workers, block, q, outs, states, room, table, number
 def attend_share(call, worker, workers, _, q, out, state, outs, states):  # type: ignore[no-untyped-def]
     """The share of one worker in the attention. All arguments are numbers or addresses."""
     n_queries, n_heads, width = get(call, N_QUERIES), get(call, N_HEADS), get(call, ROW_WIDTH)
-    n_rep = n_heads // get(call, N_KV_HEADS)
-    block = max(1, BLOCK_ROWS // n_rep)
+    n_rep, block = n_heads // get(call, N_KV_HEADS), _block_queries(call)
     rows, nbytes = min(block, n_queries) * n_rep, 0
     for segment in range(get(call, N_SEGMENTS)):
         tile = get(get(call, SEGMENTS + 2 * segment + 1), TILE)
@@ -337,7 +374,8 @@ def follow_attention(call, q, out, state, outs, states, workers):  # type: ignor
         if get(call, JOB_STARTS + nth_round) < get(call, JOB_STARTS + nth_round + 1):
             do_task(get(call, SEAL_KERNEL), call, workers, nth_round, q, out, state, outs, states, task)
     task += TASK_NBYTES
-    shares = workers if get(call, N_PARTS) else min(get(call, N_QUERIES), SHARES_A_WORKER * workers)
+    parts = get(call, N_PARTS) if get(call, N_PARTS) else _blocks(call)
+    shares = min(parts * get(call, N_KV_HEADS), SHARES_A_WORKER * workers)
     do_task(get(call, WORK_KERNEL), call, shares, np.int64(0), q, out, state, outs, states, task)
     task += TASK_NBYTES
     if get(call, N_PARTS):

@@ -21,7 +21,6 @@ from .simd import (
     LANES,
     _const,
     _fma,
-    _inverse_above,
     _larger,
     _larger_magnitude,
     _load,
@@ -95,15 +94,17 @@ def fold_block(context: Any, builder: Any, *args: Any) -> None:
         tops, totals = (x + x[-1:] * (4 - n_rows) for x in (tops, totals))
         largest = _reduce_four(builder, tops, lambda a, b: _larger(builder, a, b))
         total = _reduce_four(builder, totals, builder.fadd)
-        factor = builder.fmul(largest, _const(_V_F32, float(np.float32(1 / _LARGEST))))
-        some = ir.VectorType(_F32, n_rows)
+        some, none = ir.VectorType(_F32, n_rows), ir.Constant(_V_F32, ir.Undefined)
         order = ir.Constant(ir.VectorType(ir.IntType(32), n_rows), [4 * r for r in range(n_rows)])
-        none = ir.Constant(_V_F32, ir.Undefined)
+        # As many lanes as rows from here on: to divide 16 takes four times as many cycles
+        largest, total = (builder.shuffle_vector(value, none, order) for value in (largest, total))
+        factor = builder.fmul(largest, _const(some, float(np.float32(1 / _LARGEST))))
         for value, target in ((factor, factors), (total, offsets)):
-            builder.store(builder.shuffle_vector(value, none, order), _pointer(builder, target, some)).align = 4
-        inverse = _inverse_above(builder, largest, _F32(_LARGEST), _F32(float(np.float32(_SMALLEST))))
+            builder.store(value, _pointer(builder, target, some)).align = 4
+        large = builder.fcmp_ordered(">", largest, _const(some, float(np.float32(_SMALLEST))))
+        inverse = builder.select(large, builder.fdiv(_const(some, _LARGEST), largest), _const(some, 0.0))
         for r, own in enumerate(places):
-            alone = builder.shuffle_vector(inverse, none, _const(_V_I32, 4 * r))
+            alone = builder.shuffle_vector(inverse, ir.Constant(some, ir.Undefined), _const(_V_I32, r))
             target = builder.add(words, builder.mul(own, _number(own, 2 * length)))
             for v in range(n_vectors // 2):
                 pairs = _pair_factors(context, builder, folded[r][v], folded[r][v + n_vectors // 2], alone)

@@ -42,9 +42,7 @@ from .simd import (
 
 VECTOR = 4 * LANES  # bytes of a vector of words
 CHAINS = {1: 4, 2: 2, 3: 2, 4: 2, 8: 1}  # sums of a row, by rows: together at least the cycles that a dot product takes
-# Bytes, and how near a cache (3: the first level): tiles are read in the order of memory, but the processor's own
-# prefetcher stops whenever something else is computed for a while.
-AHEAD = ((8192, 1), (2048, 3))
+NEAR = 2048  # bytes ahead that codes and numbers are asked for once more, into the first-level cache
 PAIRS_FROM = 24  # rows; measured with AVX-512, where 8 rows share the work
 _V_I16_PAIRS = ir.VectorType(_I16, 2 * LANES)
 
@@ -165,10 +163,16 @@ def _prefetch(builder: Any, address: Any, to_write: bool, locality: int) -> None
     builder.call(function, [builder.inttoptr(address, byte), _I32(int(to_write)), _I32(locality), _I32(1)])
 
 
-def _ask_ahead(builder: Any, address: Any, distances: tuple[tuple[int, int], ...] = AHEAD) -> None:
+def _ask_ahead(builder: Any, address: Any, distances: tuple[tuple[int, int], ...]) -> None:
     """Ask for the cache lines that lie some distances ahead of an address."""
     for distance, locality in distances:
         _prefetch(builder, builder.add(address, _number(address, distance)), False, locality)
+
+
+def _ask_for_next(builder: Any, address: Any, ahead: Any) -> None:
+    """Ask for the line ``ahead`` bytes from an address, into the second-level cache, and for one near it into the first."""
+    _prefetch(builder, builder.add(address, ahead), False, 2)
+    _prefetch(builder, builder.add(address, _number(address, NEAR)), False, 3)
 
 
 def _ask_to_write(builder: Any, address: Any) -> None:
@@ -193,7 +197,7 @@ def _load_dense(context: Any, builder: Any, address: Any, kind: str) -> Any:
 
 def _dense(kind: str) -> Any:
     def body(context: Any, builder: Any, *args: Any) -> None:
-        a, a_stride, b, step, stride, count, rows, vectors, target, row_stride, vector_stride = args
+        a, a_stride, b, step, stride, count, rows, vectors, target, row_stride, vector_stride, ahead = args
         cases = (r * 8 + v for r in range(1, dense_block(context)[0] + 1) for v in _dense_vectors(context))
         chosen = builder.add(builder.mul(rows, _number(rows, 8)), vectors)
         for case in _choose(builder, chosen, cases):
@@ -211,7 +215,7 @@ def _dense(kind: str) -> Any:
             offset, place = builder.mul(loop.i, step), builder.mul(loop.i, _number(a, 4))
             columns = [_load_dense(context, builder, builder.add(at, offset), kind) for at in b_vectors]
             for at in b_vectors[:: 1 if kind == "f32" else 2]:
-                _ask_ahead(builder, builder.add(at, offset))
+                _ask_for_next(builder, builder.add(at, offset), ahead)
             for r, row in enumerate(a_rows):
                 number = _broadcast(builder, _load(builder, builder.add(row, place), _F32), _V_F32)
                 for v, column in enumerate(columns, r * n_vectors):
@@ -224,10 +228,10 @@ def _dense(kind: str) -> Any:
     body.__doc__ = f"""target[r][v] += sum of a[r][i] * b[v][i], a float32 and b {kind}.
 
     Arguments: a, its row stride, b, the strides of its steps and of its vectors, count, rows, vectors, target, its row and
-    vector strides, all in bytes. Sums run in the order of the steps, one after the other, from what is in the target:
-    its bits do not depend on the block that a row is computed in, nor on where a sum is interrupted and continued.
+    vector strides, how far ahead of b cache lines are asked for, all in bytes. Sums run in the order of steps, from what is
+    in the target: bits do not depend on the block that a row is computed in, nor on where a sum is cut.
     """
-    return _operation(types.void, *[types.intp] * 11)(body)
+    return _operation(types.void, *[types.intp] * 12)(body)
 
 
 multiply_f32, multiply_f16, multiply_bf16 = (_dense(kind) for kind in ("f32", "f16", "bf16"))
@@ -322,7 +326,7 @@ def _codes(bits: int) -> Any:
 
     def body(context: Any, builder: Any, *args: Any) -> None:
         a, a_stride, b, b_stride, tops_plane, first_pair, count, rows, vectors = args[:9]
-        targets, column, fresh, factors, offsets, scales, centres, scale_step, largest = args[9:]
+        targets, column, fresh, factors, offsets, scales, centres, scale_step, largest, ahead = args[9:]
         has_tops, per_lane = (builder.icmp_unsigned("!=", x, _number(x, 0)) for x in (largest, scale_step))
         is_old = builder.icmp_unsigned("==", fresh, _number(fresh, 0))
         for n_rows in _choose(builder, rows, iter(code_rows(context))):
@@ -356,7 +360,7 @@ def _codes(bits: int) -> Any:
             fields: list[Callable[[], Any]] = []
             for w in range(words_a_turn):
                 if bits < 16:  # pairs come from a cache
-                    _ask_ahead(builder, builder.add(source, _number(a, VECTOR * w)))
+                    _ask_for_next(builder, builder.add(source, _number(a, VECTOR * w)), ahead)
                 words = _load(builder, builder.add(source, _number(a, VECTOR * w)), _V_I32)
                 if bits == 3:
                     place = builder.add(pair, inner.i)
@@ -404,9 +408,10 @@ def _codes(bits: int) -> Any:
     its row stride, b, its vector stride, the plane of third bits and the place of the first pair in it (3 bits only), count
     (pairs), rows, vectors, the addresses of the rows' targets (int64), an offset of all targets, whether they are fresh (1:
     they count as 0), factors, offsets (float32, one a row), scales, centres (vectors), the step from one to the next (0:
-    all are 1), the addresses of vectors that keep the largest values (int64, one a row; 0 for none).
+    all are 1), the addresses of vectors that keep the largest values (int64, one a row; 0 for none), how far ahead of b
+    cache lines are asked for.
     """
-    return _operation(types.void, *[types.intp] * 18)(body)
+    return _operation(types.void, *[types.intp] * 19)(body)
 
 
 multiply_codes8, multiply_codes4, multiply_codes3, multiply_codes2 = (_codes(bits) for bits in (8, 4, 3, 2))

@@ -42,16 +42,17 @@ def _take_apart(kind, codes, third_bits, pairs, target):  # type: ignore[no-unty
         microkernel.take_apart2(codes, 0, pairs // 8, target)
 
 
-@standalone(types.void(*[types.int64] * 16))
+@standalone(types.void(*[types.int64] * 17))
 def multiply_tile(  # type: ignore[no-untyped-def]
-    words, factors, offsets, folded, first, rows, lanes, steps, codes, scales, side, fresh, targets, column, tops, room
+    words, factors, offsets, folded, first, rows, lanes, steps, codes, scales, side, fresh, targets, column, tops, room,
+    ahead,
 ):  # fmt: skip
     """The integer route, second step: the products of folded rows and the codes of one tile. All arguments are numbers.
 
     words, factors, offsets: of all ``folded`` rows (see ``fold``), of which those of this tile are ``rows``, from ``first``
     on. codes: as stored. fresh: 1 if the targets are written, not added to. targets: address of int64, an address a row;
     column: an offset of all of them. tops: the same of vectors that keep the largest values written, or 0. room: for the
-    codes as pairs of int16, in which many rows take them.
+    codes as pairs of int16, in which many rows take them. ahead: from a line of codes to one that will be needed next.
     """
     group, parts = simd.integer_at(side + 8 * GROUP), simd.integer_at(side + 8 * PARTS)
     per_lane, kind = simd.integer_at(side + 8 * PER_LANE), simd.integer_at(side + 8 * KIND)
@@ -77,7 +78,7 @@ def multiply_tile(  # type: ignore[no-untyped-def]
             at = words + 2 * row * length
             common = (
                 length // 2, count, span // LANES, targets + 8 * i, column + 4 * first_lane, own_fresh, factors + 4 * row,
-                offsets + 4 * row, own_scales, own_centres, scale_step, tops + 8 * i if tops else 0,
+                offsets + 4 * row, own_scales, own_centres, scale_step, tops + 8 * i if tops else 0, ahead,
             )  # fmt: skip
             if kind == Q8:
                 microkernel.multiply_codes8(at, 2 * length, source, stride, 0, 0, *common)
@@ -93,20 +94,20 @@ def multiply_tile(  # type: ignore[no-untyped-def]
         words, factors, offsets = next_part(words, factors, offsets, folded, length)
 
 
-@standalone(types.void(*[types.int64] * 11))
+@standalone(types.void(*[types.int64] * 12))
 def multiply_dense(  # type: ignore[no-untyped-def]
-    kind, a, a_stride, b, step, stride, count, rows, vectors, target, row_stride
+    kind, a, a_stride, b, step, stride, count, rows, vectors, target, row_stride, ahead
 ):
     """``microkernel.multiply_f32`` and so on, for any number of vectors; targets of a row lie side by side."""
     v = 0
     while v < vectors:
         some, at, to = microkernel.next_vectors(vectors - v), b + v * stride, target + v * VECTOR
         if kind == F32:
-            microkernel.multiply_f32(a, a_stride, at, step, stride, count, rows, some, to, row_stride, VECTOR)
+            microkernel.multiply_f32(a, a_stride, at, step, stride, count, rows, some, to, row_stride, VECTOR, ahead)
         elif kind == F16:
-            microkernel.multiply_f16(a, a_stride, at, step, stride, count, rows, some, to, row_stride, VECTOR)
+            microkernel.multiply_f16(a, a_stride, at, step, stride, count, rows, some, to, row_stride, VECTOR, ahead)
         elif kind == BF16:
-            microkernel.multiply_bf16(a, a_stride, at, step, stride, count, rows, some, to, row_stride, VECTOR)
+            microkernel.multiply_bf16(a, a_stride, at, step, stride, count, rows, some, to, row_stride, VECTOR, ahead)
         v += some
 
 
@@ -123,12 +124,13 @@ def _seen(starts, stops, row, origin, tile):  # type: ignore[no-untyped-def]
 @inner
 def score_floats(  # type: ignore[no-untyped-def]
     dense_address, q, q_stride, first, stop, starts, stops, origin, tile, channels, kind, keys, step, stride, target,
-    target_stride,
+    target_stride, ahead,
 ):  # fmt: skip
     """The float32 route of q . K: logits of the rows first .. stop against the tile that begins at ``origin``.
 
     dense_address: of ``multiply_dense``. keys: numbers of a dense ``kind``, 16 tokens together; step and stride: bytes from
-    one channel, and from 16 tokens, to the next. Logits of tokens that a row does not see are computed, or not.
+    one channel, and from 16 tokens, to the next; ahead: from a line to one that will be needed next. Logits of tokens that
+    a row does not see are computed, or not.
     """
     simd.never_inline()
     most = microkernel.most_dense_rows()
@@ -147,24 +149,27 @@ def score_floats(  # type: ignore[no-untyped-def]
                 simd.store_f32(at + i * target_stride + lane, simd.splat(np.float32(0)))
         _multiply_dense(
             dense_address, kind, q + row * q_stride, q_stride, keys + block * stride, step, stride, channels, count, blocks,
-            at, target_stride,
+            at, target_stride, ahead,
         )  # fmt: skip
 
 
 @inner
-def _add_values(dense_address, kind, p, p_stride, rows, values, step, stride, low, high, width, out):  # type: ignore[no-untyped-def]
+def _add_values(  # type: ignore[no-untyped-def]
+    dense_address, kind, p, p_stride, rows, values, step, stride, low, high, width, out, ahead
+):
     """Out += p . V of ``rows`` rows over the tokens low .. high of the tile, in their order."""
     if low < high:
         _multiply_dense(
             dense_address, kind, p + 4 * low, p_stride, values + low * step, step, stride, high - low, rows,
-            width // LANES, out, 4 * width,
+            width // LANES, out, 4 * width, ahead,
         )  # fmt: skip
 
 
 @inner
 def weigh_floats(  # type: ignore[no-untyped-def]
-    dense_address, p, p_stride, first, stop, starts, stops, origin, tile, width, kind, values, step, stride, out
-):
+    dense_address, p, p_stride, first, stop, starts, stops, origin, tile, width, kind, values, step, stride, out,
+    ahead,
+):  # fmt: skip
     """The float32 route of p . V: adds one tile to the rows first .. stop of ``out``.
 
     dense_address: of ``multiply_dense``. values: numbers of a dense ``kind``, 16 channels together; step and stride: bytes
@@ -186,12 +191,17 @@ def weigh_floats(  # type: ignore[no-untyped-def]
             own_low, own_high = _seen(starts, stops, row + i, origin, tile)
             end = low if shared else own_high
             own, own_target = weights + i * p_stride, target + i * width * 4
-            _add_values(dense_address, kind, own, p_stride, one, values, step, stride, own_low, end, width, own_target)
+            _add_values(
+                dense_address, kind, own, p_stride, one, values, step, stride, own_low, end, width, own_target, ahead
+            )
         if shared:
-            _add_values(dense_address, kind, weights, p_stride, count, values, step, stride, low, high, width, target)
+            _add_values(
+                dense_address, kind, weights, p_stride, count, values, step, stride, low, high, width, target, ahead
+            )
             for i in range(count):
                 _, own_high = _seen(starts, stops, row + i, origin, tile)
                 own, own_target = weights + i * p_stride, target + i * width * 4
                 _add_values(
-                    dense_address, kind, own, p_stride, one, values, step, stride, high, own_high, width, own_target
-                )
+                    dense_address, kind, own, p_stride, one, values, step, stride, high, own_high, width, own_target,
+                    ahead,
+                )  # fmt: skip

@@ -33,6 +33,7 @@ from .tables import CALL_TASKS, FOLLOW_KERNEL, call_tasks, get
 from .weights import W4, W4M, W8, WBF16, WF16, WF32, row_of
 
 VECTOR = 4 * LANES
+AHEAD = np.int64(8192)  # bytes that float32 rows ask for cache lines of dense weights before they need them
 # A link of a chain: one array of int64, behind which the parts of its matrix follow. EPS is the bits of a float32
 HOW, SOURCE, TARGET, COLUMNS, OUT_COLUMNS, ONTO, NORM_WEIGHT, EPS, BIAS, HAS_CODES, HAS_FLOATS = range(11)
 N_PARTS, ALL_BLOCKS, HEADS, HEAD_DIM, ROTARY_DIM, FIRST_CHANNEL = range(11, 17)
@@ -81,11 +82,11 @@ def _multiply_floats(kind, block, columns, x, x_stride, rows, target, stride):  
     """Some rows of float32 times one block of dense weights; target is added to."""
     simd.never_inline()
     if kind == WBF16:
-        microkernel.multiply_bf16(x, x_stride, block, 2 * LANES, 0, columns, rows, 1, target, stride, 0)
+        microkernel.multiply_bf16(x, x_stride, block, 2 * LANES, 0, columns, rows, 1, target, stride, 0, AHEAD)
     elif kind == WF16:
-        microkernel.multiply_f16(x, x_stride, block, 2 * LANES, 0, columns, rows, 1, target, stride, 0)
+        microkernel.multiply_f16(x, x_stride, block, 2 * LANES, 0, columns, rows, 1, target, stride, 0, AHEAD)
     elif kind == WF32:
-        microkernel.multiply_f32(x, x_stride, block, 4 * LANES, 0, columns, rows, 1, target, stride, 0)
+        microkernel.multiply_f32(x, x_stride, block, 4 * LANES, 0, columns, rows, 1, target, stride, 0, AHEAD)
 
 
 @inner

@@ -175,7 +175,7 @@ class TileStore:
         layout, stop, rows = self.layout, self._held.stop, []
         for tile in range(stop, stop + count):
             page, slot = self.place(tile)
-            if self.lasting and slot == 0:
+            if self.lasting and slot == 0:  # the next page has begun
                 self._make_large(tile // layout.page_tiles - 1)
             rows.append(layout.addresses(page, slot))
         held = self._held
@@ -188,8 +188,13 @@ class TileStore:
             table[size : size + count] = rows
         self._held = held._replace(stop=stop + count, table=table, address=address)
 
+    def finish(self) -> None:
+        """Say that all tiles are written and no more will come: a last page that is full becomes a large one, too."""
+        if self.lasting and self._held.stop % self.layout.page_tiles == 0:
+            self._make_large(self._held.stop // self.layout.page_tiles - 1)
+
     def _make_large(self, number: int) -> None:
-        """The next page has begun: this one is full, unless there never were tiles before some in it."""
+        """A page is full, unless there never were tiles before some in it."""
         if number in self._held.pages and self._held.written <= number * self.layout.page_tiles:
             slabs.make_large(self._held.pages[number])
 
@@ -390,4 +395,5 @@ def quantize(
         store.append()
         seal(source, store, t, 0, fitted)
         source.forget_before(t + 1)
+    store.finish()
     return store.segment(plain.start, plain.stop)

@@ -26,6 +26,9 @@ from .tables import (
     LOGITS,
     LOGITS_ROW,
     LOW,
+    NEXT_HEAD,
+    NEXT_STOP,
+    NEXT_TILE,
     OFFSETS,
     OUT,
     QUERIES,
@@ -49,7 +52,9 @@ from .tables import (
     WIDTH,
     WORDS,
     X,
+    ask_from,
     get,
+    lines_ahead,
     no_options,
     row_field,
     row_int,
@@ -59,6 +64,7 @@ from .tables import (
     set_row_float,
     set_row_int,
     tile_address,
+    tile_nbytes,
     tiles_together,
 )
 from .tiles import VECTOR, is_dense, middle_code, unpack_head, unpack_scales
@@ -121,16 +127,16 @@ _multiply = multiply_tile.call
 
 @inner
 def _multiply_tile(  # type: ignore[no-untyped-def]
-    table, nth, tiles, codes, side, lanes, steps, fresh, column, has_tops, room
+    table, nth, tiles, codes, nbytes, side, lanes, steps, fresh, column, has_tops, room
 ):
-    """The integer route over the nth of the tiles that were folded together."""
+    """The integer route over the nth of the tiles that were folded together. nbytes: of its codes."""
     first = row_int(table, FIRST, nth)
     scales = get(room, SCALES) + nth * 8 * get(side, PARTS) * (lanes if get(side, PER_LANE) else steps)
     _multiply(
         get(room, TILE_KERNEL), get(room, WORDS), get(room, FACTORS), get(room, OFFSETS), row_int(table, FIRST, tiles),
         first, row_int(table, FIRST, nth + 1) - first, lanes, steps, codes, scales, side, fresh,
         row_field(table, TARGETS) + 8 * first, column, row_field(table, TOPS) + 8 * first if has_tops else 0,
-        get(room, CODES),
+        get(room, CODES), lines_ahead(room, codes, nbytes),
     )  # fmt: skip
 
 
@@ -144,6 +150,7 @@ def _score_tiles(  # type: ignore[no-untyped-def]
     origin = (base + get(geometry, FIRST_TILE)) * tile
     floats, active = exact or is_dense(get(side, KIND)), row_field(table, ACTIVE)
     queries, logits, sums = get(room, QUERIES), get(room, LOGITS), get(room, SUMS)
+    nbytes = tile_nbytes(geometry, K_SIDE)
     if not floats:
         _fold_tiles(
             table, t0, stop_tile, base, addresses, K_PARAMS, head, side, tile, width, queries, width * 4, 0, logits,
@@ -164,10 +171,13 @@ def _score_tiles(  # type: ignore[no-untyped-def]
             score_floats(
                 get(room, DENSE_KERNEL), queries, width * 4, first_active, stop_active, row_field(table, LOW),
                 row_field(table, HIGH), low, tile, width, kind, keys, step, stride, logits + 4 * low, LOGITS_ROW,
+                lines_ahead(room, keys, nbytes),
             )  # fmt: skip
         else:
             codes = tile_address(addresses, base + t, K_CODES, side, head)
-            _multiply_tile(table, nth, stop_tile - t0, codes, side, tile, width, np.int64(1), 4 * low, final, room)
+            _multiply_tile(
+                table, nth, stop_tile - t0, codes, nbytes, side, tile, width, np.int64(1), 4 * low, final, room
+            )
         if not final:
             finish_logits(active + 8 * first_row, count, table, numbers, low, high, origin, cap, logits, sums)
 
@@ -180,7 +190,7 @@ def _weigh_tiles(  # type: ignore[no-untyped-def]
     tile, width, side = get(geometry, TILE), get(geometry, WIDTH), geometry + 8 * V_SIDE
     exact, active = simd.scalar_at(options + 4 * EXACT) != 0, row_field(table, ACTIVE)
     floats = exact or is_dense(get(side, KIND))
-    logits, sums, out = get(room, LOGITS), get(room, SUMS), get(room, OUT)
+    logits, sums, out, nbytes = get(room, LOGITS), get(room, SUMS), get(room, OUT), tile_nbytes(geometry, V_SIDE)
     for t in range(t0, stop_tile):
         first_row, count = (
             row_int(table, FIRST, t - t0),
@@ -205,10 +215,13 @@ def _weigh_tiles(  # type: ignore[no-untyped-def]
             weigh_floats(
                 get(room, DENSE_KERNEL), logits, LOGITS_ROW, first_active, stop_active, row_field(table, LOW),
                 row_field(table, HIGH), low, tile, width, kind, values, step, stride, out,
+                lines_ahead(room, values, nbytes),
             )  # fmt: skip
         else:
             codes = tile_address(addresses, base + t, V_CODES, side, head)
-            _multiply_tile(table, nth, stop_tile - t0, codes, side, width, tile, np.int64(0), np.int64(0), False, room)
+            _multiply_tile(
+                table, nth, stop_tile - t0, codes, nbytes, side, width, tile, np.int64(0), np.int64(0), False, room
+            )
 
 
 @standalone(types.void(*[types.int64] * 9))
@@ -236,6 +249,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
     base = (origin >> shift) - get(geometry, FIRST_TILE)
     first_tile, stop_tile, tiles = first >> shift, ((stop - 1) >> shift) + 1, tiles_together(rows, tile)
     before = False
+    ask_from(room, addresses, geometry, base + first_tile, base + stop_tile, head, V_SIDE)  # while K is read
     for t in range(first_tile, stop_tile, tiles):
         end, all_see = min(t + tiles, stop_tile), tiles == 1 and see_whole(t, tile, common, common_stop)
         again = before and all_see
@@ -246,6 +260,8 @@ def split_kernel(  # type: ignore[no-untyped-def]
         before = all_see
     emptied = find_maxima(table, numbers, rows, get(room, LOGITS), sums)
     common_stop = 0 if emptied else common_stop
+    if get(room, NEXT_TILE) < get(room, NEXT_STOP):
+        ask_from(room, addresses, geometry, get(room, NEXT_TILE), get(room, NEXT_STOP), get(room, NEXT_HEAD), K_SIDE)
     see_again, before = emptied or tiles < stop_tile - first_tile, False  # else the lists are those made for K
     for t in range(first_tile, stop_tile, tiles):
         end, all_see = min(t + tiles, stop_tile), tiles == 1 and see_whole(t, tile, common, common_stop)

@@ -7,7 +7,20 @@ from . import simd
 from .crew import TASK_NBYTES
 from .fold import FOLDED
 from .jit import inner
-from .layout import ADDRESSES, HEAD, PAGE, SIDE_NUMBERS, Side, side_numbers
+from .layout import (
+    ADDRESSES,
+    BF16,
+    HEAD,
+    K_CODES,
+    KIND,
+    KIND_BITS,
+    PAGE,
+    SIDE_NUMBERS,
+    TOKEN,
+    V_CODES,
+    Side,
+    side_numbers,
+)
 from .simd import LANES
 from .tiles import VECTOR
 
@@ -63,7 +76,12 @@ SCALE, SOFTCAP, EXACT = range(3)  # EXACT: not 0 for float32 throughout
 QUERIES, OUT, LOGITS, SUMS, CODES, VALUES, SCALES, WORDS, FACTORS, OFFSETS, SCRATCH = range(11)
 TILE_KERNEL, DENSE_KERNEL, UNPACK_KERNEL = range(11, 14)
 ROOM_ROWS = 14  # how many rows there is room for
-ROOM_FIELDS = 15
+# Cache lines are asked for while others are read: those of a split's V with its K, those of the next K with V. ASK is where
+# those begin that nobody has asked for yet, ASK_STOP where they end; NEXT_.. what this worker turns to after the split:
+# tiles of the segment, from the first to one past the last, and a head
+ASK, ASK_STOP, NEXT_TILE, NEXT_STOP, NEXT_HEAD = range(15, 20)
+ROOM_FIELDS = 20
+AHEAD = np.int64(8192)  # bytes ahead of what is read that lines are asked for, where nothing better is known
 
 # A worker's rows. int64 [fields][COLUMNS]: the positions that a row sees, absolute and in the current split; the distance
 # of position 0 from the query's; addresses of its mask (or 0), its output and its partial output
@@ -135,6 +153,32 @@ def row_float(numbers, field, row):  # type: ignore[no-untyped-def]
 def set_row_float(numbers, field, row, value):  # type: ignore[no-untyped-def]
     """Set it."""
     simd.store_scalar(float_field(numbers, field) + 4 * row, value)
+
+
+@inner
+def lines_ahead(room, address, nbytes):  # type: ignore[no-untyped-def]
+    """Who reads ``nbytes`` from ``address`` is to ask for so many more bytes: how far ahead."""
+    at, stop = get(room, ASK), get(room, ASK_STOP)
+    simd.store_integer(room + 8 * ASK, min(at + nbytes, stop))
+    return at - address if at < stop else AHEAD
+
+
+@inner
+def tile_nbytes(geometry, which):  # type: ignore[no-untyped-def]
+    """Bytes of the codes, or numbers, of one head in a tile; ``which`` is K_SIDE or V_SIDE."""
+    return get(geometry, TILE) * get(geometry, WIDTH) * KIND_BITS[get(geometry + 8 * which, KIND)] // 8
+
+
+@inner
+def ask_from(room, addresses, geometry, first, stop, head, which):  # type: ignore[no-untyped-def]
+    """Let K (``which`` is K_SIDE) or V of one head of some tiles be what is asked for, if it lies in one run."""
+    side, codes = geometry + 8 * which, K_CODES if which == K_SIDE else V_CODES
+    scales = codes if get(side, KIND) <= BF16 else codes + 1
+    begin = tile_address(addresses, first, scales, side, head)
+    end = tile_address(addresses, stop - 1, codes, side, head) + tile_nbytes(geometry, which)
+    in_a_run = get(side, TOKEN) == 0 and begin < end <= begin + get(side, HEAD)
+    simd.store_integer(room + 8 * ASK, begin)
+    simd.store_integer(room + 8 * ASK_STOP, end if in_a_run else begin)
 
 
 @inner

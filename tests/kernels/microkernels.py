@@ -51,15 +51,15 @@ def counts(most: int = 40) -> dict[str, list[int]]:
 def _multiply_dense(kind, a, a_stride, b, step, stride, count, rows, vectors, target, row_stride, vector_stride):
     if kind == 0:
         microkernel.multiply_f32(
-            a, a_stride, b, step, stride, count, rows, vectors, target, row_stride, vector_stride
+            a, a_stride, b, step, stride, count, rows, vectors, target, row_stride, vector_stride, 0
         )  # fmt: skip
     elif kind == 1:
         microkernel.multiply_f16(
-            a, a_stride, b, step, stride, count, rows, vectors, target, row_stride, vector_stride
+            a, a_stride, b, step, stride, count, rows, vectors, target, row_stride, vector_stride, 0
         )  # fmt: skip
     else:
         microkernel.multiply_bf16(
-            a, a_stride, b, step, stride, count, rows, vectors, target, row_stride, vector_stride
+            a, a_stride, b, step, stride, count, rows, vectors, target, row_stride, vector_stride, 0
         )  # fmt: skip
 
 
@@ -113,22 +113,22 @@ def _multiply_codes(
     if bits == 8:
         microkernel.multiply_codes8(
             a, a_stride, b, b_stride, tops, first_pair, count, rows, vectors, targets, column, fresh, factors, offsets,
-            scales, centres, scale_step, largest,
+            scales, centres, scale_step, largest, 0,
         )  # fmt: skip
     elif bits == 4:
         microkernel.multiply_codes4(
             a, a_stride, b, b_stride, tops, first_pair, count, rows, vectors, targets, column, fresh, factors, offsets,
-            scales, centres, scale_step, largest,
+            scales, centres, scale_step, largest, 0,
         )  # fmt: skip
     elif bits == 3:
         microkernel.multiply_codes3(
             a, a_stride, b, b_stride, tops, first_pair, count, rows, vectors, targets, column, fresh, factors, offsets,
-            scales, centres, scale_step, largest,
+            scales, centres, scale_step, largest, 0,
         )  # fmt: skip
     else:
         microkernel.multiply_codes2(
             a, a_stride, b, b_stride, tops, first_pair, count, rows, vectors, targets, column, fresh, factors, offsets,
-            scales, centres, scale_step, largest,
+            scales, centres, scale_step, largest, 0,
         )  # fmt: skip
 
 

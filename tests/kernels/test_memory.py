@@ -219,6 +219,20 @@ def test_a_store_makes_full_pages_large_if_its_tiles_last(lasting: bool, monkeyp
     assert settled[2:] == ([fork.place(t)[0].ctypes.data for t in (16, 20)] if lasting else [])
 
 
+@pytest.mark.parametrize(("tiles", "large"), [(3, 0), (4, 1), (7, 1), (8, 2)])
+def test_a_finished_store_has_its_last_page_large_if_that_is_full(
+    tiles: int, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled = set()
+    monkeypatch.setattr(mixkv.kernels.memory.slabs, "make_large", lambda room: settled.add(room.ctypes.data))
+    for lasting in (True, False):
+        settled.clear()
+        store = TileStore(TileLayout(1, 16, 32, Q4, Q4, page_tiles=4), lasting)
+        store.append(tiles)
+        store.finish()
+        assert settled == ({store.place(4 * page)[0].ctypes.data for page in range(large)} if lasting else set())
+
+
 def test_where_memory_is_given_back_otherwise_there_are_no_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     slabs = Slabs()

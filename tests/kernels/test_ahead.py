@@ -1,0 +1,74 @@
+"""Which cache lines are asked for while others are read."""
+
+import numpy as np
+import pytest
+
+from mixkv.kernels import tables
+from mixkv.kernels.jit import kernel
+from mixkv.kernels.layout import F32, K_CODES, V_CODES
+from mixkv.kernels.segment import segment_of_arrays
+from mixkv.kernels.tables import ASK, ASK_STOP, K_SIDE, ROOM_FIELDS, V_SIDE
+
+from .oracle import make_store, normal, part_offsets, part_sizes
+
+TILE, HEADS, D, PAGE_TILES = 32, 3, 20, 4
+
+
+@kernel
+def _ask_from(room, addresses, geometry, first, stop, head, which):
+    tables.ask_from(room, addresses, geometry, first, stop, head, which)
+
+
+@kernel
+def _lines_ahead(room, address, nbytes):
+    return tables.lines_ahead(room, address, nbytes)
+
+
+def asked(addresses: tuple[int, int], first: int, stop: int, head: int, which: int) -> np.ndarray:
+    """A worker's room after ``ask_from``."""
+    room = np.zeros(ROOM_FIELDS, np.int64)
+    _ask_from(room.ctypes.data, *addresses, first, stop, head, which)
+    return room
+
+
+@pytest.mark.parametrize("kinds", [("q4c", "q8t"), ("q3t", "q2c"), ("f16", "f16"), ("bf16", "q4t"), ("f32", "f32")])
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_a_run_goes_from_the_first_scale_of_some_tiles_to_their_last_code(kinds: tuple[str, str], side: str) -> None:
+    rng = np.random.default_rng(1)
+    k, v = normal(rng, 6 * TILE, HEADS, D), normal(rng, 6 * TILE, HEADS, D)
+    store = make_store(k, v, kinds, TILE, page_tiles=PAGE_TILES)
+    codes = 1 if side == "k" else 3  # among a tile's parts: scales of K, codes of K, then those of V
+    which = K_SIDE if side == "k" else V_SIDE
+    for head in range(HEADS):
+        for page, first, stop in ((0, 0, 4), (0, 1, 3), (0, 3, 4), (4, 4, 6)):
+            base = store.place(page)[0].ctypes.data
+            begin = base + part_offsets(kinds, TILE, D, PAGE_TILES, head, first - page)[codes - 1]
+            if part_sizes(kinds, TILE, D)[codes - 1] == 0:  # numbers have no scales
+                begin = base + part_offsets(kinds, TILE, D, PAGE_TILES, head, first - page)[codes]
+            end = base + part_offsets(kinds, TILE, D, PAGE_TILES, head, stop - 1 - page)[codes]
+            room = asked(store.addresses(), first, stop, head, which)
+            assert (room[ASK], room[ASK_STOP]) == (begin, end + part_sizes(kinds, TILE, D)[codes])
+        room = asked(store.addresses(), 2, 6, head, which)  # of two pages
+        assert room[ASK] >= room[ASK_STOP] or room[ASK_STOP] - room[ASK] <= store.layout.nbytes * PAGE_TILES // HEADS
+
+
+def test_what_lies_in_plain_arrays_is_no_run() -> None:
+    x = np.zeros((3 * 64, 2, 16), np.float32)
+    segment = segment_of_arrays(x, x)
+    for which in (K_SIDE, V_SIDE):
+        room = asked((segment.table.ctypes.data, segment.geometry.ctypes.data), 0, 3, 1, which)
+        assert room[ASK] >= room[ASK_STOP]
+
+
+def test_a_line_is_asked_for_with_each_line_until_the_run_ends() -> None:
+    room = np.zeros(ROOM_FIELDS, np.int64)
+    room[ASK], room[ASK_STOP] = 10_000, 10_000 + 5 * 64
+    at = room.ctypes.data
+    assert _lines_ahead(at, 1_000, 128) == 9_000 and room[ASK] == 10_128
+    assert _lines_ahead(at, 1_128, 128) == 9_000 and room[ASK] == 10_256
+    assert _lines_ahead(at, 20_000, 128) == 10_256 - 20_000 and room[ASK] == room[ASK_STOP]  # not beyond the run
+    assert _lines_ahead(at, 1_384, 128) == tables.AHEAD and room[ASK] == room[ASK_STOP]
+
+
+def test_names_of_parts_are_those_of_the_table() -> None:
+    assert (K_CODES, V_CODES) == (0, 2) and F32 == 0  # dense kinds come first: ``ask_from`` relies on it
