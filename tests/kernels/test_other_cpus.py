@@ -1,7 +1,8 @@
 """The same kernels on lesser CPUs that the compiler is told to target, in processes of their own."""
 
 import platform
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numba
@@ -13,7 +14,7 @@ from mixkv.kernels import simd
 
 from .microkernels import summary
 from .oracle import TOLERANCE
-from .other_process import attention_bits, attention_errors, run_process, tile_hashes, wrong_codes
+from .other_process import attention_bits, attention_errors, finish, start_process, tile_hashes, wrong_codes
 from .projections import projection_bits, projections
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -58,21 +59,38 @@ def host_has(*features: str) -> bool:
     return X86 and all(binding.get_host_cpu_features().get(name, False) for name in features)
 
 
+LESSER = {"generic": (), "haswell": HASWELL}
+
+
+@pytest.fixture(scope="module")
+def lesser_cpus() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """A process for each of them; they compile all kernels once more (a minute, once), so they do it side by side."""
+    threads, processes = str(numba.config.NUMBA_NUM_THREADS), {}
+    for name, features in LESSER.items():
+        if host_has(*features):
+            flags = ",".join(f"+{feature}" for feature in features)
+            environment = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": flags, "NUMBA_NUM_THREADS": threads}
+            processes[name] = start_process("cpu", environment)
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.fault("other-cpus")
 @pytest.mark.skipif(not X86, reason="these are names of x86 CPUs")
 @pytest.mark.parametrize(
-    ("name", "features"),
+    "name",
     [
-        ("generic", ()),
-        pytest.param("haswell", HASWELL, marks=pytest.mark.skipif(not host_has(*HASWELL), reason="needs AVX2")),
+        "generic",
+        pytest.param("haswell", marks=pytest.mark.skipif(not host_has(*HASWELL), reason="needs AVX2")),
     ],
 )
-def test_a_cpu_without_avx512_or_avx2_computes_the_same(name: str, features: tuple[str, ...]) -> None:
-    """The kernels compile once more there (half a minute, once): halves by integers, multiply and add apart."""
-    flags = ",".join(f"+{feature}" for feature in features)
-    threads = str(numba.config.NUMBA_NUM_THREADS)
-    environment = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": flags, "NUMBA_NUM_THREADS": threads}
-    found = run_process("cpu", environment)
+def test_a_cpu_without_avx512_or_avx2_computes_the_same(
+    name: str, lesser_cpus: dict[str, subprocess.Popen[str]]
+) -> None:
+    """Halves by integers, multiply and add apart, and registers of other sizes change nothing that may not change."""
+    features, found = LESSER[name], finish(lesser_cpus[name])
     assert found["features"] == {x: x in features for x in ("f16c", "fma", "avx2", "avx512f")}
     assert found["halves"] == [] and found["stored halves"] == []
     assert found["microkernels"] == microkernels(features) and found["codes"] == []
