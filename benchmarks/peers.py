@@ -28,7 +28,7 @@ import numpy as np  # noqa: E402
 from cases import CASES, Case, Contest  # noqa: E402
 from check import quantize_as  # noqa: E402
 from machine import CALM, COLD_BYTES  # noqa: E402
-from timing import attend_once, copy_segment, keys_nbytes  # noqa: E402
+from timing import attention_call, copy_segment, keys_nbytes  # noqa: E402
 
 from mixkv.kernels.reference import reference_attention  # noqa: E402
 
@@ -59,8 +59,8 @@ def _copies(make: Callable[[], Any], nbytes: int) -> Iterable[Any]:
 def _ours(case: Case, q: Any, k: Any, v: Any) -> Contender:
     segment = quantize_as(case, k, v)
     nbytes = keys_nbytes(case)
-    copies = _copies(lambda: copy_segment(case, segment), nbytes)
-    return Contender(f"mixkv {case.name}", nbytes, lambda: attend_once(case, q, next(copies)), lambda out: out[0])
+    copies, call = _copies(lambda: copy_segment(case, segment), nbytes), attention_call(case, q)
+    return Contender(f"mixkv {case.name}", nbytes, lambda: call(next(copies)), lambda out: out[0])
 
 
 def _numpy(q: Any, k: Any, v: Any) -> Contender:

@@ -121,15 +121,19 @@ DATA: dict[str, Callable[[Case], Ring]] = {
 }
 
 
-def attend_once(case: Case, q: Any, segment: Segment) -> Any:
-    """The inside of ``flash_attention`` over a whole segment; the output."""
-    stops = np.full(case.queries, case.keys, np.int64)
+def attention_call(case: Case, q: Any) -> Callable[[Segment], Any]:
+    """The inside of ``flash_attention`` over a whole segment: its output, which each call allocates."""
+    starts, stops = np.zeros(case.queries, np.int64), np.full(case.queries, case.keys, np.int64)
     if case.causal:
         stops -= np.arange(case.queries - 1, -1, -1)
-    out, state = np.empty_like(q), np.empty((case.q_heads, case.queries, 2), np.float32)
-    starts, exact = np.zeros(case.queries, np.int64), case.precision == "f32"
-    attend(q, segment, starts, stops, out, state, scale=case.head_dim**-0.5, exact=exact, fresh=True)
-    return out
+    exact, scale = case.precision == "f32", case.head_dim**-0.5
+
+    def attend_once(segment: Segment) -> Any:
+        out, state = np.empty_like(q), np.empty((case.q_heads, case.queries, 2), np.float32)
+        attend(q, segment, starts, stops, out, state, scale=scale, exact=exact, fresh=True)
+        return out
+
+    return attend_once
 
 
 def make_call(case: Case, ring: Ring) -> Call:
@@ -137,7 +141,7 @@ def make_call(case: Case, ring: Ring) -> Call:
     rng = np.random.default_rng(1)
     if case.kernel == "attend":
         q = normal(rng, case.queries, case.q_heads, case.head_dim)
-        work: Callable[[Any], object] = lambda segment: attend_once(case, q, segment)  # noqa: E731
+        work: Callable[[Any], object] = attention_call(case, q)
     elif case.kernel == "quantize":
         dense, target = TileLayout(case.kv_heads, case.head_dim, case.tile, F32, F32), layout_of(case)
         work = lambda tile: quantize_tile(tile, dense, target)  # noqa: E731

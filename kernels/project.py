@@ -29,11 +29,10 @@ from .dots import GROUP, TILE_ROWS, multiply_bytes4, multiply_bytes4m, multiply_
 from .jit import SHARE, inner, kernel, parallel_kernel, standalone
 from .rotary import rotate_heads
 from .simd import LANES
-from .tables import CALL_TASKS, FOLLOW_KERNEL, call_tasks, get
+from .tables import AHEAD, CALL_TASKS, FOLLOW_KERNEL, call_tasks, get
 from .weights import W4, W4M, W8, WBF16, WF16, WF32, row_of
 
 VECTOR = 4 * LANES
-AHEAD = np.int64(8192)  # bytes that float32 rows ask for cache lines of dense weights before they need them
 # A link of a chain: one array of int64, behind which the parts of its matrix follow. EPS is the bits of a float32
 HOW, SOURCE, TARGET, COLUMNS, OUT_COLUMNS, ONTO, NORM_WEIGHT, EPS, BIAS, HAS_CODES, HAS_FLOATS = range(11)
 N_PARTS, ALL_BLOCKS, HEADS, HEAD_DIM, ROTARY_DIM, FIRST_CHANNEL = range(11, 17)

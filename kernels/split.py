@@ -64,7 +64,6 @@ from .tables import (
     set_row_float,
     set_row_int,
     tile_address,
-    tile_nbytes,
     tiles_together,
 )
 from .tiles import VECTOR, is_dense, middle_code, unpack_head, unpack_scales
@@ -127,16 +126,16 @@ _multiply = multiply_tile.call
 
 @inner
 def _multiply_tile(  # type: ignore[no-untyped-def]
-    table, nth, tiles, codes, nbytes, side, lanes, steps, fresh, column, has_tops, room
+    table, nth, tiles, codes, side, lanes, steps, fresh, column, has_tops, room
 ):
-    """The integer route over the nth of the tiles that were folded together. nbytes: of its codes."""
+    """The integer route over the nth of the tiles that were folded together."""
     first = row_int(table, FIRST, nth)
     scales = get(room, SCALES) + nth * 8 * get(side, PARTS) * (lanes if get(side, PER_LANE) else steps)
     _multiply(
         get(room, TILE_KERNEL), get(room, WORDS), get(room, FACTORS), get(room, OFFSETS), row_int(table, FIRST, tiles),
         first, row_int(table, FIRST, nth + 1) - first, lanes, steps, codes, scales, side, fresh,
         row_field(table, TARGETS) + 8 * first, column, row_field(table, TOPS) + 8 * first if has_tops else 0,
-        get(room, CODES), lines_ahead(room, codes, nbytes),
+        get(room, CODES), lines_ahead(room, codes, side, lanes * steps),
     )  # fmt: skip
 
 
@@ -150,7 +149,6 @@ def _score_tiles(  # type: ignore[no-untyped-def]
     origin = (base + get(geometry, FIRST_TILE)) * tile
     floats, active = exact or is_dense(get(side, KIND)), row_field(table, ACTIVE)
     queries, logits, sums = get(room, QUERIES), get(room, LOGITS), get(room, SUMS)
-    nbytes = tile_nbytes(geometry, K_SIDE)
     if not floats:
         _fold_tiles(
             table, t0, stop_tile, base, addresses, K_PARAMS, head, side, tile, width, queries, width * 4, 0, logits,
@@ -171,13 +169,11 @@ def _score_tiles(  # type: ignore[no-untyped-def]
             score_floats(
                 get(room, DENSE_KERNEL), queries, width * 4, first_active, stop_active, row_field(table, LOW),
                 row_field(table, HIGH), low, tile, width, kind, keys, step, stride, logits + 4 * low, LOGITS_ROW,
-                lines_ahead(room, keys, nbytes),
+                lines_ahead(room, keys, side, tile * width),
             )  # fmt: skip
         else:
             codes = tile_address(addresses, base + t, K_CODES, side, head)
-            _multiply_tile(
-                table, nth, stop_tile - t0, codes, nbytes, side, tile, width, np.int64(1), 4 * low, final, room
-            )
+            _multiply_tile(table, nth, stop_tile - t0, codes, side, tile, width, np.int64(1), 4 * low, final, room)
         if not final:
             finish_logits(active + 8 * first_row, count, table, numbers, low, high, origin, cap, logits, sums)
 
@@ -190,7 +186,7 @@ def _weigh_tiles(  # type: ignore[no-untyped-def]
     tile, width, side = get(geometry, TILE), get(geometry, WIDTH), geometry + 8 * V_SIDE
     exact, active = simd.scalar_at(options + 4 * EXACT) != 0, row_field(table, ACTIVE)
     floats = exact or is_dense(get(side, KIND))
-    logits, sums, out, nbytes = get(room, LOGITS), get(room, SUMS), get(room, OUT), tile_nbytes(geometry, V_SIDE)
+    logits, sums, out = get(room, LOGITS), get(room, SUMS), get(room, OUT)
     for t in range(t0, stop_tile):
         first_row, count = (
             row_int(table, FIRST, t - t0),
@@ -215,13 +211,11 @@ def _weigh_tiles(  # type: ignore[no-untyped-def]
             weigh_floats(
                 get(room, DENSE_KERNEL), logits, LOGITS_ROW, first_active, stop_active, row_field(table, LOW),
                 row_field(table, HIGH), low, tile, width, kind, values, step, stride, out,
-                lines_ahead(room, values, nbytes),
+                lines_ahead(room, values, side, tile * width),
             )  # fmt: skip
         else:
             codes = tile_address(addresses, base + t, V_CODES, side, head)
-            _multiply_tile(
-                table, nth, stop_tile - t0, codes, nbytes, side, width, tile, np.int64(0), np.int64(0), False, room
-            )
+            _multiply_tile(table, nth, stop_tile - t0, codes, side, width, tile, np.int64(0), np.int64(0), False, room)
 
 
 @standalone(types.void(*[types.int64] * 9))

@@ -81,7 +81,7 @@ ROOM_ROWS = 14  # how many rows there is room for
 # tiles of the segment, from the first to one past the last, and a head
 ASK, ASK_STOP, NEXT_TILE, NEXT_STOP, NEXT_HEAD = range(15, 20)
 ROOM_FIELDS = 20
-AHEAD = np.int64(8192)  # bytes ahead of what is read that lines are asked for, where nothing better is known
+AHEAD = np.int64(8192)  # bytes ahead of what is read that lines are asked for where nothing better is known
 
 # A worker's rows. int64 [fields][COLUMNS]: the positions that a row sees, absolute and in the current split; the distance
 # of position 0 from the query's; addresses of its mask (or 0), its output and its partial output
@@ -156,17 +156,17 @@ def set_row_float(numbers, field, row, value):  # type: ignore[no-untyped-def]
 
 
 @inner
-def lines_ahead(room, address, nbytes):  # type: ignore[no-untyped-def]
-    """Who reads ``nbytes`` from ``address`` is to ask for so many more bytes: how far ahead."""
-    at, stop = get(room, ASK), get(room, ASK_STOP)
-    simd.store_integer(room + 8 * ASK, min(at + nbytes, stop))
-    return at - address if at < stop else AHEAD
+def _nbytes(side, count):  # type: ignore[no-untyped-def]
+    """Bytes of so many codes, or numbers, of a side."""
+    return count * KIND_BITS[get(side, KIND)] // 8
 
 
 @inner
-def tile_nbytes(geometry, which):  # type: ignore[no-untyped-def]
-    """Bytes of the codes, or numbers, of one head in a tile; ``which`` is K_SIDE or V_SIDE."""
-    return get(geometry, TILE) * get(geometry, WIDTH) * KIND_BITS[get(geometry + 8 * which, KIND)] // 8
+def lines_ahead(room, address, side, count):  # type: ignore[no-untyped-def]
+    """How far ahead lines are asked for by who reads ``count`` codes, or numbers, from an address: one with each line."""
+    at, stop = get(room, ASK), get(room, ASK_STOP)
+    simd.store_integer(room + 8 * ASK, min(at + _nbytes(side, count), stop))
+    return at - address if at < stop else AHEAD
 
 
 @inner
@@ -175,7 +175,8 @@ def ask_from(room, addresses, geometry, first, stop, head, which):  # type: igno
     side, codes = geometry + 8 * which, K_CODES if which == K_SIDE else V_CODES
     scales = codes if get(side, KIND) <= BF16 else codes + 1
     begin = tile_address(addresses, first, scales, side, head)
-    end = tile_address(addresses, stop - 1, codes, side, head) + tile_nbytes(geometry, which)
+    end = tile_address(addresses, stop - 1, codes, side, head)
+    end += _nbytes(side, get(geometry, TILE) * get(geometry, WIDTH))
     in_a_run = get(side, TOKEN) == 0 and begin < end <= begin + get(side, HEAD)
     simd.store_integer(room + 8 * ASK, begin)
     simd.store_integer(room + 8 * ASK_STOP, end if in_a_run else begin)

@@ -5,7 +5,7 @@ import pytest
 
 from mixkv.kernels import tables
 from mixkv.kernels.jit import kernel
-from mixkv.kernels.layout import F32, K_CODES, V_CODES
+from mixkv.kernels.layout import F32, K_CODES, Q4, V_CODES, TileLayout, side_numbers
 from mixkv.kernels.segment import segment_of_arrays
 from mixkv.kernels.tables import ASK, ASK_STOP, K_SIDE, ROOM_FIELDS, V_SIDE
 
@@ -20,8 +20,8 @@ def _ask_from(room, addresses, geometry, first, stop, head, which):
 
 
 @kernel
-def _lines_ahead(room, address, nbytes):
-    return tables.lines_ahead(room, address, nbytes)
+def _lines_ahead(room, address, side, count):
+    return tables.lines_ahead(room, address, side, count)
 
 
 def asked(addresses: tuple[int, int], first: int, stop: int, head: int, which: int) -> np.ndarray:
@@ -61,13 +61,16 @@ def test_what_lies_in_plain_arrays_is_no_run() -> None:
 
 
 def test_a_line_is_asked_for_with_each_line_until_the_run_ends() -> None:
-    room = np.zeros(ROOM_FIELDS, np.int64)
+    room, side = np.zeros(ROOM_FIELDS, np.int64), side_numbers(TileLayout(1, 64, 64, Q4, Q4).k)
     room[ASK], room[ASK_STOP] = 10_000, 10_000 + 5 * 64
-    at = room.ctypes.data
-    assert _lines_ahead(at, 1_000, 128) == 9_000 and room[ASK] == 10_128
-    assert _lines_ahead(at, 1_128, 128) == 9_000 and room[ASK] == 10_256
-    assert _lines_ahead(at, 20_000, 128) == 10_256 - 20_000 and room[ASK] == room[ASK_STOP]  # not beyond the run
-    assert _lines_ahead(at, 1_384, 128) == tables.AHEAD and room[ASK] == room[ASK_STOP]
+
+    def ahead(address: int, count: int) -> int:
+        return int(_lines_ahead(room.ctypes.data, address, side.ctypes.data, count))
+
+    assert ahead(1_000, 256) == 9_000 and room[ASK] == 10_128
+    assert ahead(1_128, 256) == 9_000 and room[ASK] == 10_256
+    assert ahead(20_000, 256) == 10_256 - 20_000 and room[ASK] == room[ASK_STOP]  # not beyond the run
+    assert ahead(1_384, 256) == tables.AHEAD and room[ASK] == room[ASK_STOP]
 
 
 def test_names_of_parts_are_those_of_the_table() -> None:
