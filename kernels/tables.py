@@ -9,7 +9,6 @@ from .fold import FOLDED
 from .jit import inner
 from .layout import (
     ADDRESSES,
-    BF16,
     HEAD,
     K_CODES,
     KIND,
@@ -22,7 +21,7 @@ from .layout import (
     side_numbers,
 )
 from .simd import LANES
-from .tiles import VECTOR
+from .tiles import VECTOR, is_dense
 
 SPLIT = PAGE  # positions whose logits share one maximum; a multiple of every tile
 BLOCK_ROWS = 96  # query rows that share the unpacking of a tile: their logits then fit the second-level cache
@@ -173,8 +172,9 @@ def lines_ahead(room, address, side, count):  # type: ignore[no-untyped-def]
 def ask_from(room, addresses, geometry, first, stop, head, which):  # type: ignore[no-untyped-def]
     """Let K (``which`` is K_SIDE) or V of one head of some tiles be what is asked for, if it lies in one run."""
     side, codes = geometry + 8 * which, K_CODES if which == K_SIDE else V_CODES
-    scales = codes if get(side, KIND) <= BF16 else codes + 1
-    begin = tile_address(addresses, first, scales, side, head)
+    begin = tile_address(
+        addresses, first, codes if is_dense(get(side, KIND)) else codes + 1, side, head
+    )  # scales first
     end = tile_address(addresses, stop - 1, codes, side, head)
     end += _nbytes(side, get(geometry, TILE) * get(geometry, WIDTH))
     in_a_run = get(side, TOKEN) == 0 and begin < end <= begin + get(side, HEAD)

@@ -5,7 +5,7 @@ import pytest
 
 from mixkv.kernels import tables
 from mixkv.kernels.jit import kernel
-from mixkv.kernels.layout import F32, K_CODES, Q4, V_CODES, TileLayout, side_numbers
+from mixkv.kernels.layout import Q4, TileLayout, side_numbers
 from mixkv.kernels.segment import segment_of_arrays
 from mixkv.kernels.tables import ASK, ASK_STOP, K_SIDE, ROOM_FIELDS, V_SIDE
 
@@ -71,7 +71,3 @@ def test_a_line_is_asked_for_with_each_line_until_the_run_ends() -> None:
     assert ahead(1_128, 256) == 9_000 and room[ASK] == 10_256
     assert ahead(20_000, 256) == 10_256 - 20_000 and room[ASK] == room[ASK_STOP]  # not beyond the run
     assert ahead(1_384, 256) == tables.AHEAD and room[ASK] == room[ASK_STOP]
-
-
-def test_names_of_parts_are_those_of_the_table() -> None:
-    assert (K_CODES, V_CODES) == (0, 2) and F32 == 0  # dense kinds come first: ``ask_from`` relies on it
