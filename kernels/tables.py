@@ -172,9 +172,8 @@ def lines_ahead(room, address, side, count):  # type: ignore[no-untyped-def]
 def ask_from(room, addresses, geometry, first, stop, head, which):  # type: ignore[no-untyped-def]
     """Let K (``which`` is K_SIDE) or V of one head of some tiles be what is asked for, if it lies in one run."""
     side, codes = geometry + 8 * which, K_CODES if which == K_SIDE else V_CODES
-    begin = tile_address(
-        addresses, first, codes if is_dense(get(side, KIND)) else codes + 1, side, head
-    )  # scales first
+    first_part = codes if is_dense(get(side, KIND)) else codes + 1  # scales lie before codes
+    begin = tile_address(addresses, first, first_part, side, head)
     end = tile_address(addresses, stop - 1, codes, side, head)
     end += _nbytes(side, get(geometry, TILE) * get(geometry, WIDTH))
     in_a_run = get(side, TOKEN) == 0 and begin < end <= begin + get(side, HEAD)
