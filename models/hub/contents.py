@@ -56,7 +56,8 @@ def partial_downloads() -> list[Path]:
 def remove_model(name: str) -> int:
     """Remove a model from the cache, with what a stopped download of it has left; how many bytes came free.
 
-    Raises UsageError for a name that the cache does not have, and DownloadError while it is being fetched.
+    Raises UsageError for a name that the cache does not have, DownloadError while it is being fetched, and ModelError for
+    what lies behind a link.
     """
     left = ""
     if name in registry.REGISTRY:
@@ -115,7 +116,7 @@ def remove_partial() -> int:
 def _shelf_of(name: str) -> Shelf | None:
     if not name.startswith(("hf:", "pypi:")):
         return None
-    shelf = Shelf(name.partition(":")[0], _parsed(name).shelf)
+    shelf = open_shelf(name.partition(":")[0], _parsed(name).shelf)  # before its lock is made
     return shelf if shelf.folder.is_dir() else None
 
 

@@ -12,7 +12,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from ..check import shown
-from ..errors import DownloadError, MixkvError
+from ..errors import DownloadError, MixkvError, ModelError
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all (0 where nobody knows yet); what it raises ends the download."""
@@ -101,8 +101,25 @@ def disk_nbytes(path: Path) -> int:
     return nbytes
 
 
+def check_no_link(path: Path) -> None:
+    """ModelError where a folder from the cache folder down to ``path`` is a link: what it leads to is not ours."""
+    for folder in [path, *path.parents]:
+        if folder == cache_folder():
+            return
+        if folder.is_symlink():
+            raise ModelError(
+                f"{folder} is a link, and the cache follows none below its own folder: remove the link; to keep models "
+                f"elsewhere, set MIXKV_CACHE, or let {cache_folder()} be a link"
+            )
+    raise ModelError(f"{path} is not in the cache, {cache_folder()}")
+
+
 def remove(path: Path) -> int:
-    """Remove a file or a folder with all that is in it; how many bytes came free. A link goes, not what it leads to."""
+    """Remove a file or a folder with all that is in it from the cache; how many bytes came free.
+
+    A link goes, not what it leads to. ModelError, and nothing removed, for what lies outside of the cache or behind a link.
+    """
+    check_no_link(path.parent)
     nbytes = disk_nbytes(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

@@ -6,6 +6,7 @@ model are there and verified, so what it names is whole.
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -14,11 +15,26 @@ from typing import Any
 
 from ..check import read_json_object, shown
 from ..errors import DownloadError, MixkvError, ModelError
-from .files import cache_folder, is_plain_path, is_sha256, locked, remove, remove_empty, sha256, write_whole
+from .files import (
+    cache_folder,
+    check_no_link,
+    is_plain_path,
+    is_sha256,
+    locked,
+    remove,
+    remove_empty,
+    sha256,
+    write_whole,
+)
 
 KINDS = ("hf", "pypi")
 INDEX = "index.json"
 _LOCK = "lock"
+# What downloads write to a shelf, path by path: to the folder of a version, a folder to work in, and a new index
+_WRITTEN = {
+    "hf": re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?/.+|\.index\.json\.[0-9]+\.tmp"),
+    "pypi": re.compile(r"[0-9][^/]*/.+|\.download/.+|\.index\.json\.[0-9]+\.tmp"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,18 +187,23 @@ class Shelf:
         """
         own = self.models.pop((version, file))
         others = {name for (v, _), files in self.models.items() if v == version for name in files}
+        paths = [self.version_folder(version) / name for name in own if name not in others]
+        for path in paths:
+            check_no_link(path.parent)
         if not any(v == version for v, _ in self.models):
             self.revisions = {name: v for name, v in self.revisions.items() if v != version}
         self.save()  # first: what the index names is whole
-        folder = self.version_folder(version)
-        return self.remove(folder / name for name in own if name not in others)
+        return self.remove(paths)
 
     def remains(self) -> list[Path]:
-        """Files here that the index does not name: what downloads have left that were stopped, or still run."""
-        known = {self.folder / INDEX, self.folder / f".{_LOCK}.lock"}
-        known |= {self.version_folder(version) / name for (version, _), files in self.models.items() for name in files}
+        """Files here that the index does not name: what downloads have left that were stopped, or still run.
+
+        What no download would have written where it lies is somebody else's.
+        """
+        known = {f"{version}/{name}" for (version, _), files in self.models.items() for name in files}
         found = (Path(place) / name for place, _, names in os.walk(self.folder) for name in names)
-        return sorted(path for path in found if path not in known)
+        paths = {path.relative_to(self.folder).as_posix(): path for path in found}
+        return sorted(path for name, path in paths.items() if name not in known and _WRITTEN[self.kind].fullmatch(name))
 
     def remains_of(self, name: ModelName) -> list[Path]:
         """Those that belong to what the name means, as far as the name says it."""
@@ -203,7 +224,7 @@ class Shelf:
 
 @dataclass(frozen=True, slots=True)
 class DamagedShelf:
-    """A shelf whose index cannot be read: the repository or package, where it lies, and what is wrong and to be done."""
+    """A shelf whose index cannot be read, or that is a link: its name, where it lies, what is wrong and to be done."""
 
     name: str
     folder: Path
@@ -211,8 +232,12 @@ class DamagedShelf:
 
 
 def open_shelf(kind: str, name: str) -> Shelf:
-    """The shelf of a repository or package, empty where there is none yet; ModelError for a damaged index."""
+    """The shelf of a repository or package, empty where there is none yet; ModelError for a damaged index, or a link."""
     shelf = Shelf(kind, name)
+    check_no_link(shelf.folder)
+    for place in shelf.folder.glob("*"):
+        if place.is_dir():
+            check_no_link(place)
     path = shelf.folder / INDEX
     return _read(path, shelf) if os.path.lexists(path) else shelf
 
@@ -221,6 +246,11 @@ def all_shelves() -> tuple[list[Shelf], list[DamagedShelf]]:
     """Every shelf in the cache, also those with nothing but remains of downloads; and those whose index is damaged."""
     shelves, damaged = [], []
     for kind in KINDS:
+        try:
+            check_no_link(cache_folder() / kind)
+        except ModelError as error:
+            damaged.append(DamagedShelf(kind, cache_folder() / kind, str(error)))
+            continue
         for folder in sorted(path for path in (cache_folder() / kind).glob("*") if path.is_dir()):
             name = folder.name.replace("--", "/")
             try:

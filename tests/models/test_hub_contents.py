@@ -225,3 +225,93 @@ def test_a_link_goes_and_what_it_leads_to_stays(cache: Cache, tmp_path: Path) ->
     (cache.folder / "tiny.gguf").symlink_to(outside)
     hub.remove_model("tiny")
     assert outside.read_bytes() == CONTENT and not (cache.folder / "tiny.gguf").is_symlink()
+
+
+LINKED = {  # what is replaced by a link to a folder elsewhere, and a file of that folder that removing would have met
+    "kind": ("hf", f"org--tiny/{'0' * 40}/kept"),
+    "shelf": ("hf/org--tiny", f"{'0' * 40}/kept"),
+    "new shelf": ("hf/c--d", f"{'0' * 40}/kept"),
+    "version": (f"hf/org--other/{'0' * 40}", "kept"),
+    "wheels": (".download-tiny", "kept"),
+}
+
+
+@pytest.mark.fault("linked-cache")
+@pytest.mark.parametrize("way", ["partial", "all", "hf:org/tiny:a.gguf", "hf:org/other:c.gguf", "hf:c/d", "tiny"])
+@pytest.mark.parametrize("place", sorted(LINKED))
+def test_nothing_is_removed_through_a_link_to_a_folder(cache: Cache, tmp_path: Path, place: str, way: str) -> None:
+    link, inside = cache.folder / LINKED[place][0], tmp_path / "elsewhere" / LINKED[place][1]
+    inside.parent.mkdir(parents=True)
+    if link.exists():
+        link.rename(tmp_path / "was")
+        for path in (tmp_path / "was").rglob("*"):  # so that a model's own files lie behind the link, too
+            if path.is_file() and not path.name.startswith("."):
+                target = tmp_path / "elsewhere" / path.relative_to(tmp_path / "was")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+    inside.write_bytes(CONTENT)
+    link.symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    before = {path: path.read_bytes() for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()}
+    refusals = []
+    try:
+        {"partial": remove_partial, "all": hub.remove_all}.get(way, lambda: hub.remove_model(way))()
+    except (ModelError, UsageError) as error:
+        refusals.append(str(error))
+    assert {path: path.read_bytes() for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()} == before
+    if place != "wheels":  # of which the link itself may go
+        assert link.is_symlink() and any(str(link) in shelf.problem for shelf in hub.damaged_shelves())
+        assert all("is a link" in text or "the cache has no model" in text for text in refusals)
+
+
+@pytest.mark.fault("linked-cache")
+def test_a_file_behind_a_link_deep_in_a_model_stays_and_so_does_the_model(cache: Cache, tmp_path: Path) -> None:
+    (model,) = [model for model in hub.cached_models() if model.name == "hf:org/tiny:sub/b.gguf"]
+    elsewhere = tmp_path / "elsewhere"
+    model.path.parent.rename(elsewhere)
+    model.path.parent.symlink_to(elsewhere, target_is_directory=True)
+    for remove in (lambda: hub.remove_model(model.name), hub.remove_all):
+        with pytest.raises(ModelError, match="sub is a link, and the cache follows none .* MIXKV_CACHE"):
+            remove()
+    assert (elsewhere / "b.gguf").read_bytes() == GGUF + b"b" and model.name in names()
+
+
+@pytest.mark.fault("linked-cache")
+def test_nothing_is_fetched_through_a_link(cache: Cache, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (cache.folder / "hf" / "org--new").symlink_to(elsewhere, target_is_directory=True)
+    cache.server.publish("org/new", {"d.gguf": GGUF})
+    with pytest.raises(ModelError, match="org--new is a link"):
+        hub.pull("hf:org/new")
+    assert list(elsewhere.iterdir()) == []
+    cache.folder.joinpath(".download-tiny").symlink_to(elsewhere, target_is_directory=True)
+    (elsewhere / "kept").write_bytes(CONTENT)
+    (cache.folder / "tiny.gguf").unlink()
+    with pytest.raises(ModelError, match=".download-tiny is a link"):
+        hub.pull("tiny")
+    assert (elsewhere / "kept").read_bytes() == CONTENT
+
+
+@pytest.mark.fault("linked-cache")
+def test_what_no_download_has_written_stays(cache: Cache) -> None:
+    strangers = [
+        "hf/notes/thesis.txt",
+        "hf/org--tiny/thesis.txt",
+        "hf/org--tiny/drafts/thesis.txt",
+        "pypi/x/work/a.txt",
+    ]
+    for name in strangers:
+        (cache.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache.folder / name).write_bytes(CONTENT)
+    assert hub.partial_downloads() == []
+    hub.remove_partial()
+    hub.remove_all()
+    assert [(cache.folder / name).read_bytes() for name in strangers] == [CONTENT] * 4
+
+
+def test_the_folder_of_models_itself_may_be_a_link(cache: Cache, tmp_path: Path) -> None:
+    cache.folder.rename(tmp_path / "disk")
+    cache.folder.symlink_to(tmp_path / "disk", target_is_directory=True)
+    assert names() == NAMES
+    hub.remove_all()
+    assert names() == set() and not list((tmp_path / "disk").rglob("*.gguf"))
