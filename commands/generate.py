@@ -108,7 +108,7 @@ def generate(
         held = session.nbytes()["total"]
         memory.check_fits(loaded.config, session.policy, most, context=session.context, held=held)
         warm_up(bars.bar("preparing kernels (compiled once)"))
-        warning = None if quiet else _warning(loaded, session.policy, bars)
+        warning = _warning(loaded, session.policy, bars)
     if warning is not None:
         say(f"mixkv: warning: {warning}")
     if talk.retiered is not None:

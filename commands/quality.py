@@ -121,8 +121,7 @@ def evaluate(
         print(make_writer("csv", [], str).row(flat(row)), end="")
     else:
         _print_evaluation(row)
-    if not quiet:
-        _warn(pair.candidate, policy, row["kld"]["mean"])
+    _warn(pair.candidate, policy, row["kld"]["mean"])
     if per_token is not None:
         _write_per_token(per_token, pair.candidate, part, policy.window, each)
 

@@ -64,6 +64,8 @@ def convert(
         raise UsageError(f"{folder}: exists already; nothing is overwritten: name a new folder")
     if not folder.parent.is_dir():
         raise UsageError(f"{folder}: {folder.parent} is no folder")
+    with _beside(folder):  # what cannot be written is refused before anything is fetched
+        pass
     opened = in_hf_form(open_model(model, progress=download))
     _check_memory(opened, logits)
     check_room(str(folder), folder.parent, stored_nbytes(opened, dtype) + _SMALL_BYTES, UsageError)

@@ -41,11 +41,11 @@ class Verdict:
 
     def sentence(self, policy: CachePolicy) -> str:
         """It in words, for a ruinous one."""
-        found = f"this cache ruins this model: {self.kld:.2g} nats (mean KL, {COMPARED} tokens) from one of float32"
-        keys = f"k_bits={policy.k_bits}"
+        found = f"{self.kld:.2g} nats (mean KL, {COMPARED} tokens) from one of float32"
+        found = f"this cache, '{policy}', ruins this model: {found}"
         if self.better is None:
-            return f"{found}, with {keys}; no cache of codes does better than {RUINOUS}: use --policy f16"
-        return f"{found}, with {keys}; with --policy '{self.better}' it is {self.better_kld:.2g}"
+            return f"{found}; no cache of codes does better than {RUINOUS}: use --policy f16"
+        return f"{found}; with --policy '{self.better}' it is {self.better_kld:.2g}"
 
 
 def doubtful(config: ModelConfig, policy: CachePolicy) -> bool:

