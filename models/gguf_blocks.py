@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.weights import W4, W4M, W8, CodedRows
+from . import mxfp4
 
 _VALUES_AT_ONCE = 1 << 17  # a chunk and its temporaries stay in the L2 cache: 0.3 s for the default model, not 0.75
 
@@ -47,10 +48,19 @@ TENSOR_TYPES: Mapping[int, Blocks] = {
     30: Blocks("BF16", 1, 2),
     34: Blocks("TQ1_0", 256, 54),
     35: Blocks("TQ2_0", 256, 66),
+    39: Blocks("MXFP4", 32, 17),
 }
 _BY_NAME = {blocks.name: blocks for blocks in TENSOR_TYPES.values()}
 _DENSE = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-CODE_KINDS: Mapping[str, int] = {"Q4_0": W4, "Q4_1": W4M, "Q4_K": W4M, "Q5_0": W8, "Q8_0": W8, "IQ4_NL": W8}
+CODE_KINDS: Mapping[str, int] = {
+    "Q4_0": W4,
+    "Q4_1": W4M,
+    "Q4_K": W4M,
+    "Q5_0": W8,
+    "Q8_0": W8,
+    "IQ4_NL": W8,
+    "MXFP4": W8,
+}
 """The types that are codes times scales of 32 columns, and the kernels' kind that holds them."""
 
 
@@ -77,12 +87,15 @@ def codes_of_rows(stored: NDArray[np.uint8], type_name: str) -> CodedRows | None
     """Rows of stored blocks, uint8 (rows, bytes), as codes. Those of Q4_0, Q4_1 and Q8_0 are views.
 
     Every number stays what it is, but for Q4_K: its scales and minima are products of a float16 and 6 bits, and are rounded
-    to float16, by a part of 2^-11 at most while they are normal. None where such a product is too large for float16.
+    to float16, by a part of 2^-11 at most while they are normal. None where such a product is too large for float16, or
+    where a scale of MXFP4 is none.
     """
     rows, blocks = len(stored), _BY_NAME[type_name]
     stored = stored.reshape(rows, -1, blocks.nbytes)
     if type_name == "Q4_K":
         return _codes_of_q4_k(stored)
+    if type_name == "MXFP4":
+        return mxfp4.as_coded_rows(np.concatenate(mxfp4.halves(stored[..., 1:]), axis=2), stored[..., 0])
     scales = stored[..., :2].view(np.float16)[..., 0]
     kind, minima, words = CODE_KINDS[type_name], None, stored[..., 2:]
     if kind == W4M:

@@ -77,8 +77,14 @@ def _refuse_unsupported(keys: dict[str, Any]) -> None:
     if classes is not None and classes != [ARCHITECTURES[model_type]]:
         raise ModelError(f"architectures is {shown(classes)}; supported: {supported}")
     for key in ("quantization_config", "compression_config", "quantization"):  # the last is what MLX writes
-        if keys.get(key) is not None:
-            raise ModelError(f"{key} is {shown(keys[key])}; only weights that are not quantized are supported")
+        found = keys.get(key)
+        method = found.get("quant_method") if isinstance(found, dict) and key == "quantization_config" else None
+        if found is not None and not (
+            model_type == "gpt_oss" and method == "mxfp4"
+        ):  # which its tensors say themselves
+            raise ModelError(
+                f"{key} is {shown(found)}; only weights that are not quantized, and mxfp4 of gpt_oss, are supported"
+            )
 
 
 def _activation(keys: dict[str, Any], family: Family) -> str:

@@ -57,19 +57,25 @@ class SafetensorsSource:
         """One item along the first axis of tensor ``name``, as ``read`` gives the whole."""
         return self._read(name, widened=True, place=place)
 
+    def packed(self, name: str, place: int) -> npt.NDArray[np.uint8]:
+        """One item along the first axis of tensor ``name``, whose type is U8, as it is stored."""
+        return self._read(name, widened=False, place=place, readable=("U8",))
+
     def forget(self, name: str) -> None:
         """Nothing to do: what was read is a copy."""
 
-    def _read(self, name: str, *, widened: bool, place: int | None = None) -> npt.NDArray[Any]:
+    def _read(
+        self, name: str, *, widened: bool, place: int | None = None, readable: tuple[str, ...] = _READABLE
+    ) -> npt.NDArray[Any]:
         if name not in self.shapes:
             raise ModelError(f"{self.where}: no tensor named {shown(name)}")
         kind = self.stored_types[name]
-        if kind not in _READABLE:
-            raise ModelError(f"{self.where}: tensor {shown(name)} is {kind}; supported: {', '.join(_READABLE)}")
+        if kind not in readable:
+            raise ModelError(f"{self.where}: tensor {shown(name)} is {kind}; supported: {', '.join(readable)}")
         try:
             opened = self._opened[name]  # both are a copy of the file's bytes already
             values = opened.get_tensor(name) if place is None else opened.get_slice(name)[place]
-            if not widened and kind in ("F16", "BF16"):
+            if not widened and kind in ("F16", "BF16", "U8"):
                 return values
             with np.errstate(over="raise"):
                 return values.astype(np.float32, copy=False)
