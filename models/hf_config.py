@@ -66,15 +66,17 @@ def _from_keys(keys: dict[str, Any]) -> ModelConfig:
 
 def _refuse_unsupported(keys: dict[str, Any]) -> None:
     supported = ", ".join(f"{model_type} ({name})" for model_type, name in ARCHITECTURES.items())
-    if keys.get("auto_map"):
-        raise ModelError(
-            f"auto_map asks to run Python code that came with the model; mixkv never does: use {supported}"
-        )
     model_type = keys.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+    known = ARCHITECTURES.get(model_type, "") if isinstance(model_type, str) else ""
+    if foreign := _foreign_code(keys.get("auto_map"), known):
+        raise ModelError(
+            f"auto_map asks to run Python code that came with the model, {shown(foreign[0])}; mixkv never does: use "
+            f"{supported}"
+        )
+    if not known:
         raise ModelError(f"model_type is {shown(model_type)}; supported: {supported}")
     classes = keys.get("architectures")
-    if classes is not None and classes != [ARCHITECTURES[model_type]]:
+    if classes is not None and classes != [known]:
         raise ModelError(f"architectures is {shown(classes)}; supported: {supported}")
     for key in ("quantization_config", "compression_config", "quantization"):  # the last is what MLX writes
         found = keys.get(key)
@@ -85,6 +87,20 @@ def _refuse_unsupported(keys: dict[str, Any]) -> None:
             raise ModelError(
                 f"{key} is {shown(found)}; only weights that are not quantized, and mxfp4 of gpt_oss, are supported"
             )
+
+
+def _foreign_code(auto_map: Any, known: str) -> list[Any]:
+    """What of ``auto_map`` stands for no class of the ``known`` architecture, the name of its model or "".
+
+    Older folders (Phi-3's) have a copy of the code that transformers has had since, under the names of its classes: what
+    the model computes is known without it. Tokenizers are read from tokenizer.json, whatever is said of their code.
+    """
+    if not isinstance(auto_map, dict):
+        return [auto_map] if auto_map else []
+    stem = known.removesuffix("ForCausalLM")
+    classes = {known, f"{stem}Model", f"{stem}Config"} if known else set()
+    models = [value for key, value in auto_map.items() if not key.startswith(("AutoTokenizer", "AutoProcessor"))]
+    return [value for value in models if not isinstance(value, str) or value.rpartition(".")[2] not in classes]
 
 
 def _activation(keys: dict[str, Any], family: Family) -> str:

@@ -342,6 +342,24 @@ def test_custom_code_in_a_model_folder_is_never_imported(tmp_path, auto_map):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.fault("model-folder-code")
+def test_code_that_is_a_copy_of_what_is_known_is_not_imported_and_not_missed(tmp_path):
+    """As the folders of Phi-3, 3.5 and 4 mini have it (https://huggingface.co/microsoft/Phi-4-mini-instruct)."""
+    phi = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
+    for name in ("configuration_phi3", "modeling_phi3"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    named = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    with_it = config_from_hf(write(tmp_path, {**phi, "auto_map": {**named, "AutoTokenizer": "Xenova/gpt-4o"}}))
+    assert with_it == config_from_hf(write(tmp_path, phi))
+    assert not (tmp_path / "ran").exists()
+    for other in (
+        {"AutoConfig": "configuration_phi3.OtherConfig"}, {"AutoModelForCausalLM": "modeling_phi3.LlamaForCausalLM"},
+        {"AutoModelForCausalLM": ["modeling_phi3.Phi3ForCausalLM"]}, {"AutoModelForCausalLM": None}, "modeling_phi3", 1,
+    ):  # fmt: skip
+        assert "auto_map asks to run Python code" in refusal(tmp_path, {**phi, "auto_map": other})
+    assert "auto_map asks" in refusal(tmp_path, {"model_type": "phi9", "architectures": ABSENT, "auto_map": named})
+
+
 # generation_config.json
 
 
