@@ -16,6 +16,7 @@ import numba
 import platformdirs
 
 _STATE = re.compile(r"[0-9a-f]{16}")
+_WRITTEN = re.compile(r"\.nb[ic](\.tmp\.\w+)?$")  # by Numba, of kernels
 
 
 def _sources_hash() -> str:
@@ -94,9 +95,14 @@ def others() -> list[Path]:
     current = _sources_hash()
     roots = {wanted_folder().parent} | {folder for folder in (_temporary(),) if _is_private(folder)}
     found = [path for root in roots if root.is_dir() for path in root.iterdir()]
-    return sorted(
-        p for p in found if _STATE.fullmatch(p.name) and p.name != current and p.is_dir() and not p.is_symlink()
-    )
+    return sorted(p for p in found if _STATE.fullmatch(p.name) and p.name != current and _has_only_kernels(p))
+
+
+def _has_only_kernels(folder: Path) -> bool:
+    """Whether it is a folder, and no link, with nothing in it that Numba would not have written."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return all(path.is_dir() or _WRITTEN.search(path.name) for path in folder.rglob("*"))
 
 
 def remove_others() -> int:

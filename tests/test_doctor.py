@@ -283,11 +283,14 @@ def test_kernels_of_other_versions_are_removed_and_ours_stay(cache: Path) -> Non
         folder.mkdir(parents=True)
         (folder / "a.nbc").write_bytes(bytes(1_000_000))
     (cache / "kernels" / ("1" * 16)).symlink_to(other)
+    notes = cache / "kernels" / ("2" * 16)  # whose name is by chance that of a state
+    notes.mkdir()
+    (notes / "thesis.txt").write_bytes(b"mine")
     assert compiled.others() == [old]
     result = CliRunner().invoke(app, ["rm", "--kernels"])
     assert result.exit_code == 0 and "1.00 MB came free" in result.stdout
     assert not old.exists() and (own / "a.nbc").exists() and (other / "a.nbc").exists()
-    assert compiled.remove_others() == 0
+    assert compiled.remove_others() == 0 and (notes / "thesis.txt").read_bytes() == b"mine"
 
 
 # --- software -------------------------------------------------------------------------------------------------------

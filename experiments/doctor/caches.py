@@ -75,7 +75,7 @@ def _folder(folder: Path, needed: int, purpose: str) -> tuple[list[tuple[str, st
     details: dict[str, Any] = {"path": str(folder), "exists": folder.is_dir(), "free_bytes": None, "bytes": 0}
     if not place.is_dir():
         return [(PROBLEM, f"{folder} cannot be made, {place} is no folder: {advice}")], details
-    details["bytes"] = hub.disk_nbytes(folder)
+    details["bytes"] = hub.disk_nbytes(folder.resolve())
     try:
         with tempfile.TemporaryFile(dir=place):
             pass

@@ -1,10 +1,11 @@
 """What the cache has, and removing it."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..check import listed
-from ..errors import UsageError
+from ..errors import ModelError, UsageError
 from . import huggingface, pypi, registry
 from .files import cache_folder, disk_nbytes, locked, remove
 from .shelf import DamagedShelf, ModelName, Shelf, all_shelves, open_shelf
@@ -49,7 +50,7 @@ def partial_downloads() -> list[Path]:
 
     Also what those have that still run.
     """
-    found = list(cache_folder().glob(".download-*"))
+    found = [path for path in map(registry.parts_folder, registry.REGISTRY.values()) if os.path.lexists(path)]
     return sorted(found + [path for shelf in all_shelves()[0] for path in shelf.remains()])
 
 
@@ -61,10 +62,11 @@ def remove_model(name: str) -> int:
     """
     left = ""
     if name in registry.REGISTRY:
-        present = [path for path in registry.belongings(registry.REGISTRY[name]) if path.exists()]
+        entry = registry.REGISTRY[name]
+        present = [path for path in registry.belongings(entry) if os.path.lexists(path)]
         if present:
             with locked(cache_folder(), name, name, wait=False):
-                return sum(map(remove, present))
+                return sum(remove(path, folder=path == registry.parts_folder(entry)) for path in present)
     elif shelf := _shelf_of(name):
         with shelf.locked(name, wait=False):
             shelf, asked = open_shelf(shelf.kind, shelf.name), _parsed(name)
@@ -82,18 +84,29 @@ def remove_model(name: str) -> int:
 def remove_all() -> int:
     """Remove every model and everything that stopped downloads have left; how many bytes came free.
 
-    What is in ``damaged_shelves`` stays.
+    What is in ``damaged_shelves`` stays. ModelError for what else cannot be removed, when all the rest has been.
     """
-    freed = 0
+    freed, problems = 0, []
     for name, entry in registry.REGISTRY.items():
-        if any(path.exists() for path in registry.belongings(entry)):
-            freed += remove_model(name)
+        if any(map(os.path.lexists, registry.belongings(entry))):
+            try:
+                freed += remove_model(name)
+            except ModelError as error:
+                problems.append(str(error))
     for each in all_shelves()[0]:
         if each.models:
             with each.locked(each.name, wait=False):
                 shelf = open_shelf(each.kind, each.name)
-                freed += sum(shelf.drop(*model) for model in list(shelf.models))
-    return freed + remove_partial()
+                for model in list(shelf.models):
+                    try:
+                        freed += shelf.drop(*model)
+                    except ModelError as error:
+                        problems.append(str(error))
+                        shelf = open_shelf(each.kind, each.name)
+    freed += remove_partial()
+    if problems:
+        raise ModelError(f"{'; '.join(problems)}; all else is removed, {freed:,} bytes came free")
+    return freed
 
 
 def remove_partial() -> int:
@@ -102,9 +115,11 @@ def remove_partial() -> int:
     What is in ``damaged_shelves`` stays.
     """
     freed, folder = 0, cache_folder()
-    for path in folder.glob(".download-*"):
-        with locked(folder, path.name.removeprefix(".download-"), path.name, wait=False):
-            freed += remove(path)
+    for name, entry in registry.REGISTRY.items():
+        path = registry.parts_folder(entry)
+        if os.path.lexists(path):
+            with locked(folder, name, path.name, wait=False):
+                freed += remove(path, folder=True)
     for each in all_shelves()[0]:
         if each.remains():
             with each.locked(each.name, wait=False):

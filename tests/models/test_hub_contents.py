@@ -269,10 +269,12 @@ def test_a_file_behind_a_link_deep_in_a_model_stays_and_so_does_the_model(cache:
     elsewhere = tmp_path / "elsewhere"
     model.path.parent.rename(elsewhere)
     model.path.parent.symlink_to(elsewhere, target_is_directory=True)
-    for remove in (lambda: hub.remove_model(model.name), hub.remove_all):
-        with pytest.raises(ModelError, match="sub is a link, and the cache follows none .* MIXKV_CACHE"):
-            remove()
-    assert (elsewhere / "b.gguf").read_bytes() == GGUF + b"b" and model.name in names()
+    with pytest.raises(ModelError, match="sub is a link, and the cache follows none .* MIXKV_CACHE"):
+        hub.remove_model(model.name)
+    assert names() == NAMES
+    with pytest.raises(ModelError, match="sub is a link, .*; all else is removed, [0-9,]+ bytes came free"):
+        hub.remove_all()
+    assert (elsewhere / "b.gguf").read_bytes() == GGUF + b"b" and names() == {model.name}
 
 
 @pytest.mark.fault("linked-cache")
@@ -285,28 +287,70 @@ def test_nothing_is_fetched_through_a_link(cache: Cache, tmp_path: Path) -> None
         hub.pull("hf:org/new")
     assert list(elsewhere.iterdir()) == []
     cache.folder.joinpath(".download-tiny").symlink_to(elsewhere, target_is_directory=True)
-    (elsewhere / "kept").write_bytes(CONTENT)
     (cache.folder / "tiny.gguf").unlink()
     with pytest.raises(ModelError, match=".download-tiny is a link"):
         hub.pull("tiny")
-    assert (elsewhere / "kept").read_bytes() == CONTENT
+    (commit,) = (cache.folder / "hf" / "org--tiny").glob("?" * 40)
+    (commit / "sub" / "b.gguf").unlink()
+    (commit / "sub").rmdir()
+    (commit / "sub").symlink_to(elsewhere, target_is_directory=True)
+    with pytest.raises(ModelError, match="sub is a link"):
+        hub.pull("hf:org/tiny:sub/b.gguf")
+    assert list(elsewhere.iterdir()) == []
 
 
 @pytest.mark.fault("linked-cache")
 def test_what_no_download_has_written_stays(cache: Cache) -> None:
+    commit = "0" * 40
     strangers = [
-        "hf/notes/thesis.txt",
-        "hf/org--tiny/thesis.txt",
-        "hf/org--tiny/drafts/thesis.txt",
-        "pypi/x/work/a.txt",
-    ]
+        "hf/notes/thesis.txt", "hf/org--tiny/thesis.txt", "hf/org--tiny/drafts/thesis.txt", "pypi/x/work/a.txt",
+        f"hf/org--tiny/{commit}/thesis.txt", f"hf/org--tiny/{commit}/sub/config.json", "pypi/x/2024-notes/thesis.txt",
+        ".download-thesis/thesis.txt",
+    ]  # fmt: skip
     for name in strangers:
         (cache.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (cache.folder / name).write_bytes(CONTENT)
+    (cache.folder / "hf" / "org--tiny" / "empty").mkdir()
     assert hub.partial_downloads() == []
     hub.remove_partial()
     hub.remove_all()
-    assert [(cache.folder / name).read_bytes() for name in strangers] == [CONTENT] * 4
+    assert [(cache.folder / name).read_bytes() for name in strangers] == [CONTENT] * len(strangers)
+    assert (cache.folder / "hf" / "org--tiny" / "empty").is_dir()
+
+
+@pytest.mark.fault("linked-cache")
+def test_a_folder_in_the_place_of_a_file_stays(cache: Cache) -> None:
+    (model,) = [model for model in hub.cached_models() if model.name == "hf:org/other:c.gguf"]
+    places = {"tiny": cache.folder / "tiny.gguf", model.name: model.path}
+    for name, path in places.items():
+        path.unlink()
+        path.mkdir()
+        (path / "thesis.txt").write_bytes(CONTENT)
+        with pytest.raises(ModelError, match="is a folder, where a file of the cache is to be"):
+            hub.remove_model(name)
+    with pytest.raises(ModelError, match="tiny.gguf is a folder, .*c.gguf is a folder, .*all else is removed"):
+        hub.remove_all()
+    assert [(path / "thesis.txt").read_bytes() for path in places.values()] == [CONTENT] * 2
+
+
+@pytest.mark.fault("linked-cache")
+def test_links_in_the_place_of_files_are_replaced_or_refused(cache: Cache, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(CONTENT)
+    marker = cache.folder / "tiny.gguf.verified"
+    marker.unlink(missing_ok=True)
+    marker.symlink_to(outside)
+    assert "tiny" in names() and not marker.is_symlink()  # hashed, and noted anew
+    (commit,) = (cache.folder / "hf" / "org--other").glob("?" * 40)
+    (commit / "c.gguf").unlink()
+    (commit / "c.gguf.part").symlink_to(outside)
+    assert hub.pull("hf:org/other").read_bytes() == GGUF
+    lock = cache.folder / "hf" / "org--tiny" / ".lock.lock"
+    lock.unlink(missing_ok=True)
+    lock.symlink_to(outside)
+    with pytest.raises(ModelError, match=".lock.lock is a link"):
+        hub.remove_model("hf:org/tiny:a.gguf")
+    assert outside.read_bytes() == CONTENT
 
 
 def test_the_folder_of_models_itself_may_be_a_link(cache: Cache, tmp_path: Path) -> None:
