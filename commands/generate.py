@@ -76,6 +76,8 @@ def generate(
         from ..engine import conversation
 
         saved = conversation.look(session_file)
+        if retier and saved is None:
+            raise UsageError(f"--retier has no effect: there is no session {session_file} yet")
     policy = cache.policy(None if saved is None else saved.policy)
     if session_file is not None and saved is not None:
         conversation.check_options(session_file, saved, policy, chat=chat, system=system, retier=retier)
@@ -169,6 +171,8 @@ def _template_options(tools: Path | None, variables: list[str]) -> dict[str, Any
             given[name] = json.loads(value)
         except ValueError:
             given[name] = value
+        except RecursionError as error:
+            raise UsageError(f"--template-var {each[:60]!r}: {error}") from None
     if tools is not None:
         text = read_text(tools)
         try:

@@ -47,7 +47,14 @@ def info(
     if session_file is not None:
         from ..engine.conversation import summary
 
-        if model or weights or routes or as_toml or context is not None or cache != CacheOptions():
+        if (
+            model is not None
+            or weights is not None
+            or routes
+            or as_toml
+            or context is not None
+            or cache != CacheOptions()
+        ):
             raise UsageError("with --session, info describes the file alone: only --json can be given besides")
         found = summary(session_file)
         if as_json:
@@ -57,18 +64,25 @@ def info(
         return
     policy = cache.policy()
     if as_toml:
-        options = ("MODEL", model), ("--weights", weights), ("--routes", routes), ("--context", context)
-        idle = [name for name, given in (*options, ("--json", as_json)) if given]
+        options = ("MODEL", model), ("--weights", weights), ("--context", context)
+        idle = [name for name, given in options if given is not None]
+        idle += [name for name, given in (("--routes", routes), ("--json", as_json)) if given]
         if idle:
             raise UsageError(f"{', '.join(idle)} has no effect with --toml, which prints only the policy")
         print(policy.to_toml(), end="")
         return
     described: dict[str, Any] = {}
+    if weights is not None:
+        from ..models.pack import check_weights_option
+
+        check_weights_option(weights)
+        if model is None and routes and context is None:
+            raise UsageError("--weights has no effect with --routes of no model")
     if model is not None or not routes or context is not None:
         from ..models.load import open_model
 
         with Bars(quiet=as_json) as bars:
-            opened = open_model(model or "smollm2", progress=bars.bar("downloading"))
+            opened = open_model("smollm2" if model is None else model, progress=bars.bar("downloading"))
         described |= _described(opened, policy, weights or "auto")
         if context is not None:
             described |= _planned(opened, policy, context)

@@ -9,7 +9,18 @@ import typer
 
 from ..models.errors import UsageError
 from .options import AsJson, CacheOptions, ModelOption, takes_cache_options
-from .shell import Bars, load_each, print_table, read_text, reported, rounded, say, set_threads
+from .shell import (
+    Bars,
+    check_output,
+    load_each,
+    print_table,
+    read_text,
+    reported,
+    rounded,
+    say,
+    set_threads,
+    write_output,
+)
 
 if TYPE_CHECKING:
     from ..engine.policy import CachePolicy
@@ -85,10 +96,8 @@ def evaluate(
         tokens = DEFAULT_TOKENS
     policy, other = cache.policy(), weights if reference_weights is None else reference_weights
     setting = Setting(model, weights, other, tokens, first, regime, shadow, continuation)
-    if per_token is not None and not per_token.parent.is_dir():
-        raise UsageError(f"--per-token {per_token}: there is no folder {per_token.parent}")
-    if per_token is not None and per_token.is_dir():
-        raise UsageError(f"--per-token {per_token}: is a folder")
+    if per_token is not None:
+        check_output("--per-token", per_token, None if file is None else Path(file))
     text = Document("-", read_text(None)) if file == "-" else document(DEFAULT if file is None else file)
     used_threads = set_threads(threads)
     from ..engine.memory import check_fits
@@ -121,20 +130,22 @@ def evaluate(
         print(make_writer("csv", [], str).row(flat(row)), end="")
     else:
         _print_evaluation(row)
-    _warn(pair.candidate, policy, row["kld"]["mean"])
     if per_token is not None:
         _write_per_token(per_token, pair.candidate, part, policy.window, each)
+    with Bars(quiet) as bars:
+        warning = _warning(pair.candidate, policy, row["kld"]["mean"], bars)
+    if warning is not None:
+        say(f"mixkv: warning: {warning}")
 
 
-def _warn(model: "Model", policy: "CachePolicy", kld: float | None) -> None:
+def _warning(model: "Model", policy: "CachePolicy", kld: float | None, bars: Bars) -> str | None:
     """Say so where a cache ruins the model, and what to do; kld: what was measured, None for infinity."""
     from ..experiments.probe import RUINOUS, probe
 
     if kld is not None and kld < RUINOUS:
-        return
-    verdict = probe(model, policy)
-    if verdict is not None and verdict.ruinous:
-        say(f"mixkv: warning: {verdict.sentence(policy)}")
+        return None
+    verdict = probe(model, policy, bars.bar("trying other caches on a short text"))
+    return verdict.sentence(policy) if verdict is not None and verdict.ruinous else None
 
 
 def _print_evaluation(row: dict[str, Any]) -> None:
@@ -159,11 +170,7 @@ def _write_per_token(path: Path, model: "Model", part: "Piece", window: int, eac
     from ..experiments.tables import make_writer
 
     writer = make_writer("csv", [], str)
-    try:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            file.writelines(writer.row(row) for row in per_token(model, part, window, each))
-    except OSError as error:
-        raise UsageError(f"--per-token {path}: cannot be written: {error.strerror}") from None
+    write_output("--per-token", path, "".join(writer.row(row) for row in per_token(model, part, window, each)))
 
 
 @reported
@@ -192,6 +199,8 @@ def plan(
     if output is not None and not output.parent.is_dir():
         raise UsageError(f"--output {output}: there is no folder {output.parent}")
     policy = cache.policy()
+    if output is not None:
+        check_output("--output", output, text)
     source = read_text(None if str(text) == "-" else text)
     set_threads(threads)
     from ..experiments import plan as solver
@@ -210,10 +219,10 @@ def plan(
     toml = found.policy.to_toml()
     try:
         if output is not None:
-            output.write_text(toml, encoding="utf-8")
-    except OSError as error:
+            write_output("--output", output, toml)
+    except UsageError as error:
         print(toml, end="")  # minutes of measuring are in it
-        raise UsageError(f"--output {output}: cannot be written: {error.strerror}; the policy is on stdout") from None
+        raise UsageError(f"{error}; the policy is on stdout") from None
     if as_json:
         print(json.dumps({**found.to_dict(), "policy_toml": toml, "budget_bytes": allowed}))
         return

@@ -42,11 +42,42 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             drop_unwritten()
             raise typer.Exit(PIPE_CLOSED) from None
         except (OSError, MemoryError) as error:
-            say(f"mixkv: {getattr(error, 'strerror', None) or error or type(error).__name__}")
+            what = getattr(error, "strerror", None) or error or type(error).__name__
+            where = getattr(error, "filename", None)
+            say(f"mixkv: {where}: {what}" if isinstance(where, str) else f"mixkv: {what}")
             drop_unwritten()
             raise typer.Exit(MixkvError.exit_code) from None
 
     return run
+
+
+def check_output(option: str, path: Path, *inputs: Path | None) -> None:
+    """UsageError for a file that could not be written in the end, before minutes of work, or that is one of the inputs."""
+    try:
+        is_folder, has_folder = path.is_dir(), path.parent.is_dir()
+        same = [each for each in inputs if each is not None and path.exists() and each.exists() and path.samefile(each)]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{option} {path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    if is_folder:
+        raise UsageError(f"{option} {path}: is a folder")
+    if not has_folder:
+        raise UsageError(f"{option} {path}: there is no folder {path.parent}")
+    if same:
+        raise UsageError(f"{option} {path}: is also read, as {same[0]}; name another file")
+
+
+def write_output(option: str, path: Path, text: str) -> None:
+    """Write a file as a whole, beside its place and renamed; UsageError where that cannot be."""
+    from ..models.hub.files import write_whole
+
+    place = Path(os.path.realpath(path))  # a link stays one
+    try:
+        if place.exists() and not place.is_file():  # a pipe, a terminal
+            place.write_bytes(text.encode())
+        else:
+            write_whole(place, text.encode())
+    except OSError as error:
+        raise UsageError(f"{option} {path}: cannot be written: {error.strerror}") from None
 
 
 def drop_unwritten() -> None:

@@ -37,12 +37,17 @@ def look(path: Path) -> Saved | None:
     """What a session file holds, or None where there is none yet, but could be.
 
     Raises:
-        SessionFileError: a file that is damaged or cannot be read; a place where none can be written.
+        SessionFileError: a file that is damaged or cannot be read; a folder that cannot be written to.
 
     """
-    if os.path.lexists(path) and not (path.is_symlink() and not path.exists()):
-        return read_saved(path)
-    folder = Path(os.path.realpath(path)).parent
+    try:
+        is_there = not stat.S_ISLNK(path.lstat().st_mode) or path.exists()
+    except FileNotFoundError:
+        is_there = False
+    except (OSError, ValueError) as error:
+        raise SessionFileError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    saved = read_saved(path) if is_there else None
+    folder = Path(os.path.realpath(path)).parent  # the file is written beside its place, also where it is there already
     try:
         if not stat.S_ISDIR(folder.stat().st_mode):
             raise OSError(0, f"{folder} is no folder")
@@ -50,7 +55,7 @@ def look(path: Path) -> Saved | None:
             raise OSError(0, f"{folder} cannot be written to")
     except (OSError, ValueError) as error:
         raise SessionFileError(f"{path}: cannot be saved: {getattr(error, 'strerror', None) or error}") from None
-    return None
+    return saved
 
 
 def summary(path: Path) -> dict[str, Any]:

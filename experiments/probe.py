@@ -134,9 +134,14 @@ def _known() -> dict[str, dict[str, Any]]:
         found = json.loads(path.read_text("utf-8"))
         names = {"kld", "better", "better_kld"}
         kept = found["verdicts"] if found["version"] == _VERSION else {}
-        return {key: value for key, value in kept.items() if value.keys() == names and type(value["kld"]) is float}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {key: value for key, value in kept.items() if value.keys() == names and _is_verdict(**value)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def _is_verdict(kld: object, better: object, better_kld: object) -> bool:
+    proposes = isinstance(better, str) and isinstance(better_kld, float)
+    return isinstance(kld, float) and (proposes or better is better_kld is None)
 
 
 def _keep(key: str, verdict: Verdict) -> None:

@@ -43,8 +43,8 @@ def read(path: Path) -> str:
     try:
         with path.open("rb") as stream:
             data = stream.read(MAX_PROMPT_BYTES + 1)
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # of a name with a null character
+        raise PromptError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return decoded(data, str(path))
 
 

@@ -155,6 +155,8 @@ def _refuse_unexpected(expected: Mapping[str, object], found: Mapping[str, objec
 
 def open_model(name: str, *, progress: Progress | None = None) -> Opened:
     """Find a model by its name, folder or file, and read its description. See ``load`` for the arguments."""
+    if not name:
+        raise UsageError("the name of the model is empty")
     if name == "toy":
         made = toy.ToySource(expected_tensors(toy.CONFIG))
         return Opened(name, None, toy.CONFIG, made, lambda: ByteTokenizer(toy.VOCAB))

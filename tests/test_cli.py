@@ -424,3 +424,31 @@ def test_the_default_model_writes_text_and_its_template_is_used(default_model_pa
     assert len(chat["prompt_ids"]) > len(raw["prompt_ids"]) == 5
     system = json.loads(mixkv(*arguments, "--system", "You are a pirate.").stdout)
     assert system["prompt_ids"] != chat["prompt_ids"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["generate", "x", "-m", ""], "the name of the model is empty"),
+        (["info", ""], "the name of the model is empty"),
+        (["info", "--routes", "--weights", "q5"], "weights must be one of"),
+        (["info", "--routes", "--weights", "q8"], "--weights has no effect"),
+        (["info", "--toml", "--context", "0"], "--context has no effect"),
+        (["generate", "x", "-m", "toy", "--template-var", "x=" + "[" * 100_000], "--template-var"),
+        (["golden", "record", "new.json", "-m", "bad\udcff.gguf"], "this one is not text"),
+    ],
+)
+def test_what_would_be_dropped_or_end_in_a_traceback_is_refused(
+    arguments: list[str], word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(mixkv(*arguments), 2, word)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_system_names_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise PermissionError(13, "Permission denied", "some/file")
+
+    monkeypatch.setattr("mixkv.models.hub.cached_models", fail)
+    refused(mixkv("models"), 1, "some/file: Permission denied")

@@ -21,6 +21,7 @@ from mixkv.engine import conversation
 from mixkv.engine.session import CHUNK
 from mixkv.models import toy
 from mixkv.models.bpe import BYTE_OF_CHARACTER
+from mixkv.models.errors import SessionFileError
 from mixkv.models.load import Model
 from mixkv.models.names import expected_tensors
 
@@ -506,3 +507,23 @@ def test_info_plans_a_context() -> None:
     assert "tokens                     1000" in mixkv("info", "toy", "--context", "1000").stdout
     refused(mixkv("info", "toy", "--context", "16385"), 2, "16384", "16385")
     refused(mixkv("info", "--toml", "--context", "5"), 2, "--context has no effect with --toml")
+
+
+def test_a_place_where_the_answer_could_not_be_saved_is_refused_before_it_is_generated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SessionFileError, match="cannot be read: File name too long"):
+        conversation.look(tmp_path / ("x" * 300))
+    path = tmp_path / "s.kv"
+    run("-m", "toy", "Once", "-n", "2", "--session", str(path))
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)
+    refused(mixkv("generate", "-m", "toy", "x", "--session", str(path)), 7, "cannot be saved", "cannot be written to")
+    assert path.read_bytes() == before
+
+
+def test_retier_of_a_session_that_there_is_not_yet_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "new.kv"
+    options = ["--session", str(path), "--k-bits", "8", "--retier"]
+    refused(mixkv("generate", "-m", "toy", "x", *options), 2, "--retier has no effect", str(path))
+    assert not path.exists()

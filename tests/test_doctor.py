@@ -341,3 +341,15 @@ def test_kernels_that_crash_do_not_take_the_doctor_with_them(
 def test_kernels_that_compute_something_else() -> None:
     found = {"error": "", "right": False, "error_of_attention": 0.3, "allowed": 1e-3, "text": "x"}
     says(software.check_self_test(found), PROBLEM, "0.3 from float64", "may be 0.001")
+
+
+def test_what_numba_prints_before_the_self_test_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def printed(text: str) -> None:
+        done = subprocess.CompletedProcess([], 0, text, "")
+        monkeypatch.setattr(software.subprocess, "run", lambda *_, **__: done)
+
+    printed('[cache] data loaded\n{"right": true}\n')
+    assert software.self_test() == {"error": "", "right": True}
+    for text in ("", "no JSON", "[1]"):
+        printed(text)
+        says(software.check_self_test(software.self_test()), PROBLEM, "it printed")

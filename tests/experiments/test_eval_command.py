@@ -361,3 +361,29 @@ def test_progress_is_drawn_on_stderr_where_it_is_a_terminal(file: str, monkeypat
     answer(file)
     assert drawn["evaluating"][-1] == (2 * len(TEXT), 2 * len(TEXT)) and len(drawn["evaluating"]) >= 3
     assert "loading f32" in drawn
+
+
+def test_the_file_for_each_token_is_never_the_text_and_is_written_before_other_caches_are_tried(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(mixkv_eval(file, "--per-token", file), 2, "--per-token", "is also read")
+    assert Path(file).read_text() == TEXT
+    refused(mixkv_eval(file, "--per-token", str(tmp_path / ("x" * 300))), 2, "--per-token", "cannot be written")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mixkv.experiments.probe.RUINOUS", -1.0)
+    monkeypatch.setattr("mixkv.experiments.probe.probe", interrupted)
+    table = tmp_path / "tokens.csv"
+    result = mixkv_eval(file, "--per-token", str(table), "-q")
+    assert result.exit_code == shell.INTERRUPTED and len(table.read_text().splitlines()) > 100
+
+
+def test_a_ruinous_cache_is_warned_of_in_a_quiet_run_too(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixkv.experiments.probe import Verdict
+
+    monkeypatch.setattr("mixkv.experiments.probe.RUINOUS", -1.0)
+    monkeypatch.setattr("mixkv.experiments.probe.probe", lambda *_: Verdict(3.0, "k8v8", 0.1))
+    result = mixkv_eval(file, "-q")
+    assert result.exit_code == 0 and "warning: this cache" in result.stderr and "--policy 'k8v8'" in result.stderr

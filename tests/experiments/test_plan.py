@@ -209,7 +209,45 @@ def test_the_command_writes_a_policy_that_others_take(tmp_path: Path) -> None:
     missing = run(app, [*base, "--budget", "7bits", "-o", str(tmp_path / "none" / "mine.toml")])
     assert missing.exit_code == 2 and "there is no folder" in missing.stderr
     folder = run(app, [*base, "--budget", "7bits", "-o", str(tmp_path)])
-    assert folder.exit_code == 2 and "cannot be written" in folder.stderr
-    assert CachePolicy.from_toml(folder.stdout) == policy, "what was measured is not lost"
+    assert folder.exit_code == 2 and "is a folder" in folder.stderr
+    before = text.read_text()
+    itself = run(app, [*base, "--budget", "7bits", "-o", str(text)])
+    assert itself.exit_code == 2 and "is also read" in itself.stderr and text.read_text() == before
+
+
+def test_what_was_measured_is_not_lost_where_it_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 12)
+    monkeypatch.setattr("mixkv.models.hub.files.write_whole", full)
+    base = [
+        "plan",
+        "toy",
+        "--text",
+        str(text),
+        "-n",
+        "300",
+        "--window",
+        "20",
+        "--tile",
+        "32",
+        "-q",
+        "--budget",
+        "7bits",
+    ]
+    found = CliRunner().invoke(app, [*base, "-o", str(tmp_path / "mine.toml")])
+    assert found.exit_code == 2 and "cannot be written: No space left on device; the policy is on" in found.stderr
+    assert CachePolicy.from_toml(found.stdout).window == 20
+
+
+def test_more_refusals_of_the_command(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 12)
+    run = CliRunner().invoke
+    base = ["plan", "toy", "--text", str(text), "-n", "300", "--window", "20", "--tile", "32", "-q"]
     bits = run(app, [*base, "--budget", "7bits", "--k-bits", "8"])
     assert bits.exit_code == 2 and "--k-bits has no effect" in bits.stderr

@@ -61,6 +61,14 @@ def test_what_was_measured_is_kept_and_a_damaged_file_is_begun_anew(
     policy = CachePolicy(**SHORT, k_bits=3, v_bits=8)
     file = cache_folder / "probes.json"
     first = probe(qwen_like, policy)
+
+    def first_as(better: str, better_kld: str) -> str:
+        """The file, with another proposal: numbers that no probe has found."""
+        key = next(iter(json.loads(whole)["verdicts"]))
+        verdict = f'{{"kld": 9.0, "better": {better}, "better_kld": {better_kld}}}'
+        return f'{{"version": {json.loads(whole)["version"]}, "verdicts": {{{json.dumps(key)}: {verdict}}}}}'
+
+    whole = file.read_text()
     assert first is not None and len(json.loads(file.read_text())["verdicts"]) == 1
     with monkeypatch.context() as patch:
         patch.setattr(module, "evaluate_each", None)  # nobody measures again
@@ -71,6 +79,10 @@ def test_what_was_measured_is_kept_and_a_damaged_file_is_begun_anew(
         '{"version": 1, "verdicts": {"x": 3}}',
         "[1]",
         '{"version": 0, "verdicts": {}}',
+        "[" * 100_000,
+        first_as('"k8v8"', "null"),
+        first_as("null", "0.1"),
+        first_as("1", "0.1"),
     ):
         file.write_text(damage)
         assert probe(qwen_like, policy) == first
