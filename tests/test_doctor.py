@@ -308,12 +308,13 @@ def test_extras() -> None:
     says(software.check_extras(['no-such-package>=2; extra == "hub"']), NOTE, "hf:org/name", "pip install 'mixkv[hub]'")
 
 
-def test_versions_are_compared_as_numbers() -> None:
-    assert software._numbers("1.10.0rc1") > software._numbers("1.9") and software._numbers("2.0") < software._numbers(
-        "2.0.1"
-    )
-    assert software._parsed("huggingface_hub[x]>=1.0; extra == 'hub'") == ("huggingface_hub", "1.0", "hub")
-    assert software._parsed("gguf>=0.17") == ("gguf", "0.17", "")
+def test_versions_are_compared_as_versions_on_both_sides() -> None:
+    name, version = "typer", software.importlib.metadata.version("typer")
+    says(software.check_dependencies([f"{name}<0.9,>=0.1"]), PROBLEM, f"{name} is {version}, <0.9,>=0.1 is needed")
+    says(software.check_dependencies([f"{name}<9.10,>=0.9"]), OK)
+    says(software.check_dependencies([f"{name}!={version}"]), PROBLEM, "is needed")
+    says(software.check_dependencies(["no-such-package; python_version < '3'"]), OK)
+    says(software.check_extras(["numpy[x]>=1; extra == 'hub'", "numpy>=1; extra == 'test'"]), OK, "hub")
 
 
 def test_python(monkeypatch: pytest.MonkeyPatch) -> None:

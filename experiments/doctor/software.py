@@ -3,17 +3,14 @@
 import importlib.metadata
 import json
 import platform
-import re
 import subprocess
 import sys
 from typing import Any
 
+from packaging.requirements import Requirement
+
 from .check import NOTE, OK, PROBLEM, Check, judged
 
-_REQUIREMENT = re.compile(
-    r"(?P<name>[A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*(?:>=\s*(?P<least>[0-9.]+))?[^;]*(?:;\s*(?P<when>.*))?"
-)
-_EXTRA = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")
 _FOR = {"report": "the figures of `mixkv report`", "hub": "models by hf:org/name"}
 _SELF_TEST_SECONDS = 900
 
@@ -31,18 +28,16 @@ def check_python() -> Check:
 
 
 def check_dependencies(requirements: list[str] | None = None) -> Check:
-    """Whether what mixkv is made for is installed, and new enough."""
-    wanted = importlib.metadata.requires("mixkv") or [] if requirements is None else requirements
+    """Whether what mixkv is made for is installed, in a version that it is made for."""
     found: list[tuple[str, str]] = []
     details: dict[str, Any] = {}
-    for name, least, extra in map(_parsed, wanted):
-        if extra:
-            continue
-        details[name] = version = _version(name)
+    for wanted in _wanted(requirements, ""):
+        details[wanted.name] = version = _version(wanted.name)
+        remedy = f"pip install '{wanted.name}{wanted.specifier}'"
         if version is None:
-            found.append((PROBLEM, f"{name} is missing: pip install '{name}>={least}'"))
-        elif _numbers(version) < _numbers(least):
-            found.append((PROBLEM, f"{name} is {version}, {least} is needed: pip install '{name}>={least}'"))
+            found.append((PROBLEM, f"{wanted.name} is missing: {remedy}"))
+        elif not wanted.specifier.contains(version, prereleases=True):
+            found.append((PROBLEM, f"{wanted.name} is {version}, {wanted.specifier} is needed: {remedy}"))
     main = ", ".join(
         f"{name} {details[name]}" for name in ("numpy", "numba", "tokenizers", "safetensors") if name in details
     )
@@ -51,25 +46,29 @@ def check_dependencies(requirements: list[str] | None = None) -> Check:
 
 def check_extras(requirements: list[str] | None = None) -> Check:
     """Which optional parts can be used."""
-    wanted = importlib.metadata.requires("mixkv") or [] if requirements is None else requirements
     found: list[tuple[str, str]] = []
     details: dict[str, Any] = {}
-    for name, least, extra in map(_parsed, wanted):
-        if extra not in _FOR:
-            continue
-        version = _version(name)
-        details[extra] = version
-        if version is None or _numbers(version) < _numbers(least):
-            found.append((NOTE, f"for {_FOR[extra]}: pip install 'mixkv[{extra}]'"))
+    for extra, purpose in _FOR.items():
+        for wanted in _wanted(requirements, extra):
+            details[extra] = version = _version(wanted.name)
+            if version is None or not wanted.specifier.contains(version, prereleases=True):
+                found.append((NOTE, f"for {purpose}: pip install 'mixkv[{extra}]'"))
     return judged("extras", ", ".join(details) or "none known", found, details)
 
 
-def _parsed(requirement: str) -> tuple[str, str, str]:
-    """Name, least version, and the extra that it belongs to, "" for none."""
-    match = _REQUIREMENT.match(requirement)
-    assert match is not None, requirement
-    extra = _EXTRA.search(match["when"] or "")
-    return match["name"], match["least"] or "0", extra[1] if extra else ""
+def _wanted(requirements: list[str] | None, extra: str) -> list[Requirement]:
+    """What mixkv needs, or what an extra of it needs besides: of its metadata, unless they are given."""
+    everything = importlib.metadata.requires("mixkv") or [] if requirements is None else requirements
+    marked = map(Requirement, everything)
+    if not extra:
+        return [each for each in marked if each.marker is None or each.marker.evaluate({"extra": ""})]
+    return [
+        each
+        for each in marked
+        if each.marker is not None
+        and each.marker.evaluate({"extra": extra})
+        and not each.marker.evaluate({"extra": ""})
+    ]
 
 
 def _version(name: str) -> str | None:
@@ -77,11 +76,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The numbers of a version that can be compared; what follows them (rc1, .post1) is left out."""
-    return tuple(int(part) for part in re.match(r"[0-9.]*", version)[0].split(".") if part)  # type: ignore[index]
 
 
 def self_test() -> dict[str, Any]:
