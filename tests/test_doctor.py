@@ -354,3 +354,17 @@ def test_what_numba_prints_before_the_self_test_does_no_harm(monkeypatch: pytest
     for text in ("", "no JSON", "[1]"):
         printed(text)
         says(software.check_self_test(software.self_test()), PROBLEM, "it printed")
+
+
+@pytest.mark.parametrize("missing", ["numba", "platformdirs", "packaging"])
+def test_without_a_dependency_the_other_checks_are_made(missing: str, cache: Path) -> None:
+    """And which one is missing is said, in the place of a traceback."""
+    code = f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['mixkv', 'doctor', '--json']\n"
+    code += "from mixkv.experiments.doctor import software; software.self_test = lambda: {'error': 'left out'}\n"
+    code += "from mixkv.cli import main; main()"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 8 and "Traceback" not in done.stderr, done.stderr
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert checks["python"]["state"] == OK and len(checks) == 11
+    broken = [check["text"] for check in checks.values() if check["state"] == PROBLEM]
+    assert any(missing in text for text in broken), broken

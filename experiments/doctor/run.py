@@ -1,9 +1,11 @@
 """All checks, in the order in which they are told."""
 
+import importlib
 import os
 from collections.abc import Callable
+from typing import Any
 
-from . import caches, machine, software
+from . import software
 from .check import PROBLEM, Check
 
 DEFAULT_MODEL = "smollm2"
@@ -17,7 +19,7 @@ def diagnose(model: str = DEFAULT_MODEL, progress: Callable[[str], None] | None 
     say = progress or (lambda name: None)
     environment = dict(os.environ)
     say("kernels")
-    before = _tried("kernels", caches.compiled_files)
+    before = _tried("kernels", lambda: _part("caches").compiled_files())
     say("self-test")
     tested = software.self_test()
     say("checks")
@@ -26,17 +28,22 @@ def diagnose(model: str = DEFAULT_MODEL, progress: Callable[[str], None] | None 
         "python": software.check_python,
         "dependencies": software.check_dependencies,
         "extras": software.check_extras,
-        "cpu": lambda: machine.check_cpu(environment),
-        "threads": lambda: machine.check_threads(environment, layer),
-        "memory": lambda: machine.check_memory(model, machine.memory_here()),
-        "models folder": lambda: caches.check_models_folder(model),
-        "default model": lambda: caches.check_default_model(model),
-        "other models": lambda: caches.check_other_models(model),
-        "kernels": lambda: caches.check_kernels_folder(before if isinstance(before, int) else 0, seconds),
+        "cpu": lambda: _part("machine").check_cpu(environment),
+        "threads": lambda: _part("machine").check_threads(environment, layer),
+        "memory": lambda: _part("machine").check_memory(model, _part("machine").memory_here()),
+        "models folder": lambda: _part("caches").check_models_folder(model),
+        "default model": lambda: _part("caches").check_default_model(model),
+        "other models": lambda: _part("caches").check_other_models(model),
+        "kernels": lambda: _part("caches").check_kernels_folder(before if isinstance(before, int) else 0, seconds),
         "self-test": lambda: software.check_self_test(tested),
     }
     found = [_tried(name, check) for name, check in checks.items()]
     return [each for each in found if isinstance(each, Check)]
+
+
+def _part(name: str) -> Any:
+    """A module of checks, imported when it is needed: where a dependency is missing, this is for the others to say."""
+    return importlib.import_module(f".{name}", __package__)
 
 
 def _tried(name: str, check: Callable[[], "Check | int"]) -> "Check | int":

@@ -5,11 +5,12 @@ import json
 import platform
 import subprocess
 import sys
-from typing import Any
-
-from packaging.requirements import Requirement
+from typing import TYPE_CHECKING, Any
 
 from .check import NOTE, OK, PROBLEM, Check, judged
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 _FOR = {"report": "the figures of `mixkv report`", "hub": "models by hf:org/name"}
 _SELF_TEST_SECONDS = 900
@@ -56,8 +57,10 @@ def check_extras(requirements: list[str] | None = None) -> Check:
     return judged("extras", ", ".join(details) or "none known", found, details)
 
 
-def _wanted(requirements: list[str] | None, extra: str) -> list[Requirement]:
+def _wanted(requirements: list[str] | None, extra: str) -> "list[Requirement]":
     """What mixkv needs, or what an extra of it needs besides: of its metadata, unless they are given."""
+    from packaging.requirements import Requirement
+
     everything = importlib.metadata.requires("mixkv") or [] if requirements is None else requirements
     marked = map(Requirement, everything)
     if not extra:

@@ -228,11 +228,11 @@ def test_a_link_goes_and_what_it_leads_to_stays(cache: Cache, tmp_path: Path) ->
 
 
 LINKED = {  # what is replaced by a link to a folder elsewhere, and a file of that folder that removing would have met
-    "kind": ("hf", f"org--tiny/{'0' * 40}/kept"),
-    "shelf": ("hf/org--tiny", f"{'0' * 40}/kept"),
-    "new shelf": ("hf/c--d", f"{'0' * 40}/kept"),
-    "version": (f"hf/org--other/{'0' * 40}", "kept"),
-    "wheels": (".download-tiny", "kept"),
+    "kind": ("hf", f"org--tiny/{'0' * 40}/model.gguf.part"),
+    "shelf": ("hf/org--tiny", f"{'0' * 40}/model.gguf.part"),
+    "new shelf": ("hf/c--d", f"{'0' * 40}/model.gguf.part"),
+    "version": ("hf/org--other/COMMIT", "model.safetensors.part"),  # of a model's own files, too
+    "wheels": (".download-tiny", "model.gguf.part"),
 }
 
 
@@ -240,7 +240,9 @@ LINKED = {  # what is replaced by a link to a folder elsewhere, and a file of th
 @pytest.mark.parametrize("way", ["partial", "all", "hf:org/tiny:a.gguf", "hf:org/other:c.gguf", "hf:c/d", "tiny"])
 @pytest.mark.parametrize("place", sorted(LINKED))
 def test_nothing_is_removed_through_a_link_to_a_folder(cache: Cache, tmp_path: Path, place: str, way: str) -> None:
-    link, inside = cache.folder / LINKED[place][0], tmp_path / "elsewhere" / LINKED[place][1]
+    (commit,) = (cache.folder / "hf" / "org--other").glob("?" * 40)
+    link = cache.folder / LINKED[place][0].replace("COMMIT", commit.name)
+    inside = tmp_path / "elsewhere" / LINKED[place][1]
     inside.parent.mkdir(parents=True)
     if link.exists():
         link.rename(tmp_path / "was")
