@@ -16,7 +16,7 @@ from jinja2 import Undefined
 from .errors import PromptError
 from .limits import MAX_TEMPLATE_DEPTH, MAX_TEMPLATE_INT_BITS, MAX_TEMPLATE_STEPS, MAX_TEMPLATE_WORK
 
-ITEM = 32
+ITEM = 64  # what one simple thing costs, in characters: half a million of them take half a second
 _SCALARS = (int, float, bool, type(None))
 _SIMPLE_FORMAT = re.compile(r"%(?:(?:\.\d)?[sdifr]|%)")
 
