@@ -50,7 +50,7 @@ def record(
     from ..experiments.golden.file import check_place
 
     check_place(file, force=force)
-    if not model.isascii() and model.encode("utf-8", "replace").decode() != model:
+    if model.encode("utf-8", "replace").decode() != model:
         raise UsageError(f"{model!r}: a golden file holds the model's name, and this one is not text")
     asked: Any = prompts or None
     if prompts_file is not None:

@@ -47,14 +47,8 @@ def info(
     if session_file is not None:
         from ..engine.conversation import summary
 
-        if (
-            model is not None
-            or weights is not None
-            or routes
-            or as_toml
-            or context is not None
-            or cache != CacheOptions()
-        ):
+        given = any(option is not None for option in (model, weights, context))
+        if given or routes or as_toml or cache != CacheOptions():
             raise UsageError("with --session, info describes the file alone: only --json can be given besides")
         found = summary(session_file)
         if as_json:

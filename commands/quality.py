@@ -139,7 +139,7 @@ def evaluate(
 
 
 def _warning(model: "Model", policy: "CachePolicy", kld: float | None, bars: Bars) -> str | None:
-    """Say so where a cache ruins the model, and what to do; kld: what was measured, None for infinity."""
+    """What is wrong with a cache that ruins the model, in words; kld: what was measured, None for infinity."""
     from ..experiments.probe import RUINOUS, probe
 
     if kld is not None and kld < RUINOUS:
@@ -196,8 +196,6 @@ def plan(
     idle = [name for name, given in (("--k-bits", cache.k_bits), ("--v-bits", cache.v_bits)) if given is not None]
     if idle:
         raise UsageError(f"{', '.join(idle)} has no effect: bits are what is searched for")
-    if output is not None and not output.parent.is_dir():
-        raise UsageError(f"--output {output}: there is no folder {output.parent}")
     policy = cache.policy()
     if output is not None:
         check_output("--output", output, text)

@@ -78,14 +78,14 @@ def _refuse_unsupported(keys: dict[str, Any]) -> None:
     classes = keys.get("architectures")
     if classes is not None and classes != [known]:
         raise ModelError(f"architectures is {shown(classes)}; supported: {supported}")
-    for key in ("quantization_config", "compression_config", "quantization"):  # the last is what MLX writes
-        found = keys.get(key)
-        method = found.get("quant_method") if isinstance(found, dict) and key == "quantization_config" else None
-        if found is not None and not (
-            model_type == "gpt_oss" and method == "mxfp4"
-        ):  # which its tensors say themselves
+    quantized = ["quantization_config", "compression_config", "quantization"]  # the last is what MLX writes
+    known_way = keys.get(quantized[0])
+    if model_type == "gpt_oss" and isinstance(known_way, dict) and known_way.get("quant_method") == "mxfp4":
+        quantized.remove("quantization_config")  # the tensors say it, too
+    for key in quantized:
+        if keys.get(key) is not None:
             raise ModelError(
-                f"{key} is {shown(found)}; only weights that are not quantized, and mxfp4 of gpt_oss, are supported"
+                f"{key} is {shown(keys[key])}; only weights that are not quantized, and mxfp4 of gpt_oss, are supported"
             )
 
 

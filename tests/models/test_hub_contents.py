@@ -52,7 +52,7 @@ def names() -> set[str]:
 def test_every_name_in_the_list_finds_its_model(cache: Cache) -> None:
     assert names() == NAMES
     for model in hub.cached_models():
-        assert hub.cached_path(model.name) == model.path and model.path.is_file()
+        assert hub.pull(model.name) == model.path and model.path.is_file()
         assert model.nbytes == model.path.stat().st_size
 
 

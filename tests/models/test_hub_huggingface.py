@@ -80,7 +80,7 @@ def test_the_second_use_makes_no_request(server: FakeHub, tiny: dict[str, bytes]
     path = hub.pull(NAME)
     asked = len(server.requests)
     for name in (NAME, f"{NAME}@{commit}"):
-        assert hub.pull(name) == path == hub.cached_path(name) == hub.find(name)
+        assert hub.pull(name) == path == hub.find(name)
     assert len(server.requests) == asked
     ours = mixkv.load(NAME, "f32")
     theirs = mixkv.load(str(TINY_LLAMA), "f32")
@@ -165,7 +165,7 @@ def test_one_gguf_file_needs_no_name_and_several_do(server: FakeHub) -> None:
 def test_a_name_without_a_file_is_never_the_gguf_file_beside_a_folder(server: FakeHub, tiny: dict[str, bytes]) -> None:
     server.publish(REPO, tiny | {"tiny.gguf": GGUF})
     file = hub.pull(f"{NAME}:tiny.gguf")
-    assert hub.cached_path(NAME) is None
+    assert [model.name for model in hub.cached_models()] == [f"{NAME}:tiny.gguf"]
     folder = hub.pull(NAME)
     assert folder == file.parent and (folder / "model.safetensors").is_file() and hub.pull(f"{NAME}:tiny.gguf") == file
 
@@ -204,7 +204,7 @@ def test_a_download_that_ended_early_is_gone_on_with_by_the_next(server: FakeHub
     with pytest.raises(KeyboardInterrupt):
         hub.pull(NAME, progress=interrupt)
     assert parts() == ["config.json", "model.safetensors.part"]
-    assert hub.cached_models() == [] and hub.cached_path(NAME) is None
+    assert hub.cached_models() == []
     calls: list[int] = []
     hub.pull(NAME, progress=lambda done, total: calls.append(done))
     assert calls[:2] == [6_000, 7_000] and server.ranges[-1] == "bytes=6000-"
@@ -336,7 +336,6 @@ def test_a_file_that_was_changed_in_the_cache_is_noticed(server: FakeHub, tiny: 
     weights.write_bytes(data[:-5])
     refused(DownloadError, str(weights), f"{len(data) - 5:,} bytes")
     weights.unlink()
-    assert hub.cached_path(NAME) is None
     assert hub.pull(NAME) == weights.parent and weights.read_bytes() == tiny["model.safetensors"]
 
 

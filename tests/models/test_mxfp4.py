@@ -89,7 +89,7 @@ def test_logits_are_those_of_transformers(form: str, tmp_path: Path, monkeypatch
         assert np.abs(logits(exact, pieces) - REFERENCE["logits"]).max() < 2e-4
     # Weights lose nothing as codes (see below); activations are rounded to 8 bits before they meet them
     found = logits(packed, 1)
-    assert np.abs(found - REFERENCE["logits"]).mean() < 0.03 * REFERENCE["logits"].std()
+    assert np.abs(found - REFERENCE["logits"]).mean() < 0.02 * REFERENCE["logits"].std()
     if form == "folder":  # all else than the experts is bfloat16 there, and float32 in the file: NumPy's products
         assert found.tobytes() == logits(packed, len(REFERENCE["ids"])).tobytes()
 
@@ -151,7 +151,8 @@ def test_such_a_model_is_loaded_all_the_same(tmp_path: Path) -> None:
 
     path = changed(tmp_path, change)
     assert isinstance(open_model(path).source.stored(f"{EXPERTS}0.down_proj.weight"), np.ndarray)
-    assert np.abs(logits(load(path), 1) - REFERENCE["logits"]).mean() < 0.03 * REFERENCE["logits"].std()
+    exact = logits(load(path, "f32"), 1)
+    assert np.abs(logits(load(path), 1) - exact).mean() < 0.02 * exact.std()
 
 
 def changed(folder: Path, change: Any) -> str:
