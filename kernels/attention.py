@@ -18,7 +18,7 @@ from .append import store_share
 from .crew import ALL_WORKERS, TASK_NBYTES, begin_tasks, do_task, have_failed, threads_in_force
 from .hadamard import rotate_head
 from .jit import SHARE, inner, parallel_kernel, standalone
-from .products import multiply_dense, multiply_tile
+from .products import multiply_dense, multiply_tiles
 from .quantize import JOB_FIELDS, TOO_WIDE_AT, quantize_share
 from .simd import LANES
 from .split import split_kernel
@@ -385,7 +385,7 @@ def follow_attention(call, q, out, state, outs, states, workers):  # type: ignor
 _follow = follow_attention.call
 KERNELS = {
     SPLIT_KERNEL: split_kernel,
-    TILE_FUNCTION: multiply_tile,
+    TILE_FUNCTION: multiply_tiles,
     DENSE_FUNCTION: multiply_dense,
     WORK_KERNEL: attend_share,
     MERGE_KERNEL: merge_parts,

@@ -24,6 +24,22 @@ from .fold import next_part
 from .jit import inner, standalone
 from .layout import BF16, F16, F32, GROUP, KIND, LIMBS, PARTS, PER_LANE, Q2, Q3, Q4, Q8
 from .simd import LANES
+from .tables import (
+    CODES,
+    FACTORS,
+    FIRST,
+    OFFSETS,
+    SCALES,
+    TARGETS,
+    TOPS,
+    WHOLE,
+    WORDS,
+    get,
+    lines_ahead,
+    row_field,
+    row_int,
+    tile_address,
+)
 
 VECTOR = 4 * LANES  # bytes of a vector of words
 PAIRS = -1  # codes that have been taken apart, in the place of a kind
@@ -42,56 +58,67 @@ def _take_apart(kind, codes, third_bits, pairs, target):  # type: ignore[no-unty
         microkernel.take_apart2(codes, 0, pairs // 8, target)
 
 
-@standalone(types.void(*[types.int64] * 17))
-def multiply_tile(  # type: ignore[no-untyped-def]
-    words, factors, offsets, folded, first, rows, lanes, steps, codes, scales, side, fresh, targets, column, tops, room,
-    ahead,
-):  # fmt: skip
-    """The integer route, second step: the products of folded rows and the codes of one tile. All arguments are numbers.
+@standalone(types.void(*[types.int64] * 14))
+def multiply_tiles(  # type: ignore[no-untyped-def]
+    table, first_tile, stop_tile, base, lanes, steps, addresses, which, head, side, fresh, column, keep_tops, room
+):
+    """The integer route, second step: the products of folded rows and the codes of some tiles. All arguments are numbers.
 
-    words, factors, offsets: of all ``folded`` rows (see ``fold``), of which those of this tile are ``rows``, from ``first``
-    on. codes: as stored. fresh: 1 if the targets are written, not added to. targets: address of int64, an address a row;
-    column: an offset of all of them. tops: the same of vectors that keep the largest values written, or 0. room: for the
-    codes as pairs of int16, in which many rows take them. ahead: from a line of codes to one that will be needed next.
+    table, room: a worker's (tables.py), with the lists of the tiles' rows and what ``fold`` made of them. base: the row of
+    ``addresses`` that belongs to tile 0 of the split; which: K_CODES or V_CODES. fresh: 1 if the targets are written, not
+    added to. column: bytes from a tile's targets to the next one's. keep_tops: 1 if the largest values written to the
+    targets of rows that see all of a tile are kept.
     """
-    group, parts = simd.integer_at(side + 8 * GROUP), simd.integer_at(side + 8 * PARTS)
-    per_lane, kind = simd.integer_at(side + 8 * PER_LANE), simd.integer_at(side + 8 * KIND)
-    limbs = simd.integer_at(side + 8 * LIMBS)
+    group, parts = get(side, GROUP), get(side, PARTS)
+    per_lane, tile_kind = get(side, PER_LANE), get(side, KIND)
+    limbs, folded = get(side, LIMBS), row_int(table, FIRST, stop_tile - first_tile)
     length, span = (group, lanes) if per_lane else (steps, group)  # of a sum, and the lanes that share it, in each part
-    a_word = 2 if kind == Q8 else 4 if kind == Q4 else 8  # pairs
-    stride, third_bits = steps // 2 // a_word * VECTOR, codes + lanes * steps // 32 // 8 * VECTOR
     scale_step = VECTOR if per_lane else 0
-    if rows >= microkernel.pairs_from():
-        _take_apart(kind, codes, third_bits, lanes * steps // 32, room)
-        kind, codes, a_word, stride = PAIRS, room, 1, steps // 2 * VECTOR
-    for turn in range(parts * limbs):
-        part = turn // limbs
-        first_step, first_lane = (part * length, 0) if per_lane else (0, part * span)
-        pair = first_lane // LANES * (steps // 2) + first_step // 2
-        source = codes + first_lane // LANES * stride + first_step // 2 // a_word * VECTOR
-        own_scales = scales + 4 * part * lanes
-        own_centres = own_scales + 4 * parts * lanes
-        own_fresh = 1 if fresh and (turn == 0 or first_lane > 0) else 0
-        i = 0
-        while i < rows:
-            row, count = first + i, microkernel.next_rows(rows - i)
-            at = words + 2 * row * length
-            common = (
-                length // 2, count, span // LANES, targets + 8 * i, column + 4 * first_lane, own_fresh, factors + 4 * row,
-                offsets + 4 * row, own_scales, own_centres, scale_step, tops + 8 * i if tops else 0, ahead,
-            )  # fmt: skip
-            if kind == Q8:
-                microkernel.multiply_codes8(at, 2 * length, source, stride, 0, 0, *common)
-            elif kind == Q4:
-                microkernel.multiply_codes4(at, 2 * length, source, stride, 0, 0, *common)
-            elif kind == Q3:
-                microkernel.multiply_codes3(at, 2 * length, source, stride, third_bits, pair, *common)
-            elif kind == Q2:
-                microkernel.multiply_codes2(at, 2 * length, source, stride, 0, 0, *common)
-            else:
-                microkernel.multiply_pairs(at, 2 * length, source, stride, 0, 0, *common)
-            i += count
-        words, factors, offsets = next_part(words, factors, offsets, folded, length)
+    for t in range(first_tile, stop_tile):
+        nth = t - first_tile
+        first, rows = row_int(table, FIRST, nth), row_int(table, FIRST, nth + 1) - row_int(table, FIRST, nth)
+        if rows == 0:
+            continue
+        codes, kind = tile_address(addresses, base + t, which, side, head), tile_kind
+        ahead = lines_ahead(room, codes, side, lanes * steps)
+        scales = get(room, SCALES) + nth * 8 * parts * (lanes if per_lane else steps)
+        targets = row_field(table, TARGETS) + 8 * first
+        tops = row_field(table, TOPS) + 8 * first if keep_tops and row_int(table, WHOLE, nth) else 0
+        words, factors, offsets = get(room, WORDS), get(room, FACTORS), get(room, OFFSETS)
+        a_word = 2 if kind == Q8 else 4 if kind == Q4 else 8  # pairs
+        stride, third_bits = steps // 2 // a_word * VECTOR, codes + lanes * steps // 32 // 8 * VECTOR
+        if rows >= microkernel.pairs_from():
+            _take_apart(kind, codes, third_bits, lanes * steps // 32, get(room, CODES))
+            kind, codes, a_word, stride = PAIRS, get(room, CODES), 1, steps // 2 * VECTOR
+        for turn in range(parts * limbs):
+            part = turn // limbs
+            first_step, first_lane = (part * length, 0) if per_lane else (0, part * span)
+            pair = first_lane // LANES * (steps // 2) + first_step // 2
+            source = codes + first_lane // LANES * stride + first_step // 2 // a_word * VECTOR
+            own_scales = scales + 4 * part * lanes
+            own_centres = own_scales + 4 * parts * lanes
+            own_fresh = 1 if fresh and (turn == 0 or first_lane > 0) else 0
+            i = 0
+            while i < rows:
+                row, count = first + i, microkernel.next_rows(rows - i)
+                at = words + 2 * row * length
+                common = (
+                    length // 2, count, span // LANES, targets + 8 * i, t * column + 4 * first_lane, own_fresh,
+                    factors + 4 * row, offsets + 4 * row, own_scales, own_centres, scale_step,
+                    tops + 8 * i if tops else 0, ahead,
+                )  # fmt: skip
+                if kind == Q8:
+                    microkernel.multiply_codes8(at, 2 * length, source, stride, 0, 0, *common)
+                elif kind == Q4:
+                    microkernel.multiply_codes4(at, 2 * length, source, stride, 0, 0, *common)
+                elif kind == Q3:
+                    microkernel.multiply_codes3(at, 2 * length, source, stride, third_bits, pair, *common)
+                elif kind == Q2:
+                    microkernel.multiply_codes2(at, 2 * length, source, stride, 0, 0, *common)
+                else:
+                    microkernel.multiply_pairs(at, 2 * length, source, stride, 0, 0, *common)
+                i += count
+            words, factors, offsets = next_part(words, factors, offsets, folded, length)
 
 
 @standalone(types.void(*[types.int64] * 12))

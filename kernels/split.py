@@ -10,7 +10,7 @@ from . import simd
 from .fold import fold
 from .jit import inner, standalone
 from .layout import F32, K_CODES, K_PARAMS, KIND, LIMBS, PARTS, PER_LANE, ROW, TOKEN, V_CODES, V_PARAMS
-from .products import multiply_tile, score_floats, weigh_floats
+from .products import multiply_tiles, score_floats, weigh_floats
 from .softmax import divide_by_sums, exponentials, find_maxima, finish_logits
 from .tables import (
     ACTIVE,
@@ -121,22 +121,7 @@ def _fold_tiles(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-_multiply = multiply_tile.call
-
-
-@inner
-def _multiply_tile(  # type: ignore[no-untyped-def]
-    table, nth, tiles, codes, side, lanes, steps, fresh, column, has_tops, room
-):
-    """The integer route over the nth of the tiles that were folded together."""
-    first = row_int(table, FIRST, nth)
-    scales = get(room, SCALES) + nth * 8 * get(side, PARTS) * (lanes if get(side, PER_LANE) else steps)
-    _multiply(
-        get(room, TILE_KERNEL), get(room, WORDS), get(room, FACTORS), get(room, OFFSETS), row_int(table, FIRST, tiles),
-        first, row_int(table, FIRST, nth + 1) - first, lanes, steps, codes, scales, side, fresh,
-        row_field(table, TARGETS) + 8 * first, column, row_field(table, TOPS) + 8 * first if has_tops else 0,
-        get(room, CODES), lines_ahead(room, codes, side, lanes * steps),
-    )  # fmt: skip
+_multiply = multiply_tiles.call
 
 
 @inner
@@ -149,18 +134,22 @@ def _score_tiles(  # type: ignore[no-untyped-def]
     origin = (base + get(geometry, FIRST_TILE)) * tile
     floats, active = exact or is_dense(get(side, KIND)), row_field(table, ACTIVE)
     queries, logits, sums = get(room, QUERIES), get(room, LOGITS), get(room, SUMS)
+    # Where a product is final, the microkernel keeps the largest ones; else that takes a pass of its own.
+    keep_tops = plain and not floats and get(side, PARTS) * get(side, LIMBS) == 1
     if not floats:
         _fold_tiles(
             table, t0, stop_tile, base, addresses, K_PARAMS, head, side, tile, width, queries, width * 4, 0, logits,
             LOGITS_ROW, again, room,
+        )  # fmt: skip
+        _multiply(
+            get(room, TILE_KERNEL), table, t0, stop_tile, base, tile, width, addresses, K_CODES, head, side, np.int64(1),
+            4 * tile, np.int64(keep_tops), room,
         )  # fmt: skip
     for t in range(t0, stop_tile):
         nth, low, high = t - t0, t * tile, (t + 1) * tile
         first_row, count = row_int(table, FIRST, nth), row_int(table, FIRST, nth + 1) - row_int(table, FIRST, nth)
         if count == 0:
             continue
-        # Where a product is final, the microkernel keeps the largest ones; else that takes a pass of its own.
-        final = plain and row_int(table, WHOLE, nth) != 0 and not floats and get(side, PARTS) * get(side, LIMBS) == 1
         if floats:
             first_active, stop_active = get(active, first_row), get(active, first_row + count - 1) + 1
             kind, keys, step, stride = _as_floats(
@@ -171,10 +160,7 @@ def _score_tiles(  # type: ignore[no-untyped-def]
                 row_field(table, HIGH), low, tile, width, kind, keys, step, stride, logits + 4 * low, LOGITS_ROW,
                 lines_ahead(room, keys, side, tile * width),
             )  # fmt: skip
-        else:
-            codes = tile_address(addresses, base + t, K_CODES, side, head)
-            _multiply_tile(table, nth, stop_tile - t0, codes, side, tile, width, np.int64(1), 4 * low, final, room)
-        if not final:
+        if not (keep_tops and row_int(table, WHOLE, nth)):
             finish_logits(active + 8 * first_row, count, table, numbers, low, high, origin, cap, logits, sums)
 
 
@@ -198,24 +184,25 @@ def _weigh_tiles(  # type: ignore[no-untyped-def]
             table, t0, stop_tile, base, addresses, V_PARAMS, head, side, width, tile, logits, LOGITS_ROW, 4 * tile, out,
             width * 4, again, room,
         )  # fmt: skip
+        _multiply(
+            get(room, TILE_KERNEL), table, t0, stop_tile, base, width, tile, addresses, V_CODES, head, side, np.int64(0),
+            np.int64(0), np.int64(0), room,
+        )  # fmt: skip
+        return
     for t in range(t0, stop_tile):
         nth, low = t - t0, t * tile
         first_row, count = row_int(table, FIRST, nth), row_int(table, FIRST, nth + 1) - row_int(table, FIRST, nth)
         if count == 0:
             continue
-        if floats:
-            first_active, stop_active = get(active, first_row), get(active, first_row + count - 1) + 1
-            kind, values, step, stride = _as_floats(
-                False, side, addresses, base + t, head, width, tile, max(first - low, 0), min(stop - low, tile), rows, room
-            )  # fmt: skip
-            weigh_floats(
-                get(room, DENSE_KERNEL), logits, LOGITS_ROW, first_active, stop_active, row_field(table, LOW),
-                row_field(table, HIGH), low, tile, width, kind, values, step, stride, out,
-                lines_ahead(room, values, side, tile * width),
-            )  # fmt: skip
-        else:
-            codes = tile_address(addresses, base + t, V_CODES, side, head)
-            _multiply_tile(table, nth, stop_tile - t0, codes, side, width, tile, np.int64(0), np.int64(0), False, room)
+        first_active, stop_active = get(active, first_row), get(active, first_row + count - 1) + 1
+        kind, values, step, stride = _as_floats(
+            False, side, addresses, base + t, head, width, tile, max(first - low, 0), min(stop - low, tile), rows, room
+        )  # fmt: skip
+        weigh_floats(
+            get(room, DENSE_KERNEL), logits, LOGITS_ROW, first_active, stop_active, row_field(table, LOW),
+            row_field(table, HIGH), low, tile, width, kind, values, step, stride, out,
+            lines_ahead(room, values, side, tile * width),
+        )  # fmt: skip
 
 
 @standalone(types.void(*[types.int64] * 9))

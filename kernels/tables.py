@@ -69,8 +69,8 @@ SCALE, SOFTCAP, EXACT = range(3)  # EXACT: not 0 for float32 throughout
 #     LOGITS   float32 [rows][SPLIT + 16]               SUMS     a vector a row: largest logits, then sums of exponentials
 #     CODES    one side of a tile as pairs, uint16 or int16    VALUES   one side of a tile as float32
 #     SCALES   scales and centres of some tiles, or room to transpose
-#     WORDS, FACTORS, OFFSETS, SCRATCH                  for fold.fold and products.multiply_tile
-# and, of kernels that are called by their address, TILE_KERNEL (products.multiply_tile), DENSE_KERNEL (multiply_dense) and
+#     WORDS, FACTORS, OFFSETS, SCRATCH                  for fold.fold and products.multiply_tiles
+# and, of kernels that are called by their address, TILE_KERNEL (products.multiply_tiles), DENSE_KERNEL (multiply_dense) and
 # UNPACK_KERNEL (tiles.unpack_head).
 QUERIES, OUT, LOGITS, SUMS, CODES, VALUES, SCALES, WORDS, FACTORS, OFFSETS, SCRATCH = range(11)
 TILE_KERNEL, DENSE_KERNEL, UNPACK_KERNEL = range(11, 14)
