@@ -86,8 +86,10 @@ def _decode_cases() -> list[Case]:
         for n_rep in (1, 3, 4, 8)
         for bits in (16, 8, 4, 3, 2)
     ]
+    many_heads = [_decode(16, 8, 128, keys, bits, bits) for keys in (LARGE, SMALL) for bits in (16, 8, 4)]
     coded = [case for case in cases if case.keys == LARGE and case.k_bits <= 8]
-    cases += [replace(case, name=f"{case.name}-tile128", tile=128) for case in coded]
+    coded += [case for case in many_heads if case.k_bits <= 8]
+    cases += [*many_heads, *(replace(case, name=f"{case.name}-tile128", tile=128) for case in coded)]
     plain = _decode(9, 3, 64, LARGE, 4, 4)
     cases += [
         _decode(9, 3, 64, LARGE, 8, 4),
@@ -96,7 +98,6 @@ def _decode_cases() -> list[Case]:
         replace(plain, name=f"{plain.name}-tile32", tile=32),
         replace(plain, name=f"{plain.name}-f32", precision="f32"),
     ]
-    cases += [_decode(16, 8, 128, keys, bits, bits) for keys in (LARGE, SMALL) for bits in (16, 8, 4)]
     return cases
 
 
@@ -151,8 +152,9 @@ class Contest:
 
 
 _EVERYBODY = ("numpy-f32", "torch-f32", "torch-bf16", "onnxruntime-f32", "onnxruntime-int8", "onnxruntime-int4")
+_FORMATS = ("q8", "q8-tile128", "q4", "q4-tile128")
 CONTESTS = [
-    Contest((f"decode-d128-h16/8-n{SMALL}-q8", f"decode-d128-h16/8-n{SMALL}-q4"), _EVERYBODY),
-    Contest((f"decode-d128-h16/8-n{LARGE}-q8", f"decode-d128-h16/8-n{LARGE}-q4"), _EVERYBODY),
+    Contest(tuple(f"decode-d128-h16/8-n{SMALL}-{form}" for form in _FORMATS), _EVERYBODY),
+    Contest(tuple(f"decode-d128-h16/8-n{LARGE}-{form}" for form in _FORMATS), _EVERYBODY),
     Contest((f"decode-d64-h9/3-n{LARGE}-q4",), ("torch-f32",)),
 ]

@@ -228,13 +228,13 @@ def run(contest: Contest, threads: int) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """What ``run`` found, to be printed."""
     width = max(len(row["name"]) for row in found["rows"])
-    ours = [name.rsplit("-", 1)[1] for name in found["ours"]]
-    columns = ["median us", "MB", "GB/s", *(f"x ours {name}" for name in ours), "error"]
+    ours = [name.split("-", 4)[-1] for name in found["ours"]]
+    columns = ["median us", "MB", "GB/s", *(f"x {name}" for name in ours), "error"]
     lines = ["", f"{found['shape']:{width}}" if len(found["shape"]) <= width else found["shape"]]
-    lines.append(" " * width + "".join(f"  {name:>11}" for name in columns))
+    lines.append(" " * width + "".join(f"  {name:>12}" for name in columns))
     for row in found["rows"]:
         rate = row["bytes_read"] / row["seconds"] / 1e9
         cells = [f"{row['seconds'] * 1e6:.0f}", f"{row['bytes_read'] / 1e6:.1f}", f"{rate:.1f}"]
         cells += [*(f"{ratio:.2f}" for ratio in row["ratios"]), f"{row['error']:.1e}"]
-        lines.append(f"{row['name']:{width}}" + "".join(f"  {text:>11}" for text in cells))
+        lines.append(f"{row['name']:{width}}" + "".join(f"  {text:>12}" for text in cells))
     return "\n".join(lines + [f"{name}: not installed" for name in found["missing"]])
