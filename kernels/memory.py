@@ -81,6 +81,9 @@ large_pages = LargePages()
 class _Slab:
     """Rooms of one size, side by side from the start of a large page on."""
 
+    # Names of a module mean nothing any more when a program ends and its last arrays go
+    _GIVE_BACK = tuple(getattr(mmap, advice, 0) for advice in ("MADV_NOHUGEPAGE", "MADV_DONTNEED"))
+
     def __init__(self, size: int, returned: "deque[tuple[_Slab, int]]") -> None:
         self.size, self._returned = size, returned
         self._rooms = max(1, _SLAB_NBYTES // size)
@@ -118,8 +121,8 @@ class _Slab:
         self._full.discard(index)
         where = self._start + index * self.size, self.size
         try:
-            self._memory.madvise(mmap.MADV_NOHUGEPAGE, *where)
-            self._memory.madvise(mmap.MADV_DONTNEED, *where)
+            for advice in self._GIVE_BACK:
+                self._memory.madvise(advice, *where)
         except OSError:
             return  # memory that is locked: it is not zeros, and nobody gets it again
         self._returned.append((self, index))

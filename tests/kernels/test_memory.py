@@ -4,6 +4,7 @@ import ctypes
 import gc
 import mmap
 import re
+import subprocess
 import sys
 import threading
 import weakref
@@ -239,3 +240,22 @@ def test_where_memory_is_given_back_otherwise_there_are_no_slabs(monkeypatch: py
     room = slabs.zeros(5000)
     assert len(room) == 5000 and not room.any() and not slabs._slabs
     slabs.make_large(room)
+
+
+OUTLIVES_MODULES = """
+import numba
+from mixkv.kernels.memory import slabs
+
+@numba.njit
+def function(x):
+    return x
+
+function(1)  # keeps the names of this program until all modules are taken apart
+room = slabs.zeros(5000)
+"""
+
+
+@needs_linux
+def test_memory_that_outlives_the_modules_is_given_back_without_a_word() -> None:
+    done = subprocess.run([sys.executable, "-c", OUTLIVES_MODULES], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
