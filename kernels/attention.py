@@ -270,6 +270,7 @@ def _in_parts(call, worker, workers, block, q, outs, states, room, table, number
         first_split, stop_split = _splits_of(call, segment)
         for split in range(first_split, stop_split):
             total += _keys_in(call, segment, split) * kv_heads
+    low, high = 2 * total * worker, 2 * total * (worker + 1)
     for segment in range(get(call, N_SEGMENTS)):
         first_split, stop_split = _splits_of(call, segment)
         for split in range(first_split, stop_split):
@@ -277,7 +278,7 @@ def _in_parts(call, worker, workers, block, q, outs, states, room, table, number
             state = states + part * n_queries * n_heads * 8
             keys = _keys_in(call, segment, split)
             for head in range(kv_heads):
-                if (2 * before + keys) * workers // (2 * total) == worker:
+                if low <= (2 * before + keys) * workers < high:  # its middle lies in the share
                     for first in range(0, n_queries, block):
                         count = min(block, n_queries - first)
                         rows = _begin_rows(call, head, first, count, q, out, state, True, room, table, numbers)

@@ -175,6 +175,14 @@ def _ask_for_next(builder: Any, address: Any, ahead: Any) -> None:
     _prefetch(builder, builder.add(address, _number(address, NEAR)), False, 3)
 
 
+@_operation(types.void, types.intp, types.int64)
+def ask_for_lines(_: Any, builder: Any, address: Any, count: Any) -> None:
+    """Ask for so many cache lines (1 or more) from an address on, into the second-level cache."""
+    loop = _Loop(builder, count, 1, "line")
+    _prefetch(builder, builder.add(address, builder.mul(loop.i, _number(address, VECTOR))), False, 2)
+    loop.turn([])
+
+
 def _asks_for_next(context: Any, rows: int, bits: int) -> bool:
     """Whether lines are asked for by who multiplies so many rows.
 

@@ -20,6 +20,7 @@ from .layout import (
     Side,
     side_numbers,
 )
+from .microkernel import ask_for_lines
 from .simd import LANES
 from .tiles import VECTOR, is_dense
 
@@ -80,6 +81,7 @@ ROOM_ROWS = 14  # how many rows there is room for
 # tiles of the segment, from the first to one past the last, and a head
 ASK, ASK_STOP, NEXT_TILE, NEXT_STOP, NEXT_HEAD = range(15, 20)
 ROOM_FIELDS = 20
+AT_ONCE = np.int64(2048)  # bytes of them that are asked for before the first one is read
 AHEAD = np.int64(8192)  # bytes ahead of what is read that lines are asked for where nothing better is known
 
 # A worker's rows. int64 [fields][COLUMNS]: the positions that a row sees, absolute and in the current split; the distance
@@ -170,15 +172,22 @@ def lines_ahead(room, address, side, count):  # type: ignore[no-untyped-def]
 
 @inner
 def ask_from(room, addresses, geometry, first, stop, head, which):  # type: ignore[no-untyped-def]
-    """Let K (``which`` is K_SIDE) or V of one head of some tiles be what is asked for, if it lies in one run."""
+    """Let K (``which`` is K_SIDE) or V of one head of some tiles be what is asked for, if it lies in one run.
+
+    Its first lines are, at once: they come while nobody reads.
+    """
     side, codes = geometry + 8 * which, K_CODES if which == K_SIDE else V_CODES
     first_part = codes if is_dense(get(side, KIND)) else codes + 1  # scales lie before codes
     begin = tile_address(addresses, first, first_part, side, head)
     end = tile_address(addresses, stop - 1, codes, side, head)
     end += _nbytes(side, get(geometry, TILE) * get(geometry, WIDTH))
-    in_a_run = get(side, TOKEN) == 0 and begin < end <= begin + get(side, HEAD)
-    simd.store_integer(room + 8 * ASK, begin)
-    simd.store_integer(room + 8 * ASK_STOP, end if in_a_run else begin)
+    if get(side, TOKEN) or not begin < end <= begin + get(side, HEAD):
+        begin = end  # not in one run
+    at_once = min(AT_ONCE, end - begin) // VECTOR
+    if at_once > 0:
+        ask_for_lines(begin, at_once)
+    simd.store_integer(room + 8 * ASK, begin + at_once * VECTOR)
+    simd.store_integer(room + 8 * ASK_STOP, end)
 
 
 @inner
