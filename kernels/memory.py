@@ -81,7 +81,7 @@ large_pages = LargePages()
 class _Slab:
     """Rooms of one size, side by side from the start of a large page on."""
 
-    # Names of a module mean nothing any more when a program ends and its last arrays go
+    # Kept here, as a module's names are gone when a program ends and its last arrays are dropped
     _GIVE_BACK = tuple(getattr(mmap, advice, 0) for advice in ("MADV_NOHUGEPAGE", "MADV_DONTNEED"))
 
     def __init__(self, size: int, returned: "deque[tuple[_Slab, int]]") -> None:

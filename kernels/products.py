@@ -69,8 +69,7 @@ def multiply_tiles(  # type: ignore[no-untyped-def]
     added to. column: bytes from a tile's targets to the next one's. keep_tops: 1 if the largest values written to the
     targets of rows that see all of a tile are kept.
     """
-    group, parts = get(side, GROUP), get(side, PARTS)
-    per_lane, tile_kind = get(side, PER_LANE), get(side, KIND)
+    group, parts, per_lane = get(side, GROUP), get(side, PARTS), get(side, PER_LANE)
     limbs, folded = get(side, LIMBS), row_int(table, FIRST, stop_tile - first_tile)
     length, span = (group, lanes) if per_lane else (steps, group)  # of a sum, and the lanes that share it, in each part
     scale_step = VECTOR if per_lane else 0
@@ -79,7 +78,7 @@ def multiply_tiles(  # type: ignore[no-untyped-def]
         first, rows = row_int(table, FIRST, nth), row_int(table, FIRST, nth + 1) - row_int(table, FIRST, nth)
         if rows == 0:
             continue
-        codes, kind = tile_address(addresses, base + t, which, side, head), tile_kind
+        codes, kind = tile_address(addresses, base + t, which, side, head), get(side, KIND)
         ahead = lines_ahead(room, codes, side, lanes * steps)
         scales = get(room, SCALES) + nth * 8 * parts * (lanes if per_lane else steps)
         targets = row_field(table, TARGETS) + 8 * first

@@ -98,17 +98,11 @@ def _first_nan(logits, start, stop):  # type: ignore[no-untyped-def]
 
 
 @inner
-def exponentials(rows, table, numbers, shift, first, stop, logits, sums):  # type: ignore[no-untyped-def]
-    """exp(logit - M) in place of the logits of the tiles first .. stop that a row sees, and their sums.
-
-    shift: a tile is 2^shift positions.
-    """
+def exponentials(active, count, numbers, low, high, logits, sums):  # type: ignore[no-untyped-def]
+    """exp(logit - M) in place of the logits of one tile, for the rows that see it, and their sums."""
     simd.never_inline()
-    for row in range(rows):
-        start, end = row_int(table, LOW, row), row_int(table, HIGH, row)
-        if start >= end:
-            continue
-        low, high = max(start >> shift, first) << shift, min(((end - 1) >> shift) + 1, stop) << shift
+    for i in range(count):
+        row = get(active, i)
         at, total, top = (
             logits + row * LOGITS_ROW,
             simd.load_f32(sums + row * VECTOR),

@@ -173,7 +173,12 @@ def _weigh_tiles(  # type: ignore[no-untyped-def]
     exact, active = simd.scalar_at(options + 4 * EXACT) != 0, row_field(table, ACTIVE)
     floats = exact or is_dense(get(side, KIND))
     logits, sums, out = get(room, LOGITS), get(room, SUMS), get(room, OUT)
-    exponentials(rows, table, numbers, get(geometry, TILE_SHIFT), t0, stop_tile, logits, sums)
+    for t in range(t0, stop_tile):
+        first_row, count = (
+            row_int(table, FIRST, t - t0),
+            row_int(table, FIRST, t - t0 + 1) - row_int(table, FIRST, t - t0),
+        )
+        exponentials(active + 8 * first_row, count, numbers, t * tile, (t + 1) * tile, logits, sums)
     if not floats:
         _fold_tiles(
             table, t0, stop_tile, base, addresses, V_PARAMS, head, side, width, tile, logits, LOGITS_ROW, 4 * tile, out,

@@ -81,7 +81,7 @@ ROOM_ROWS = 14  # how many rows there is room for
 # tiles of the segment, from the first to one past the last, and a head
 ASK, ASK_STOP, NEXT_TILE, NEXT_STOP, NEXT_HEAD = range(15, 20)
 ROOM_FIELDS = 20
-AT_ONCE = np.int64(2048)  # bytes of them that are asked for before the first one is read
+AT_ONCE = np.int64(2048)  # bytes of a run that are asked for in one go, before it is read
 AHEAD = np.int64(8192)  # bytes ahead of what is read that lines are asked for where nothing better is known
 
 # A worker's rows. int64 [fields][COLUMNS]: the positions that a row sees, absolute and in the current split; the distance
@@ -174,7 +174,7 @@ def lines_ahead(room, address, side, count):  # type: ignore[no-untyped-def]
 def ask_from(room, addresses, geometry, first, stop, head, which):  # type: ignore[no-untyped-def]
     """Let K (``which`` is K_SIDE) or V of one head of some tiles be what is asked for, if it lies in one run.
 
-    Its first lines are, at once: they come while nobody reads.
+    Its first lines (AT_ONCE) are asked for here: they come while nobody reads.
     """
     side, codes = geometry + 8 * which, K_CODES if which == K_SIDE else V_CODES
     first_part = codes if is_dense(get(side, KIND)) else codes + 1  # scales lie before codes
