@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import platformdirs
 from filelock import FileLock, Timeout
@@ -128,15 +129,22 @@ def check_removable(path: Path, *, folder: bool = False) -> None:
 def remove(path: Path, *, folder: bool = False) -> int:
     """Remove a file, or a folder with all that is in it, from the cache; how many bytes came free.
 
-    A link goes, not what it leads to. Nothing is removed where ``check_removable`` raises.
+    A link goes, not what it leads to. Nothing is removed where ``check_removable`` raises. What another process removes
+    meanwhile, as a pip does that notices the end of the mixkv it worked for, is simply gone.
     """
     check_removable(path, folder=folder)
     nbytes = disk_nbytes(path)
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        shutil.rmtree(path, onerror=_raise_unless_gone)
     else:
         path.unlink(missing_ok=True)
     return nbytes
+
+
+def _raise_unless_gone(function: Callable[..., object], path: str, info: tuple[Any, Any, Any]) -> None:
+    """What ``shutil.rmtree`` calls with each error."""
+    if not isinstance(info[1], FileNotFoundError):
+        raise info[1]
 
 
 def remove_empty(path: Path, folder: Path) -> None:

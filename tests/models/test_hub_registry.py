@@ -295,6 +295,22 @@ def test_process_killed_half_way_leaves_no_file_and_the_next_one_cleans_up(shop:
     assert shop.leftovers() == KEPT
 
 
+def test_what_another_process_removes_meanwhile_is_no_error(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    remains = shop.cache / ".download-tiny" / "work" / "pip"
+    remains.mkdir(parents=True)
+    (remains / "half.whl").write_bytes(CONTENT)
+    unlink, rmdir = os.unlink, os.rmdir
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", lambda path, **options: (unlink(path, **options), unlink(path, **options)))
+        patched.setattr(os, "rmdir", lambda path, **options: (rmdir(path, **options), rmdir(path, **options)))
+        assert files.remove(remains.parent, folder=True) == len(CONTENT)
+    assert not remains.parent.exists()
+    remains.mkdir(parents=True)
+    monkeypatch.setattr(os, "rmdir", lambda path, **options: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no")))
+    with pytest.raises(PermissionError):
+        files.remove(remains.parent, folder=True)
+
+
 def test_interrupt_stops_pip_and_removes_what_it_wrote(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.pip_is("stall")
     started: list[subprocess.Popen[bytes]] = []
