@@ -568,8 +568,9 @@ class LayerCache:
                 rows = min(stop, self.sinks) - start
                 if rows > 0:
                     kept[start : start + rows, :, : self.head_dim] = x[:rows]
-            # What was a sink has no codes worth having in its tile; and what is still dense is the better source
-            alive = alike and (self.sinks >= other.sinks or t * tile >= other.sinks) and bool(coded[-1])
+            # What was a sink has nothing worth having in its tile; and what is still recent is the better source
+            alive = alike and (self.sinks >= other.sinks or t * tile >= other.sinks)
+            alive &= not other.recent.first <= t < other.recent.stop
             sources = [tier for tier in other.tiers if alive and tier.first <= t < tier.stop]
             kept_as = self._enter(t, position, sources)
             dead = min(self._dead(t), stop - start)

@@ -385,3 +385,14 @@ def test_retier_to_fewer_sinks_does_not_take_the_codes_that_they_never_had(toy: 
         assert np.abs(own_k - k).max() < 0.2 * np.abs(k).max() and np.abs(own_v - v).max() < 0.2 * np.abs(v).max()
     again = session.fork().retier(replace(policy, sinks=0, older=(Tier(200, k_bits=2, v_bits=2),)))
     assert again["requantized"] == 64, "what stays in a tier of the same format is copied, whatever its pages"
+
+
+def test_retier_copies_what_lies_in_a_tier_of_16_bits_behind_one_of_codes(toy: Model) -> None:
+    """It is the most exact that is held of it, but nothing that codes are to be made of once more."""
+    policy = CachePolicy(window=20, sinks=0, k_bits=2, v_bits=2, older=(Tier(100, k_bits=16, v_bits=16),))
+    session = Session(toy, policy)
+    session.forward(ids_for(toy, 300), None)
+    twin = session.fork()
+    session.retier(policy)
+    for token in ids_for(toy, 40, seed=1):
+        assert session.forward([token]).tobytes() == twin.forward([token]).tobytes()
