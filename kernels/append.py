@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from . import simd
 from .hadamard import rotate_head
-from .jit import SHARE, inner, standalone
+from .jit import SHARE, do_share, inner, standalone
 from .layout import F32, HEAD, K_CODES, KIND, ROW, TOKEN, V_CODES
 from .simd import LANES
 from .tables import (
@@ -32,7 +32,10 @@ from .tables import (
     TILE_SHIFT,
     V_BLOCK,
     V_SIDE,
+    begin_of,
     get,
+    let_go,
+    own_memory,
     tile_address,
 )
 from .tiles import store_dense
@@ -157,8 +160,8 @@ def store_share(call, worker, workers, _, x, _1, _2, _3, _4):  # type: ignore[no
     first = (position + rows * worker // workers + LANES - 1) // LANES * LANES - position
     stop = (position + rows * (worker + 1) // workers + LANES - 1) // LANES * LANES - position
     first, stop = 0 if worker == 0 else min(first, rows), rows if worker == workers - 1 else min(stop, rows)
-    own = np.empty((LANES + 1) * LANES, np.float32)
-    scratch, rest = (own.ctypes.data + 63) // 64 * 64, simd.splat(np.float32(0))
+    memory, rest = own_memory(LANES * VECTOR), simd.splat(np.float32(0))
+    scratch = begin_of(memory)
     if get(call, APPENDED) != APPEND_AS_IS:
         _rotate_tokens(call, x, first, stop)
     for is_k in (True, False):
@@ -166,9 +169,9 @@ def store_share(call, worker, workers, _, x, _1, _2, _3, _4):  # type: ignore[no
         rest = _store_tokens(call, is_k, at, first, stop, scratch, rest)
     if simd.sum_lanes(rest) != 0:
         simd.store_integer(call + 8 * LOST, np.int64(1))
-    own[0] = 0
+    let_go(memory)
 
 
 def store_rows_of(call: NDArray[np.int64], x: NDArray[np.float32]) -> None:
     """Store all rows of ``x`` as one worker would that has no others."""
-    store_share.function(call.ctypes.data, 0, 1, 0, x.ctypes.data, 0, 0, 0, 0)
+    do_share(store_share.address(), call.ctypes.data, 0, 1, 0, x.ctypes.data, 0, 0, 0, 0)

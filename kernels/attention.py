@@ -20,23 +20,22 @@ from .hadamard import rotate_head
 from .jit import SHARE, inner, parallel_kernel, standalone
 from .products import multiply_dense, multiply_tiles
 from .quantize import JOB_FIELDS, TOO_WIDE_AT, quantize_share
-from .simd import LANES
-from .split import split_kernel
+from .split import fold_tiles, split_kernel
 from .state import clear, merge_parts, merge_rows
 from .tables import (
     APPENDED,
     BLOCK_ROWS,
+    CALL,
     CALL_TASKS,
     COLUMNS,
-    DENSE_FUNCTION,
     DENSE_KERNEL,
     DISTANCE,
     DISTANCES,
-    FIELDS,
     FINISH_KERNEL,
     FIRST_QUERY,
     FIRST_TILE,
     FLOAT_FIELDS,
+    FOLD_KERNEL,
     FOLLOW_KERNEL,
     FRESH,
     HEAD_DIM,
@@ -69,6 +68,7 @@ from .tables import (
     ROOM_FIELDS,
     ROOM_ROWS,
     ROW_WIDTH,
+    ROWS_NBYTES,
     SCALE,
     SCRATCH,
     SEAL_KERNEL,
@@ -84,18 +84,20 @@ from .tables import (
     STORE_KERNEL,
     TARGET,
     TILE,
-    TILE_FUNCTION,
     TILE_KERNEL,
-    UNPACK_FUNCTION,
     UNPACK_KERNEL,
     V_BLOCK,
     WORK_KERNEL,
     M,
     S,
+    begin_of,
     call_tasks,
     float_field,
     get,
     lay_out_room,
+    let_go,
+    own_memory,
+    put,
     room_nbytes,
     row_field,
     row_float,
@@ -121,6 +123,7 @@ def _splits_of(call, segment):  # type: ignore[no-untyped-def]
 @inner
 def _begin_rows(call, head, first_query, n_queries, q, out, state, fresh, room, table, numbers):  # type: ignore[no-untyped-def]
     """What belongs to the rows of some queries of a KV head's query heads, whatever the segment; returns their number."""
+    simd.never_inline()
     n_heads, width, all_queries = get(call, N_HEADS), get(call, ROW_WIDTH), get(call, N_QUERIES)
     n_rep = n_heads // get(call, N_KV_HEADS)
     scale, mask = simd.splat(simd.scalar_at(get(call, OPTIONS) + 4 * SCALE)), get(call, MASKS)
@@ -169,6 +172,7 @@ def _rotate_back(call, out):  # type: ignore[no-untyped-def]
 @inner
 def _end_rows(call, head, first_query, n_queries, state, fresh, table, numbers):  # type: ignore[no-untyped-def]
     """Write the rows' states back; the output of a row that has seen no key is 0."""
+    simd.never_inline()
     n_rep = get(call, N_HEADS) // get(call, N_KV_HEADS)
     row = 0
     for query in range(first_query, first_query + n_queries):
@@ -187,9 +191,9 @@ def _look_ahead(call, segment, split, head, room):  # type: ignore[no-untyped-de
     geometry = get(call, SEGMENTS + 2 * segment + 1)
     low, high = max(get(call, RANGES + 4 * segment + 2), split * SPLIT), get(call, RANGES + 4 * segment + 3)
     tile, first = get(geometry, TILE), get(geometry, FIRST_TILE)
-    simd.store_integer(room + 8 * NEXT_TILE, low // tile - first)
-    simd.store_integer(room + 8 * NEXT_STOP, (min(high, (split + 1) * SPLIT) + tile - 1) // tile - first)
-    simd.store_integer(room + 8 * NEXT_HEAD, head)
+    put(room, NEXT_TILE, low // tile - first)
+    put(room, NEXT_STOP, (min(high, (split + 1) * SPLIT) + tile - 1) // tile - first)
+    put(room, NEXT_HEAD, head)
 
 
 @inner
@@ -200,6 +204,7 @@ def _see_splits(  # type: ignore[no-untyped-def]
 
     by_head: whether the worker goes from here to the next head, and not to the next split.
     """
+    simd.never_inline()
     n_rep, width = get(call, N_HEADS) // get(call, N_KV_HEADS), get(call, ROW_WIDTH)
     addresses, geometry = get(call, SEGMENTS + 2 * segment), get(call, SEGMENTS + 2 * segment + 1)
     starts, stops = get(call, RANGES + 4 * segment), get(call, RANGES + 4 * segment + 1)
@@ -265,7 +270,7 @@ def _keys_in(call, segment, split):  # type: ignore[no-untyped-def]
 def _in_parts(call, worker, workers, block, q, outs, states, room, table, numbers):  # type: ignore[no-untyped-def]
     """The share of one worker in the parts: a run, as parts, and the heads of a part, follow one another in memory."""
     n_queries, n_heads, kv_heads = get(call, N_QUERIES), get(call, N_HEADS), get(call, N_KV_HEADS)
-    total, before, part = 0, 0, 0
+    total, before, part, one = 0, 0, 0, np.int64(1)
     for segment in range(get(call, N_SEGMENTS)):
         first_split, stop_split = _splits_of(call, segment)
         for split in range(first_split, stop_split):
@@ -281,11 +286,11 @@ def _in_parts(call, worker, workers, block, q, outs, states, room, table, number
                 if low <= (2 * before + keys) * workers < high:  # its middle lies in the share
                     for first in range(0, n_queries, block):
                         count = min(block, n_queries - first)
-                        rows = _begin_rows(call, head, first, count, q, out, state, True, room, table, numbers)
+                        rows = _begin_rows(call, head, first, count, q, out, state, one, room, table, numbers)
                         _see_splits(
                             call, segment, split, split + 1, True, head, first, count, rows, room, table, numbers
                         )
-                        _end_rows(call, head, first, count, state, True, table, numbers)
+                        _end_rows(call, head, first, count, state, one, table, numbers)
                 before += keys
             part += 1
 
@@ -299,23 +304,19 @@ def attend_share(call, worker, workers, _, q, out, state, outs, states):  # type
     for segment in range(get(call, N_SEGMENTS)):
         tile = get(get(call, SEGMENTS + 2 * segment + 1), TILE)
         nbytes = max(nbytes, room_nbytes(rows, tile, width, get(call, MOST_PARTS)))
-    memory, room = np.empty(nbytes + 64, np.uint8), np.empty(ROOM_FIELDS, np.int64)
-    table, numbers = np.empty(FIELDS * COLUMNS, np.int64), np.zeros(FLOAT_FIELDS * COLUMNS, np.float32)
-    room[QUERIES] = (memory.ctypes.data + 63) // 64 * 64
-    room[OUT] = room[QUERIES] + rows * width * 4
-    room[ROOM_ROWS] = rows
-    room[TILE_KERNEL], room[DENSE_KERNEL] = get(call, TILE_FUNCTION), get(call, DENSE_FUNCTION)
-    room[UNPACK_KERNEL] = get(call, UNPACK_FUNCTION)
+    memory = own_memory(nbytes + ROWS_NBYTES)
+    numbers = begin_of(memory)
+    table, room = numbers + 4 * FLOAT_FIELDS * COLUMNS, numbers + ROWS_NBYTES - 8 * ROOM_FIELDS
+    clear(numbers, FLOAT_FIELDS * COLUMNS)  # also those of no row, which are merged too
+    put(room, QUERIES, numbers + ROWS_NBYTES)
+    put(room, OUT, numbers + ROWS_NBYTES + rows * width * 4)
+    put(room, ROOM_ROWS, rows)
+    put(room, CALL, call)
     if get(call, N_PARTS):
-        _in_parts(
-            call, worker, workers, block, q, outs, states, room.ctypes.data, table.ctypes.data, numbers.ctypes.data
-        )
+        _in_parts(call, worker, workers, block, q, outs, states, room, table, numbers)
     else:
-        _all_in_one_go(
-            call, worker, workers, block, q, out, state, room.ctypes.data, table.ctypes.data, numbers.ctypes.data
-        )
-    # Numba frees an array after its last mention, and the addresses above do not count as one.
-    memory[0] = room[0] = table[0] = numbers[0] = 0
+        _all_in_one_go(call, worker, workers, block, q, out, state, room, table, numbers)
+    let_go(memory)
 
 
 @standalone(types.void(*[types.int64] * 2))
@@ -386,14 +387,15 @@ def follow_attention(call, q, out, state, outs, states, workers):  # type: ignor
 _follow = follow_attention.call
 KERNELS = {
     SPLIT_KERNEL: split_kernel,
-    TILE_FUNCTION: multiply_tiles,
-    DENSE_FUNCTION: multiply_dense,
+    FOLD_KERNEL: fold_tiles,
+    TILE_KERNEL: multiply_tiles,
+    DENSE_KERNEL: multiply_dense,
     WORK_KERNEL: attend_share,
     MERGE_KERNEL: merge_parts,
     STORE_KERNEL: store_share,
     SEAL_KERNEL: quantize_share,
     LEDGER_KERNEL: enter_parts,
-    UNPACK_FUNCTION: unpack_head,
+    UNPACK_KERNEL: unpack_head,
     FOLLOW_KERNEL: follow_attention,
     FINISH_KERNEL: finish_parts,
 }
@@ -425,17 +427,16 @@ def attend_segments(call, q, out, state, workers):  # type: ignore[no-untyped-de
     if workers == ALL_WORKERS:
         workers = threads_in_force()
     parts, rows = call[N_PARTS], call[N_QUERIES] * call[N_HEADS]
-    outs, states = (
-        np.empty(parts * rows * call[ROW_WIDTH] + LANES, np.float32),
-        np.empty(parts * rows * 2 + 1, np.float32),
-    )
+    outs_nbytes = 4 * parts * rows * call[ROW_WIDTH]
+    memory = own_memory(outs_nbytes + 8 * parts * rows)
+    outs = begin_of(memory)
     tasks = call_tasks(np.int64(call.ctypes.data))
     begin_tasks(tasks, CALL_TASKS)
     for _ in prange(workers):
         _follow(
-            call[FOLLOW_KERNEL], call.ctypes.data, q.ctypes.data, out.ctypes.data, state.ctypes.data, outs.ctypes.data,
-            states.ctypes.data, np.int64(workers),
+            call[FOLLOW_KERNEL], call.ctypes.data, q.ctypes.data, out.ctypes.data, state.ctypes.data, outs,
+            outs + outs_nbytes, np.int64(workers),
         )  # fmt: skip
-    outs[0] = states[0] = 0
+    let_go(memory)
     if have_failed(tasks, CALL_TASKS):
         raise MemoryError("attention ran out of memory")

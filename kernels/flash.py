@@ -7,6 +7,7 @@ from numbers import Real
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import simd
 from .attention import KERNELS, attend_segments
 from .crew import ALL_WORKERS
 from .forks import check_usable
@@ -215,20 +216,25 @@ def attend(
 def _describe(kernels, table, geometry, n_kv_heads, starts, stops, q, scale, softcap, exact, fresh, workers):  # type: ignore[no-untyped-def]
     """The call of ``attend_segments`` for one segment, its options behind it; in Python it took a tenth of a decode."""
     call = np.empty(CALL_NUMBERS + 2, np.int64)
-    call[:CALL_NUMBERS] = kernels
-    options = call.view(np.float32)[2 * CALL_NUMBERS :]
-    options[SCALE], options[SOFTCAP], options[EXACT] = scale, softcap, exact
+    for i in range(CALL_NUMBERS):
+        call[i] = kernels[i]
+    options = np.int64(call.ctypes.data) + 8 * CALL_NUMBERS
+    simd.store_scalar(options + 4 * SCALE, np.float32(scale))
+    simd.store_scalar(options + 4 * SOFTCAP, np.float32(softcap))
+    simd.store_scalar(options + 4 * EXACT, np.float32(exact))
     n_queries, n_heads, width = q.shape
+    low, high = (starts[0], stops[0]) if n_queries else (0, 0)
+    for i in range(1, n_queries):
+        low, high = min(low, starts[i]), max(high, stops[i])
     most = max(geometry[K_SIDE + PARTS] * geometry[K_SIDE + LIMBS], geometry[V_SIDE + PARTS] * geometry[V_SIDE + LIMBS])
     call[N_HEADS], call[N_KV_HEADS], call[ROW_WIDTH], call[MOST_PARTS] = n_heads, n_kv_heads, width, most
     call[N_QUERIES], call[Q_STRIDE], call[OPTIONS], call[FRESH] = (
         n_queries,
         4 * n_heads * width,
-        options.ctypes.data,
+        options,
         fresh,
     )
     call[N_SEGMENTS], call[SEGMENTS], call[SEGMENTS + 1] = 1, table.ctypes.data, geometry.ctypes.data
-    low, high = starts.min() if n_queries else 0, stops.max() if n_queries else 0
     call[RANGES], call[RANGES + 1] = starts.ctypes.data, stops.ctypes.data
     call[RANGES + 2], call[RANGES + 3] = low, high
     call[N_PARTS] = parts_of(n_queries, n_heads, n_kv_heads, splits_in(low, high), workers)

@@ -12,7 +12,7 @@ from typing import Any
 import numba
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 from .compiled import cache_folder
 
@@ -37,10 +37,13 @@ def _compiler(**flags: Any) -> Callable[[Any], Any]:
     return decorate
 
 
-kernel = _compiler()
-parallel_kernel = _compiler(parallel=True)
-inner: Callable[[Any], Any] = numba.njit(nogil=True, error_model="numpy")
-"""A function that is only called by kernels: it is compiled into them, so a cache entry of its own would be waste."""
+kernel = _compiler(no_cfunc_wrapper=True)
+parallel_kernel = _compiler(parallel=True, no_cfunc_wrapper=True)
+inner: Callable[[Any], Any] = register_jitable(nogil=True, error_model="numpy", no_cfunc_wrapper=True)
+"""A function that is only called by kernels: it is compiled into them, so a cache entry of its own would be waste.
+
+With ``njit`` it would be compiled for Python and for C to call, too, and anew for each constant that it is called with.
+"""
 
 
 def _by_address(signature: Any, *, attempts: bool = False) -> Any:
@@ -70,16 +73,19 @@ def _by_address(signature: Any, *, attempts: bool = False) -> Any:
     return intrinsic(scope["call"])
 
 
+_standalone_kernel = _compiler(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
 class Standalone:
     """A kernel that other kernels call by its address, and so do not contain.
 
     What a kernel contains is compiled with it once more, and parallel kernels are compiled four times over. ``call`` is
     for kernels: its first argument is ``address()``, which the caller's caller has to pass down; the others are those of
-    the function, of exactly the types of its signature.
+    the function, of exactly the types of its signature. Python calls those of the signature SHARE by ``do_share``.
     """
 
     def __init__(self, function: Any, signature: Any) -> None:
-        self.function, self._signature = kernel(function), signature
+        self.function, self._signature = _standalone_kernel(function), signature
         self._address = 0
         self.call = _by_address(signature)
 
@@ -95,6 +101,13 @@ class Standalone:
 SHARE = types.void(*[types.int64] * 9)
 """A share of a task (crew.py): what it is done for, the share, how many there are, and six numbers that the task knows."""
 attempt_share = _by_address(SHARE, attempts=True)
+_call_share = _by_address(SHARE)
+
+
+@kernel
+def do_share(address, a, b, c, d, e, f, g, h, i):  # type: ignore[no-untyped-def]
+    """Call a standalone kernel whose signature is SHARE, or the same; its address comes first."""
+    _call_share(address, a, b, c, d, e, f, g, h, i)
 
 
 def standalone(signature: Any) -> Callable[[Any], Standalone]:

@@ -29,7 +29,7 @@ from .dots import GROUP, TILE_ROWS, multiply_bytes4, multiply_bytes4m, multiply_
 from .jit import SHARE, inner, kernel, parallel_kernel, standalone
 from .rotary import rotate_heads
 from .simd import LANES
-from .tables import AHEAD, CALL_TASKS, FOLLOW_KERNEL, call_tasks, get
+from .tables import AHEAD, CALL_TASKS, FOLLOW_KERNEL, begin_of, call_tasks, get, let_go, own_memory
 from .weights import W4, W4M, W8, WBF16, WF16, WF32, row_of
 
 VECTOR = 4 * LANES
@@ -113,8 +113,8 @@ def _multiply_gated(call, share, shares, tiles, rows, out):  # type: ignore[no-u
     if get(call, N_PARTS) > 1:
         up, first_up = up + 8 * PART_FIELDS, np.int64(0)
     stride, half = np.int64(TOGETHER * GROUP * 4), TILE_ROWS * TOGETHER * GROUP * 4
-    own = np.empty(2 * TILE_ROWS * TOGETHER * GROUP + LANES, np.float32)
-    scratch = (own.ctypes.data + 63) // 64 * 64
+    memory = own_memory(2 * half)
+    scratch = begin_of(memory)
     for group in range(first, stop, TOGETHER):
         together = min(TOGETHER, stop - group)
         row = np.int64(0)
@@ -135,7 +135,7 @@ def _multiply_gated(call, share, shares, tiles, rows, out):  # type: ignore[no-u
                 gate_run(at, at + half, at, together * GROUP, how)
                 quantize_row(at, group, together, out_groups, out + tile * tile_nbytes(out_groups), place + r)
             row += count
-    own[0] = 0
+    let_go(memory)
 
 
 @standalone(SHARE)
@@ -145,17 +145,17 @@ def multiply_blocks(call, share, shares, tiles, floats, rows, out, _1, _2):  # t
         _multiply_gated(call, share, shares, tiles, rows, out)
         return
     first, stop = get(call, ALL_BLOCKS) * share // shares, get(call, ALL_BLOCKS) * (share + 1) // shares
-    columns, stride = simd.integer_at(call + 8 * COLUMNS), 4 * simd.integer_at(call + 8 * OUT_COLUMNS)
-    bias, onto = simd.integer_at(call + 8 * BIAS), simd.integer_at(call + 8 * ONTO)
+    columns, stride = get(call, COLUMNS), 4 * get(call, OUT_COLUMNS)
+    bias, onto = get(call, BIAS), get(call, ONTO)
     groups = (columns + GROUP - 1) // GROUP
-    own = np.empty((TILE_ROWS + 1) * LANES, np.float32)
-    scratch = (own.ctypes.data + 63) // 64 * 64
+    memory = own_memory(TILE_ROWS * VECTOR)
+    scratch = begin_of(memory)
     begin = np.int64(0)
-    for p in range(simd.integer_at(call + 8 * N_PARTS)):
+    for p in range(get(call, N_PARTS)):
         part = call + 8 * (LINK_FIELDS + PART_FIELDS * p)
-        kind, blocks = simd.integer_at(part + 8 * KIND), simd.integer_at(part + 8 * BLOCKS)
-        n_rows, first_row = simd.integer_at(part + 8 * ROWS), simd.integer_at(part + 8 * FIRST)
-        nbytes = simd.integer_at(part + 8 * BLOCK_NBYTES)
+        kind, blocks = get(part, KIND), get(part, BLOCKS)
+        n_rows, first_row = get(part, ROWS), get(part, FIRST)
+        nbytes = get(part, BLOCK_NBYTES)
         # Weights that fit a cache meet all rows before the next ones do, and a few rows meet one block after the other, so
         # that lines of the output are written next to each other.
         low, high, step = max(first - begin, 0), min(stop - begin, blocks), max(CACHED_NBYTES // nbytes, 1)
@@ -166,7 +166,7 @@ def multiply_blocks(call, share, shares, tiles, floats, rows, out, _1, _2):  # t
                 left = min(TILE_ROWS - place, rows - row)
                 count = next_byte_rows(left) if kind <= W4M else min(left, microkernel.most_dense_rows())
                 for b in range(group, min(group + step, high)):
-                    block = simd.integer_at(part + 8 * DATA) + b * nbytes
+                    block = get(part, DATA) + b * nbytes
                     column = first_row + LANES * b
                     lanes = min(LANES, n_rows - LANES * b)
                     own_bias = bias + 4 * column if bias else 0
@@ -188,7 +188,7 @@ def multiply_blocks(call, share, shares, tiles, floats, rows, out, _1, _2):  # t
                         _finish(scratch, count, lanes, target, stride, own_bias, onto)
                 row += count
         begin += blocks
-    own[0] = 0  # Numba frees an array after its last mention, and the addresses above do not count as one
+    let_go(memory)
 
 
 @standalone(SHARE)
@@ -196,23 +196,23 @@ def prepare_rows(call, share, shares, tiles, floats, rows, x, _1, _2):  # type: 
     """Make a share of the rows ready, tile by tile: codes into ``tiles``, or float32 into ``floats``, or both."""
     n_tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
     first, stop = n_tiles * share // shares * TILE_ROWS, min(rows, n_tiles * (share + 1) // shares * TILE_ROWS)
-    columns, how = simd.integer_at(call + 8 * COLUMNS), simd.integer_at(call + 8 * HOW)
+    columns, how = get(call, COLUMNS), get(call, HOW)
     groups = (columns + GROUP - 1) // GROUP
     padded = groups * GROUP
-    own = np.empty(2 * padded + LANES, np.float32)
-    scratch = (own.ctypes.data + 63) // 64 * 64
+    memory = own_memory(8 * padded)
+    scratch = begin_of(memory)
     x_stride = 4 * columns * (2 if how >= SILU else 1)
     for row in range(first, stop):
         made = prepare_row(
-            x + row * x_stride, columns, padded, how, simd.integer_at(call + 8 * NORM_WEIGHT),
+            x + row * x_stride, columns, padded, how, get(call, NORM_WEIGHT),
             simd.scalar_at(call + 8 * EPS), scratch,
         )  # fmt: skip
-        if simd.integer_at(call + 8 * HAS_CODES):
+        if get(call, HAS_CODES):
             quantize_row(made, 0, groups, groups, tiles + row // TILE_ROWS * tile_nbytes(groups), row % TILE_ROWS)
-        if simd.integer_at(call + 8 * HAS_FLOATS):
+        if get(call, HAS_FLOATS):
             for i in range(0, 4 * padded, VECTOR):
                 simd.store_f32(floats + 4 * row * padded + i, simd.load_f32(made + i))
-    own[0] = 0
+    let_go(memory)
 
 
 @standalone(SHARE)
@@ -221,8 +221,8 @@ def rotate_rows(call, share, shares, source, target, rows, _1, _2, _3):  # type:
 
     source: for each row the cosines and then the sines of ROTARY_DIM / 2 angles.
     """
-    heads, stride = simd.integer_at(call + 8 * HEADS), 4 * simd.integer_at(call + 8 * OUT_COLUMNS)
-    head_dim, rotary_dim = simd.integer_at(call + 8 * HEAD_DIM), simd.integer_at(call + 8 * ROTARY_DIM)
+    heads, stride = get(call, HEADS), 4 * get(call, OUT_COLUMNS)
+    head_dim, rotary_dim = get(call, HEAD_DIM), get(call, ROTARY_DIM)
     for row in range(rows * share // shares, rows * (share + 1) // shares):
         rotate_heads(target + row * stride, heads, head_dim, rotary_dim // 2, source + row * rotary_dim * 4)
 
@@ -230,16 +230,16 @@ def rotate_rows(call, share, shares, source, target, rows, _1, _2, _3):  # type:
 @standalone(SHARE)
 def normalize_rows(call, share, shares, source, target, rows, _1, _2, _3):  # type: ignore[no-untyped-def]
     """RMSNorm of HEADS runs of HEAD_DIM channels from FIRST_CHANNEL on, of a share of the rows, into or onto ``target``."""
-    count, size = simd.integer_at(call + 8 * HEADS), simd.integer_at(call + 8 * HEAD_DIM)
-    stride, at = 4 * simd.integer_at(call + 8 * OUT_COLUMNS), 4 * simd.integer_at(call + 8 * FIRST_CHANNEL)
-    own = np.empty(size + GROUP + LANES, np.float32)
-    scratch = (own.ctypes.data + 63) // 64 * 64
+    count, size = get(call, HEADS), get(call, HEAD_DIM)
+    stride, at = 4 * get(call, OUT_COLUMNS), 4 * get(call, FIRST_CHANNEL)
+    memory = own_memory(4 * (size + GROUP))
+    scratch = begin_of(memory)
     for row in range(rows * share // shares, rows * (share + 1) // shares):
         normalize_segments(
-            source + row * stride + at, target + row * stride + at, count, size, simd.integer_at(call + 8 * NORM_WEIGHT),
-            simd.scalar_at(call + 8 * EPS), simd.integer_at(call + 8 * ONTO), scratch,
+            source + row * stride + at, target + row * stride + at, count, size, get(call, NORM_WEIGHT),
+            simd.scalar_at(call + 8 * EPS), get(call, ONTO), scratch,
         )  # fmt: skip
-    own[0] = 0
+    let_go(memory)
 
 
 @inner
@@ -263,8 +263,8 @@ def follow_chain(table, first, links, link_nbytes, addresses, rows, workers):  #
     own_nbytes = none = np.int64(0)
     for i in range(first, links if rows == 1 else first):
         own_nbytes = max(own_nbytes, _prepared_nbytes(table + link_nbytes * i, rows))
-    own = np.empty(own_nbytes + 64, np.uint8)
-    room = np.int64(own.ctypes.data) if rows == 1 else get(addresses, ROOM)
+    memory = own_memory(own_nbytes + VECTOR)
+    room = begin_of(memory) if rows == 1 else get(addresses, ROOM)
     for i in range(first, links):
         call, task = table + link_nbytes * i, get(addresses, TASKS) + LINK_TASKS * TASK_NBYTES * i
         source, target = get(addresses, get(call, SOURCE)), get(addresses, get(call, TARGET))
@@ -296,7 +296,7 @@ def follow_chain(table, first, links, link_nbytes, addresses, rows, workers):  #
             task += TASK_NBYTES
         blocks = min(get(call, ALL_BLOCKS), workers)
         do_task(get(call, MULTIPLY_KERNEL), call, blocks, tiles, floats, rows, target, none, none, task)
-    own[0] = 0
+    let_go(memory)
 
 
 _follow, _follow_attention = follow_chain.call, follow_attention.call

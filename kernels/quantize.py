@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import simd
-from .jit import SHARE, inner, standalone
+from .jit import SHARE, do_share, inner, standalone
 from .layout import (
     ADDRESSES,
     DENSE_DTYPES,
@@ -37,10 +37,13 @@ from .tables import (
     N_KV_HEADS,
     ROW_WIDTH,
     TILE,
-    UNPACK_FUNCTION,
+    UNPACK_KERNEL,
     V_SIDE,
+    begin_of,
     get,
+    let_go,
     make_geometry,
+    own_memory,
 )
 from .tiles import VECTOR, is_dense, store_dense, unpack_head
 
@@ -130,8 +133,8 @@ def quantize_jobs(jobs: Int64, layout: TileLayout) -> None:
     """Do jobs, int64 (n, JOB_FIELDS), one after the other; the layout is that of the targets."""
     call = np.zeros(CALL_FIELDS, np.int64)
     call[N_KV_HEADS], call[ROW_WIDTH], call[HEAD_DIM] = layout.n_kv_heads, layout.width, layout.head_dim
-    call[JOBS], call[JOB_STARTS + 1], call[UNPACK_FUNCTION] = jobs.ctypes.data, len(jobs), unpack_head.address()
-    quantize_share.function(call.ctypes.data, 0, 1, 0, 0, 0, 0, 0, 0)
+    call[JOBS], call[JOB_STARTS + 1], call[UNPACK_KERNEL] = jobs.ctypes.data, len(jobs), unpack_head.address()
+    do_share(quantize_share.address(), call.ctypes.data, 0, 1, 0, 0, 0, 0, 0, 0)
 
 
 @inner
@@ -396,20 +399,8 @@ def _quantize_head(unpack, job, is_k, head, head_dim, tile, memory):  # type: ig
     codes += head * get(coded, HEAD)
     params += head * get(coded, HEAD)
     values, lows = memory, memory + 4 * tile * width
-    _unpack(
-        unpack,
-        np.int64(is_k),
-        wide,
-        at,
-        at_params,
-        width,
-        tile,
-        np.int64(0),
-        tile,
-        lows,
-        lows + 2 * tile * width,
-        values,
-    )
+    pairs = lows + 2 * tile * width
+    _unpack(unpack, np.int64(is_k), wide, at, at_params, width, tile, np.int64(0), tile, lows, pairs, values)
     kind = get(coded, KIND)
     if is_dense(kind):
         return _store_dense(values, lanes, steps, kind, get(coded, ROW), codes)
@@ -441,11 +432,11 @@ def quantize_share(call, worker, workers, nth_round, _, _1, _2, _3, _4):  # type
     jobs = get(call, JOBS)
     tile = get(get(jobs + 8 * JOB_FIELDS * first, TARGET_GEOMETRY), TILE)
     # Values; then codes as pairs and scales of the source, or ranges, scales and minima of the target
-    memory = np.empty(4 * tile * width + 3 * tile * width + 4 * LANES * LANES + 64, np.uint8)
-    unpack, room = get(call, UNPACK_FUNCTION), (memory.ctypes.data + 63) // 64 * 64
+    memory = own_memory(4 * tile * width + 3 * tile * width + 4 * LANES * LANES)
+    unpack, room = get(call, UNPACK_KERNEL), begin_of(memory)
     for unit in range(first * 2 * heads + worker, stop * 2 * heads, workers):
         job, side = jobs + 8 * JOB_FIELDS * (unit // (2 * heads)), unit // heads % 2
         found = _quantize_head(unpack, job, side == 0, unit % heads, head_dim, tile, room)
         if found != FINE:
             simd.store_integer(job + 8 * ((TOO_WIDE_AT if found == TOO_WIDE else IMPOSSIBLE_AT) + side), np.int64(1))
-    memory[0] = 0  # Numba frees an array after its last mention, and the addresses above do not count as one
+    let_go(memory)

@@ -14,6 +14,7 @@ from .products import multiply_tiles, score_floats, weigh_floats
 from .softmax import divide_by_sums, exponentials, find_maxima, finish_logits
 from .tables import (
     ACTIVE,
+    CALL,
     CODES,
     DENSE_KERNEL,
     DIRECT_ROWS,
@@ -21,6 +22,7 @@ from .tables import (
     FACTORS,
     FIRST,
     FIRST_TILE,
+    FOLD_KERNEL,
     HIGH,
     K_SIDE,
     LOGITS,
@@ -84,14 +86,14 @@ def _as_floats(is_k, side, addresses, t, head, width, tile, low, high, rows, roo
         return kind, codes, get(side, ROW), np.int64(VECTOR if kind == F32 else VECTOR // 2)
     params = tile_address(addresses, t, K_PARAMS if is_k else V_PARAMS, side, head)
     _unpack(
-        get(room, UNPACK_KERNEL), np.int64(is_k), side, codes, params, width, tile, np.int64(low), np.int64(high),
-        get(room, CODES), get(room, SCALES), get(room, VALUES),
+        get(get(room, CALL), UNPACK_KERNEL), np.int64(is_k), side, codes, params, width, tile, np.int64(low),
+        np.int64(high), get(room, CODES), get(room, SCALES), get(room, VALUES),
     )  # fmt: skip
     return np.int64(F32), get(room, VALUES), np.int64(VECTOR), (width if is_k else tile) * VECTOR
 
 
-@inner
-def _fold_tiles(  # type: ignore[no-untyped-def]
+@standalone(types.void(*[types.int64] * 17))
+def fold_tiles(  # type: ignore[no-untyped-def]
     table, first_tile, stop_tile, base, addresses, which, head, side, lanes, steps, x, x_stride, x_step, target,
     target_stride, again, room,
 ):  # fmt: skip
@@ -101,7 +103,6 @@ def _fold_tiles(  # type: ignore[no-untyped-def]
     row 0 and of tile 0, x_step bytes before that of the next tile; target: of row 0. again: whether it is one tile of the
     same rows as in the last call, with the same arguments otherwise.
     """
-    simd.never_inline()
     count = get(side, PARTS) * (lanes if get(side, PER_LANE) else steps)
     middle = middle_code(get(side, KIND))
     for t in range(first_tile, stop_tile):
@@ -121,14 +122,14 @@ def _fold_tiles(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-_multiply = multiply_tiles.call
+_fold, _multiply = fold_tiles.call, multiply_tiles.call
 
 
 @inner
 def _score_tiles(  # type: ignore[no-untyped-def]
     head, t0, stop_tile, again, base, first, stop, rows, addresses, geometry, options, room, table, numbers, plain
 ):
-    """Logits of all rows against the tiles t0 .. stop_tile of a split. again: see ``_fold_tiles``."""
+    """Logits of all rows against the tiles t0 .. stop_tile of a split. again: see ``fold_tiles``."""
     tile, width, side = get(geometry, TILE), get(geometry, WIDTH), geometry + 8 * K_SIDE
     exact, cap = simd.scalar_at(options + 4 * EXACT) != 0, simd.scalar_at(options + 4 * SOFTCAP)
     origin = (base + get(geometry, FIRST_TILE)) * tile
@@ -137,13 +138,13 @@ def _score_tiles(  # type: ignore[no-untyped-def]
     # Where a product is final, the microkernel keeps the largest ones; else that takes a pass of its own.
     keep_tops = plain and not floats and get(side, PARTS) * get(side, LIMBS) == 1
     if not floats:
-        _fold_tiles(
-            table, t0, stop_tile, base, addresses, K_PARAMS, head, side, tile, width, queries, width * 4, 0, logits,
-            LOGITS_ROW, again, room,
+        _fold(
+            get(get(room, CALL), FOLD_KERNEL), table, t0, stop_tile, base, addresses, K_PARAMS, head, side, tile, width,
+            queries, width * 4, np.int64(0), logits, LOGITS_ROW, np.int64(again), room,
         )  # fmt: skip
         _multiply(
-            get(room, TILE_KERNEL), table, t0, stop_tile, base, tile, width, addresses, K_CODES, head, side, np.int64(1),
-            4 * tile, np.int64(keep_tops), room,
+            get(get(room, CALL), TILE_KERNEL), table, t0, stop_tile, base, tile, width, addresses, K_CODES, head, side,
+            np.int64(1), 4 * tile, np.int64(keep_tops), room,
         )  # fmt: skip
     for t in range(t0, stop_tile):
         nth, low, high = t - t0, t * tile, (t + 1) * tile
@@ -156,7 +157,7 @@ def _score_tiles(  # type: ignore[no-untyped-def]
                 True, side, addresses, base + t, head, width, tile, max(first - low, 0), min(stop - low, tile), rows, room
             )  # fmt: skip
             score_floats(
-                get(room, DENSE_KERNEL), queries, width * 4, first_active, stop_active, row_field(table, LOW),
+                get(get(room, CALL), DENSE_KERNEL), queries, width * 4, first_active, stop_active, row_field(table, LOW),
                 row_field(table, HIGH), low, tile, width, kind, keys, step, stride, logits + 4 * low, LOGITS_ROW,
                 lines_ahead(room, keys, side, tile * width),
             )  # fmt: skip
@@ -180,13 +181,13 @@ def _weigh_tiles(  # type: ignore[no-untyped-def]
         )
         exponentials(active + 8 * first_row, count, numbers, t * tile, (t + 1) * tile, logits, sums)
     if not floats:
-        _fold_tiles(
-            table, t0, stop_tile, base, addresses, V_PARAMS, head, side, width, tile, logits, LOGITS_ROW, 4 * tile, out,
-            width * 4, again, room,
+        _fold(
+            get(get(room, CALL), FOLD_KERNEL), table, t0, stop_tile, base, addresses, V_PARAMS, head, side, width, tile,
+            logits, LOGITS_ROW, 4 * tile, out, width * 4, np.int64(again), room,
         )  # fmt: skip
         _multiply(
-            get(room, TILE_KERNEL), table, t0, stop_tile, base, width, tile, addresses, V_CODES, head, side, np.int64(0),
-            np.int64(0), np.int64(0), room,
+            get(get(room, CALL), TILE_KERNEL), table, t0, stop_tile, base, width, tile, addresses, V_CODES, head, side,
+            np.int64(0), np.int64(0), np.int64(0), room,
         )  # fmt: skip
         return
     for t in range(t0, stop_tile):
@@ -199,7 +200,7 @@ def _weigh_tiles(  # type: ignore[no-untyped-def]
             False, side, addresses, base + t, head, width, tile, max(first - low, 0), min(stop - low, tile), rows, room
         )  # fmt: skip
         weigh_floats(
-            get(room, DENSE_KERNEL), logits, LOGITS_ROW, first_active, stop_active, row_field(table, LOW),
+            get(get(room, CALL), DENSE_KERNEL), logits, LOGITS_ROW, first_active, stop_active, row_field(table, LOW),
             row_field(table, HIGH), low, tile, width, kind, values, step, stride, out,
             lines_ahead(room, values, side, tile * width),
         )  # fmt: skip

@@ -5,12 +5,13 @@ logarithms throughout. The empty partial is O = 0, M = -inf, S = 0; it is the id
 """
 
 import numpy as np
-from numba import types
 from numpy.typing import NDArray
 
 from . import simd
-from .jit import inner, standalone
+from .jit import SHARE, do_share, inner, standalone
 from .simd import LANES
+from .tables import begin_of, let_go, own_memory
+from .tiles import VECTOR
 
 Float32 = NDArray[np.float32]
 
@@ -96,38 +97,40 @@ def merge_rows(outs, M, S, others, other_M, other_S, rows, size, scratch):  # ty
                     simd.store_f32(target + c, simd.fma(simd.load_f32(target + c), share, more))
 
 
-@standalone(types.void(*[types.int64] * 9))
+@standalone(SHARE)
 def merge_parts(outs, states, n_parts, n_queries, n_heads, width, out, state, fresh):  # type: ignore[no-untyped-def]
     """Merge partial attentions ``outs`` (parts, T, H, width), with ``states`` (parts, H, T, 2), in their order.
 
     ``out`` (T, H, width) and ``state`` (H, T, 2) are continued in place, or begun where ``fresh``. Addresses of float32.
     """
     padded = (n_heads + LANES - 1) // LANES * LANES
-    numbers, rows = np.zeros((5, padded + 2 * LANES), np.float32), np.empty((2, n_heads), np.int64)
-    M, S, other_M, other_S, scratch = 0, 1, 2, 3, 4
-    at, stride = numbers.ctypes.data, 4 * numbers.shape[1]
+    stride, addresses_nbytes = 4 * padded, 8 * n_heads
+    memory = own_memory(4 * stride + 2 * VECTOR + 2 * addresses_nbytes)
+    own_m = begin_of(memory)
+    own_s, other_m, other_s, scratch = own_m + stride, own_m + 2 * stride, own_m + 3 * stride, own_m + 4 * stride
+    targets = scratch + 2 * VECTOR
+    sources = targets + addresses_nbytes
+    clear(own_m, 4 * padded)
     for t in range(n_queries):
         for h in range(n_heads):
             own = state + 8 * (h * n_queries + t)
-            numbers[M, h] = -np.inf if fresh else simd.scalar_at(own)
-            numbers[S, h] = 0 if fresh else simd.scalar_at(own + 4)
-            rows[0, h] = out + (t * n_heads + h) * width * 4
+            simd.store_scalar(own_m + 4 * h, np.float32(-np.inf) if fresh else simd.scalar_at(own))
+            simd.store_scalar(own_s + 4 * h, np.float32(0) if fresh else simd.scalar_at(own + 4))
+            simd.store_integer(targets + 8 * h, out + (t * n_heads + h) * width * 4)
         for i in range(n_parts):
             for h in range(n_heads):
                 other = states + 8 * ((i * n_heads + h) * n_queries + t)
-                numbers[other_M, h], numbers[other_S, h] = simd.scalar_at(other), simd.scalar_at(other + 4)
-                rows[1, h] = outs + ((i * n_queries + t) * n_heads + h) * width * 4
-            merge_rows(
-                rows.ctypes.data, at, at + stride, rows.ctypes.data + 8 * n_heads, at + other_M * stride,
-                at + other_S * stride, n_heads, width, at + scratch * stride,
-            )  # fmt: skip
+                simd.store_scalar(other_m + 4 * h, simd.scalar_at(other))
+                simd.store_scalar(other_s + 4 * h, simd.scalar_at(other + 4))
+                simd.store_integer(sources + 8 * h, outs + ((i * n_queries + t) * n_heads + h) * width * 4)
+            merge_rows(targets, own_m, own_s, sources, other_m, other_s, n_heads, width, scratch)
         for h in range(n_heads):
-            own = state + 8 * (h * n_queries + t)
-            simd.store_scalar(own, numbers[M, h])
-            simd.store_scalar(own + 4, numbers[S, h])
-            if fresh and numbers[S, h] == 0:
-                clear(rows[0, h], width)
-    rows[0, 0] = 0  # Numba frees an array after its last mention, and the addresses above do not count as one
+            own, total = state + 8 * (h * n_queries + t), simd.scalar_at(own_s + 4 * h)
+            simd.store_scalar(own, simd.scalar_at(own_m + 4 * h))
+            simd.store_scalar(own + 4, total)
+            if fresh and total == 0:
+                clear(simd.integer_at(targets + 8 * h), width)
+    let_go(memory)
 
 
 def merge_partials(outs: Float32, states: Float32, out: Float32, state: Float32) -> None:
@@ -135,7 +138,7 @@ def merge_partials(outs: Float32, states: Float32, out: Float32, state: Float32)
     parts, n_queries, n_heads, width = outs.shape
     addresses = (x.ctypes.data for x in (outs, states, out, state))
     outs_at, states_at, out_at, state_at = addresses
-    merge_parts.function(outs_at, states_at, parts, n_queries, n_heads, width, out_at, state_at, 0)
+    do_share(merge_parts.address(), outs_at, states_at, parts, n_queries, n_heads, width, out_at, state_at, 0)
 
 
 def pad_last_axis(x: Float32, multiple: int = simd.LANES) -> Float32:

@@ -36,14 +36,14 @@ K_SIDE, V_SIDE = 4, 4 + SIDE_NUMBERS  # where the numbers of each Side begin (se
 N_HEADS, N_KV_HEADS, ROW_WIDTH, MOST_PARTS = range(4)  # MOST_PARTS: the most of a side of any segment, times its limbs
 OPTIONS, SLOPES, DISTANCES, MASKS, MASK_HEAD, MASK_QUERY = range(4, 10)
 FRESH = 10  # whether out and state are begun, not continued
-SPLIT_KERNEL, TILE_FUNCTION, DENSE_FUNCTION, WORK_KERNEL, MERGE_KERNEL = range(11, 16)
-STORE_KERNEL, SEAL_KERNEL, LEDGER_KERNEL, UNPACK_FUNCTION = range(16, 20)
+SPLIT_KERNEL, TILE_KERNEL, DENSE_KERNEL, WORK_KERNEL, MERGE_KERNEL = range(11, 16)
+STORE_KERNEL, SEAL_KERNEL, LEDGER_KERNEL, UNPACK_KERNEL = range(16, 20)
 HEAD_DIM, K_BLOCK, V_BLOCK = range(20, 23)  # channels, and those of a block of rotated K and V (hadamard.py), or 0
 N_SINKS, LOST = range(23, 25)  # see append.py
 DENSE_KIND = 25  # of the dense parts, though they may be float32 where not all numbers fit
 LEDGER = 26  # address of float32 (N_SEGMENTS, H, T, 2): the state after each segment
-FOLLOW_KERNEL, FINISH_KERNEL = range(27, 29)
-N_SEGMENTS, SEGMENTS = 29, 30  # for each of up to MAX_SEGMENTS segments, the addresses of its table and geometry
+FOLLOW_KERNEL, FINISH_KERNEL, FOLD_KERNEL = range(27, 30)
+N_SEGMENTS, SEGMENTS = 30, 31  # for each of up to MAX_SEGMENTS segments, the addresses of its table and geometry
 MAX_SEGMENTS = 6
 JOBS, JOB_STARTS = SEGMENTS + 2 * MAX_SEGMENTS, SEGMENTS + 2 * MAX_SEGMENTS + 1  # tiles to quantize first (quantize.py)
 MAX_ROUNDS = 4  # of jobs: those of each only depend on rounds before
@@ -71,16 +71,14 @@ SCALE, SOFTCAP, EXACT = range(3)  # EXACT: not 0 for float32 throughout
 #     CODES    one side of a tile as pairs, uint16 or int16    VALUES   one side of a tile as float32
 #     SCALES   scales and centres of some tiles, or room to transpose
 #     WORDS, FACTORS, OFFSETS, SCRATCH                  for fold.fold and products.multiply_tiles
-# and, of kernels that are called by their address, TILE_KERNEL (products.multiply_tiles), DENSE_KERNEL (multiply_dense) and
-# UNPACK_KERNEL (tiles.unpack_head).
 QUERIES, OUT, LOGITS, SUMS, CODES, VALUES, SCALES, WORDS, FACTORS, OFFSETS, SCRATCH = range(11)
-TILE_KERNEL, DENSE_KERNEL, UNPACK_KERNEL = range(11, 14)
-ROOM_ROWS = 14  # how many rows there is room for
+CALL = 11  # the call, which has the addresses of the kernels
+ROOM_ROWS = 12  # how many rows there is room for
 # Cache lines are asked for while others are read: those of a split's V with its K, those of the next K with V. ASK is where
 # those begin that nobody has asked for yet, ASK_STOP where they end; NEXT_.. what this worker turns to after the split:
 # tiles of the segment, from the first to one past the last, and a head
-ASK, ASK_STOP, NEXT_TILE, NEXT_STOP, NEXT_HEAD = range(15, 20)
-ROOM_FIELDS = 20
+ASK, ASK_STOP, NEXT_TILE, NEXT_STOP, NEXT_HEAD = range(13, 18)
+ROOM_FIELDS = 18
 AT_ONCE = np.int64(2048)  # bytes of a run that are asked for in one go, before it is read
 AHEAD = np.int64(8192)  # bytes ahead of what is read that lines are asked for where nothing better is known
 
@@ -95,6 +93,8 @@ FIELDS = 15
 # float32 [fields][COLUMNS]: M and S of the current split, of everything so far, and the slope of ALiBi
 SPLIT_M, SPLIT_S, M, S, SLOPE = range(5)
 FLOAT_FIELDS = 5
+# Of a worker's rows, which lie before its room: float32, then int64, then the fields of the room
+ROWS_NBYTES = ((4 * FLOAT_FIELDS + 8 * FIELDS) * COLUMNS + 8 * ROOM_FIELDS + VECTOR - 1) // VECTOR * VECTOR
 
 
 def make_geometry(tile: int, first_tile: int, width: int, k: Side, v: Side) -> NDArray[np.int64]:
@@ -109,9 +109,36 @@ def make_geometry(tile: int, first_tile: int, width: int, k: Side, v: Side) -> N
 
 
 @inner
+def own_memory(nbytes):  # type: ignore[no-untyped-def]
+    """Memory of a kernel's own, whatever is in it: an array with room for so many bytes from ``begin_of`` on.
+
+    Numba frees an array after its last mention, and addresses in it do not count as one: end with ``let_go``.
+    """
+    return np.empty(nbytes + VECTOR, np.uint8)
+
+
+@inner
+def begin_of(memory):  # type: ignore[no-untyped-def]
+    """The first address in it that is a multiple of 64."""
+    return (np.int64(memory.ctypes.data) + VECTOR - 1) // VECTOR * VECTOR
+
+
+@inner
+def let_go(memory):  # type: ignore[no-untyped-def]
+    """Its last mention."""
+    memory[0] = 0
+
+
+@inner
 def get(base, i):  # type: ignore[no-untyped-def]
     """Number i of the int64 at an address."""
     return simd.integer_at(base + 8 * i)
+
+
+@inner
+def put(base, i, value):  # type: ignore[no-untyped-def]
+    """Set it."""
+    simd.store_integer(base + 8 * i, value)
 
 
 @inner
@@ -129,13 +156,13 @@ def row_field(table, field):  # type: ignore[no-untyped-def]
 @inner
 def row_int(table, field, row):  # type: ignore[no-untyped-def]
     """A row's number in a field."""
-    return simd.integer_at(row_field(table, field) + 8 * row)
+    return get(row_field(table, field), row)
 
 
 @inner
 def set_row_int(table, field, row, value):  # type: ignore[no-untyped-def]
     """Set it."""
-    simd.store_integer(row_field(table, field) + 8 * row, value)
+    put(row_field(table, field), row, value)
 
 
 @inner
@@ -166,7 +193,7 @@ def _nbytes(side, count):  # type: ignore[no-untyped-def]
 def lines_ahead(room, address, side, count):  # type: ignore[no-untyped-def]
     """How far ahead lines are asked for by who reads ``count`` codes, or numbers, from an address: one with each line."""
     at, stop = get(room, ASK), get(room, ASK_STOP)
-    simd.store_integer(room + 8 * ASK, min(at + _nbytes(side, count), stop))
+    put(room, ASK, min(at + _nbytes(side, count), stop))
     return at - address if at < stop else AHEAD
 
 
@@ -186,14 +213,14 @@ def ask_from(room, addresses, geometry, first, stop, head, which):  # type: igno
     at_once = min(AT_ONCE, end - begin) // VECTOR
     if at_once > 0:
         ask_for_lines(begin, at_once)
-    simd.store_integer(room + 8 * ASK, begin + at_once * VECTOR)
-    simd.store_integer(room + 8 * ASK_STOP, end)
+    put(room, ASK, begin + at_once * VECTOR)
+    put(room, ASK_STOP, end)
 
 
 @inner
 def tile_address(addresses, tile, which, side, head):  # type: ignore[no-untyped-def]
     """Where the codes or scales of one head of a tile begin; ``which`` is K_CODES or one of its neighbours."""
-    return simd.integer_at(addresses + 8 * (ADDRESSES * tile + which)) + head * get(side, HEAD)
+    return get(addresses, ADDRESSES * tile + which) + head * get(side, HEAD)
 
 
 @inner
@@ -238,7 +265,7 @@ def see_tiles(table, rows, first_tile, stop_tile, tile, common, common_stop):  #
                 if max(row_int(table, LOW, row), low) < min(row_int(table, HIGH, row), high):
                     count += 1
                     whole &= row_int(table, LOW, row) <= low and row_int(table, HIGH, row) >= high
-        set_row_int(table, WHOLE, t - first_tile, whole)
+        set_row_int(table, WHOLE, t - first_tile, np.int64(whole))
     set_row_int(table, FIRST, stop_tile - first_tile, count)
     return count
 
@@ -284,11 +311,11 @@ def lay_out_room(room, tile, width, parts):  # type: ignore[no-untyped-def]
     """Say where each part of a worker's room begins, for tiles of one segment. QUERIES, ROOM_ROWS are given."""
     rows = get(room, ROOM_ROWS)
     at = get(room, QUERIES)
-    simd.store_integer(room + 8 * OUT, at + rows * width * 4)
-    simd.store_integer(room + 8 * LOGITS, at + 2 * rows * width * 4)
+    put(room, OUT, at + rows * width * 4)
+    put(room, LOGITS, at + 2 * rows * width * 4)
     at += rows * (2 * width * 4 + LOGITS_ROW)
     field = SUMS
     for part in _after_logits(rows, tile, width, parts):
-        simd.store_integer(room + 8 * field, at)
+        put(room, field, at)
         at += part
         field += 1

@@ -19,6 +19,7 @@ import numpy as np
 import mixkv.engine.layer
 from mixkv.engine.cache import Cache
 from mixkv.engine.policy import CachePolicy
+from mixkv.kernels.jit import do_share
 from mixkv.kernels.append import store_rows_of
 from mixkv.kernels.quantize import quantize_share
 from mixkv.kernels.tables import JOB_STARTS, MAX_ROUNDS
@@ -34,7 +35,7 @@ def store_and_seal(call, qkv, *_):
     store_rows_of(call, qkv)
     for i in range(MAX_ROUNDS):
         if call[JOB_STARTS + i] < call[JOB_STARTS + i + 1]:
-            quantize_share.function(call.ctypes.data, 0, 1, i, 0, 0, 0, 0, 0)
+            do_share(quantize_share.address(), call.ctypes.data, 0, 1, i, 0, 0, 0, 0, 0)
 
 mixkv.engine.layer.attend_segments = store_and_seal
 generator = np.random.default_rng(0)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mixkv.kernels.append import store_rows_of, store_share
 from mixkv.kernels.hadamard import block_size
+from mixkv.kernels.jit import do_share
 from mixkv.kernels.segment import Segment, TileStore, segment_of_arrays
 from mixkv.kernels.tables import (
     CALL_FIELDS,
@@ -209,7 +210,7 @@ def by_workers(dense: Dense, rows: np.ndarray, position: int, workers: int, bloc
     call = dense.call(rows, position)
     call[K_BLOCK], call[V_BLOCK] = blocks
     for worker in reversed(range(workers)):
-        store_share.function(call.ctypes.data, worker, workers, 0, rows.ctypes.data, 0, 0, 0, 0)
+        do_share(store_share.address(), call.ctypes.data, worker, workers, 0, rows.ctypes.data, 0, 0, 0, 0)
     return bool(call[LOST])
 
 

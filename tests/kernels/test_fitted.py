@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixkv.kernels import quantize
+from mixkv.kernels.jit import do_share
 from mixkv.kernels.quantize import JOB_FIELDS, quantize_share, quantize_tile
 from mixkv.kernels.segment import TileStore, seal_job
-from mixkv.kernels.tables import CALL_FIELDS, HEAD_DIM, JOB_STARTS, JOBS, N_KV_HEADS, ROW_WIDTH, UNPACK_FUNCTION
+from mixkv.kernels.tables import CALL_FIELDS, HEAD_DIM, JOB_STARTS, JOBS, N_KV_HEADS, ROW_WIDTH, UNPACK_KERNEL
 from mixkv.kernels.tiles import unpack_head
 
 from .oracle import (
@@ -366,11 +367,11 @@ def test_workers_find_the_same_bits_together_as_one_does_alone(kinds: tuple[str,
         jobs = np.array([seal_job(source, target, t, 7 if t == 0 else 0, True) for t in range(3)])
         assert jobs.shape == (3, JOB_FIELDS)
         call = np.zeros(CALL_FIELDS, np.int64)
-        call[UNPACK_FUNCTION] = unpack_head.address()
+        call[UNPACK_KERNEL] = unpack_head.address()
         call[N_KV_HEADS], call[ROW_WIDTH], call[HEAD_DIM], call[JOBS] = 3, 48, 48, jobs.ctypes.data
         call[JOB_STARTS + 1] = 3
         for worker in range(workers):
-            quantize_share.function(call.ctypes.data, worker, workers, 0, 0, 0, 0, 0, 0)
+            do_share(quantize_share.address(), call.ctypes.data, worker, workers, 0, 0, 0, 0, 0, 0)
         tiles.append([page_tile(*target.place(t), kinds, 32, 3, 48) for t in range(3)])
     for others in tiles[1:]:
         for a, b in zip(tiles[0], others, strict=True):

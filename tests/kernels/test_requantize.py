@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixkv.kernels.jit import do_share
 from mixkv.kernels.quantize import IMPOSSIBLE_AT, TOO_WIDE_AT, quantize_share, quantize_tile
 from mixkv.kernels.segment import TileStore, seal_job
-from mixkv.kernels.tables import CALL_FIELDS, HEAD_DIM, JOB_STARTS, JOBS, N_KV_HEADS, ROW_WIDTH, UNPACK_FUNCTION
+from mixkv.kernels.tables import CALL_FIELDS, HEAD_DIM, JOB_STARTS, JOBS, N_KV_HEADS, ROW_WIDTH, UNPACK_KERNEL
 from mixkv.kernels.tiles import unpack_head
 
 from .oracle import CODED, DTYPES, Row, dense_store, formats, layout_of, normal, page_tile, seal, store_row
@@ -115,12 +116,12 @@ def test_shares_of_workers_add_up_round_by_round(workers: int, kinds: tuple[str,
             store.append()
     jobs = np.array([seal_job(*pair, t, 0, False) for pair in ((source, first), (first, second)) for t in range(3)])
     call = np.zeros(CALL_FIELDS, np.int64)
-    call[UNPACK_FUNCTION] = unpack_head.address()
+    call[UNPACK_KERNEL] = unpack_head.address()
     call[N_KV_HEADS], call[ROW_WIDTH], call[HEAD_DIM], call[JOBS] = 3, 32, 20, jobs.ctypes.data
     call[JOB_STARTS : JOB_STARTS + 3] = 0, 3, 6
     for nth_round in (0, 1):
         for worker in reversed(range(workers)):
-            quantize_share.function(call.ctypes.data, worker, workers, nth_round, 0, 0, 0, 0, 0)
+            do_share(quantize_share.address(), call.ctypes.data, worker, workers, nth_round, 0, 0, 0, 0, 0)
     found = jobs[:, TOO_WIDE_AT : TOO_WIDE_AT + 2].astype(bool)
     assert found[:3].tolist() == [[False, False]] * 2 + [[False, kinds[1] in CODED or kinds[1][:2] in CODED]]
     assert not jobs[:2, IMPOSSIBLE_AT:].any() and not found[3:5].any()
