@@ -7,11 +7,12 @@ import numpy as np
 from numba.core import event
 
 from .activations import PLAIN
+from .attention import KERNELS
 from .chain import Projection, address_of
 from .flash import flash_attention
 from .health import are_below, are_finite, have_largest
 from .matmul import matvec
-from .project import normalize_rows, rotate_rows
+from .project import follow_chain, multiply_blocks, normalize_rows, prepare_rows, rotate_rows
 from .segment import quantize
 from .sight import look, renew_calls
 from .tables import CALL_FIELDS, STEP
@@ -28,8 +29,6 @@ def _linear() -> None:
     layer = Projection([empty_matrix(W8, 16, 32)], None, PLAIN, None, 0.0)
     layer(np.ones((1, 32), np.float32), get_num_threads())
     layer.take(np.zeros(1, np.int64), np.empty((1, 32), np.float32))
-    rotate_rows.address()
-    normalize_rows.address()
 
 
 def _steps() -> None:
@@ -43,7 +42,9 @@ def _steps() -> None:
     address_of(row)
 
 
+_STANDALONE = (*KERNELS.values(), multiply_blocks, prepare_rows, rotate_rows, normalize_rows, follow_chain)
 STEPS: dict[str, Callable[[], object]] = {
+    **{kernel.function.__name__.replace("_", " "): kernel.address for kernel in _STANDALONE},
     "attention": lambda: _attention(1, 1),
     "merging": lambda: _attention(1, 513),
     "quantizing": lambda: quantize(np.ones((1, 1, 16), np.float32), np.ones((1, 1, 16), np.float32)),
