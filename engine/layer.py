@@ -26,7 +26,7 @@ from ..kernels.attention import attend_segments
 from ..kernels.crew import ALL_WORKERS
 from ..kernels.flash import empty_call
 from ..kernels.hadamard import block_size, rotated
-from ..kernels.layout import DENSE_DTYPES, F32, Q8
+from ..kernels.layout import DENSE_DTYPES, F32
 from ..kernels.quantize import IMPOSSIBLE_AT, TOO_WIDE_AT, Float32, narrow, store_rows
 from ..kernels.segment import Int64, TileStore, seal, seal_job, segment_of_arrays, widen_as_found
 from ..kernels.sight import look
@@ -538,7 +538,7 @@ class LayerCache:
             there = slice(t * tile + here.start - start, t * tile + here.stop - start)
             found[0, there] = wide.layout.dense_k(page)[:, 0, : self.head_dim, here].transpose(2, 0, 1)
             found[1, there] = wide.layout.dense_v(page)[:, 0, here, : self.head_dim].transpose(1, 0, 2)
-            coded[there] = max(stores[0].layout.k_kind, stores[0].layout.v_kind) >= Q8
+            coded[there] = stores[0].layout.has_codes
         sinks = min(self.sinks, stop)
         if start < sinks:
             for x, kept in zip(found, (self.sink_k, self.sink_v), strict=True):
@@ -568,10 +568,10 @@ class LayerCache:
                 rows = min(stop, self.sinks) - start
                 if rows > 0:
                     kept[start : start + rows, :, : self.head_dim] = x[:rows]
-            # What was a sink has nothing worth having in its tile; and what is still recent is the better source
-            alive = alike and (self.sinks >= other.sinks or t * tile >= other.sinks)
-            alive &= not other.recent.first <= t < other.recent.stop
-            sources = [tier for tier in other.tiers if alive and tier.first <= t < tier.stop]
+            sources = []
+            # What was a sink has nothing worth having in its tile
+            if alike and (self.sinks >= other.sinks or t * tile >= other.sinks):
+                sources = other.worth_copying(t)
             kept_as = self._enter(t, position, sources)
             dead = min(self._dead(t), stop - start)
             n_coded = int(coded[dead:].sum())
@@ -579,6 +579,13 @@ class LayerCache:
             found["requantized"] += n_coded if kept_as == "anew" else 0
         self.commit(position)
         return found
+
+    def worth_copying(self, t: int) -> list[TileStore]:
+        """The tiers whose forms of tile t are better copied than made anew; none that something dense lies above."""
+        stores = [store for store in (self.recent, *self.tiers) if store.first <= t < store.stop]
+        if stores and not stores[0].layout.has_codes:
+            stores = stores[:1]
+        return [store for store in stores if store is not self.recent]
 
     def _enter(self, t: int, position: int, sources: list[TileStore]) -> str:
         """Take tile t, the last of the recent segment, through the tiers that it has reached.
@@ -595,8 +602,7 @@ class LayerCache:
             tier.append()
             same = [other for other in sources if other.layout.same_tiles(tier.layout)]
             if t < self.policy.boundary(position - 1, i) // self.policy.tile:
-                coded = max(tier.layout.k_kind, tier.layout.v_kind) >= Q8
-                kept_as = "as it was" if same else "anew" if coded else "dense"
+                kept_as = "as it was" if same else "anew" if tier.layout.has_codes else "dense"
             if same:
                 tier.copy(t, same[0])
             else:

@@ -10,6 +10,7 @@ from . import simd
 from .hadamard import rotate_head
 from .jit import SHARE, do_share, inner, standalone
 from .layout import F32, HEAD, K_CODES, KIND, ROW, TOKEN, V_CODES
+from .scratch import begin_of, let_go, own_memory
 from .simd import LANES
 from .tables import (
     APPEND_AS_IS,
@@ -32,10 +33,7 @@ from .tables import (
     TILE_SHIFT,
     V_BLOCK,
     V_SIDE,
-    begin_of,
     get,
-    let_go,
-    own_memory,
     tile_address,
 )
 from .tiles import store_dense

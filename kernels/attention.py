@@ -20,6 +20,7 @@ from .hadamard import rotate_head
 from .jit import SHARE, inner, parallel_kernel, standalone
 from .products import multiply_dense, multiply_tiles
 from .quantize import JOB_FIELDS, TOO_WIDE_AT, quantize_share
+from .scratch import begin_of, let_go, own_memory
 from .split import fold_tiles, split_kernel
 from .state import clear, merge_parts, merge_rows
 from .tables import (
@@ -27,14 +28,13 @@ from .tables import (
     BLOCK_ROWS,
     CALL,
     CALL_TASKS,
-    COLUMNS,
     DENSE_KERNEL,
     DISTANCE,
     DISTANCES,
+    FIELDS_AT,
     FINISH_KERNEL,
     FIRST_QUERY,
     FIRST_TILE,
-    FLOAT_FIELDS,
     FOLD_KERNEL,
     FOLLOW_KERNEL,
     FRESH,
@@ -65,10 +65,9 @@ from .tables import (
     Q_STRIDE,
     QUERIES,
     RANGES,
-    ROOM_FIELDS,
+    ROOM_AT,
     ROOM_ROWS,
     ROW_WIDTH,
-    ROWS_NBYTES,
     SCALE,
     SCRATCH,
     SEAL_KERNEL,
@@ -82,6 +81,7 @@ from .tables import (
     START,
     STOP,
     STORE_KERNEL,
+    TABLE_AT,
     TARGET,
     TILE,
     TILE_KERNEL,
@@ -90,13 +90,10 @@ from .tables import (
     WORK_KERNEL,
     M,
     S,
-    begin_of,
     call_tasks,
     float_field,
     get,
     lay_out_room,
-    let_go,
-    own_memory,
     put,
     room_nbytes,
     row_field,
@@ -304,12 +301,12 @@ def attend_share(call, worker, workers, _, q, out, state, outs, states):  # type
     for segment in range(get(call, N_SEGMENTS)):
         tile = get(get(call, SEGMENTS + 2 * segment + 1), TILE)
         nbytes = max(nbytes, room_nbytes(rows, tile, width, get(call, MOST_PARTS)))
-    memory = own_memory(nbytes + ROWS_NBYTES)
+    memory = own_memory(ROOM_AT + nbytes)
     numbers = begin_of(memory)
-    table, room = numbers + 4 * FLOAT_FIELDS * COLUMNS, numbers + ROWS_NBYTES - 8 * ROOM_FIELDS
-    clear(numbers, FLOAT_FIELDS * COLUMNS)  # also those of no row, which are merged too
-    put(room, QUERIES, numbers + ROWS_NBYTES)
-    put(room, OUT, numbers + ROWS_NBYTES + rows * width * 4)
+    table, room, queries = numbers + TABLE_AT, numbers + FIELDS_AT, numbers + ROOM_AT
+    clear(numbers, TABLE_AT // 4)  # also those of no row, which are merged too
+    put(room, QUERIES, queries)
+    put(room, OUT, queries + rows * width * 4)
     put(room, ROOM_ROWS, rows)
     put(room, CALL, call)
     if get(call, N_PARTS):

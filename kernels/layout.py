@@ -147,6 +147,11 @@ class TileLayout:
         set_(self, "v", replace(v, head_stride=stride))
         set_(self, "nbytes", stride // self.page_tiles * self.n_kv_heads)
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether keys or values are codes."""
+        return max(self.k_kind, self.v_kind) >= Q8
+
     def _side(self, name: str, kind: int, axis: str, group: int, offset: int) -> Side:
         if axis not in AXES:
             raise ValueError(f"{name}_axis must be one of {AXES}, found {axis!r}")

@@ -44,15 +44,16 @@ def _dot_rows(weight, columns, x, y, count):  # type: ignore[no-untyped-def]
 def _matvec(weight, x, y, workers):  # type: ignore[no-untyped-def]
     rows, columns = weight.shape
     blocks = (rows + 3) // 4
+    weight_at, x_at, y_at = np.int64(weight.ctypes.data), np.int64(x.ctypes.data), np.int64(y.ctypes.data)
     for worker in prange(workers):
         for block in range(blocks * worker // workers, blocks * (worker + 1) // workers):
             row = 4 * block
-            at, target = weight.ctypes.data + row * columns * 4, y.ctypes.data + row * 4
+            at, target = weight_at + row * columns * 4, y_at + row * 4
             if row + 4 <= rows:
-                _dot_rows(at, columns, x.ctypes.data, target, 4)
+                _dot_rows(at, columns, x_at, target, 4)
             else:
                 for i in range(rows - row):
-                    _dot_rows(at + i * columns * 4, columns, x.ctypes.data, target + 4 * i, 1)
+                    _dot_rows(at + i * columns * 4, columns, x_at, target + 4 * i, 1)
 
 
 def matvec(weight: Float32, x: Float32) -> Float32:

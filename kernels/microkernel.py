@@ -10,7 +10,7 @@ in its loop, so there is a loop for each number.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 from llvmlite import ir
@@ -42,6 +42,7 @@ from .simd import (
 
 VECTOR = 4 * LANES  # bytes of a vector of words
 CHAINS = {1: 4, 2: 2, 3: 2, 4: 2, 8: 1}  # sums of a row, by rows: together at least the cycles that a dot product takes
+TWO_VECTORS = (8,)  # rows that meet two vectors of codes at once, where a dot product is one instruction
 NEAR = 2048  # bytes ahead that codes and numbers are asked for once more, into the first-level cache
 PAIRS_FROM = 24  # rows; measured with AVX-512, where 8 rows share the work
 _V_I16_PAIRS = ir.VectorType(_I16, 2 * LANES)
@@ -288,17 +289,27 @@ def _fields3(builder: Any, words: Any, signs: Any, shift: Any) -> list[Callable[
     return [partial(pair, i) for i in range(8)]
 
 
-def _dot_number(context: Any, builder: Any, sums: Any, address: Any, offset: int, codes: Any) -> Any:
-    """Add to 16 int32 the dot products of one pair of int16 in memory with 16 pairs of codes."""
+def _dot_number(context: Any, builder: Any, sums: list[Any], address: Any, offset: int, codes: list[Any]) -> list[Any]:
+    """Add to 16 int32 the dot products of one pair of int16 in memory with 16 pairs of codes, for one vector or two."""
     if _IS_X86 and cpu_has(context, "avx512vnni"):
         # As assembly, because LLVM broadcasts with an instruction for floats, whose result takes a cycle longer to reach
         # integer units: 1.4 cycles a product against 1.0. It is not told which memory is read: nothing here writes it.
-        signature = ir.FunctionType(_V_I32, [_V_I32, _V_I32, address.type])
-        return builder.asm(
-            signature, f"vpdpwssd {offset}($3){{1to16}}, $2, $0", "=v,0,v,r", [sums, codes, address], False
-        )
+        if len(codes) == 1:
+            signature = ir.FunctionType(_V_I32, [_V_I32, _V_I32, address.type])
+            text = f"vpdpwssd {offset}($3){{1to16}}, $2, $0"
+            return [builder.asm(signature, text, "=v,0,v,r", [sums[0], codes[0], address], False)]
+        # Two share what is loaded, as no processor begins more loads a cycle than products. They are kept in this order
+        # (the last argument): LLVM's needs more registers than there are.
+        signature = ir.FunctionType(_V_I32, [address.type])
+        number = builder.asm(signature, f"vpbroadcastd {offset}($1), $0", "=v,r", [address], True)
+        signature = ir.FunctionType(_V_I32, [_V_I32] * 3)
+        return [
+            builder.asm(signature, "vpdpwssd $3, $2, $0", "=v,0,v,v", [total, number, own], True)
+            for total, own in zip(sums, codes, strict=True)
+        ]
     number = _load(builder, builder.add(address, _number(address, offset)), ir.IntType(32))
-    return _dot_pairs(context, builder, sums, _broadcast(builder, number, _V_I32), codes)
+    number = _broadcast(builder, number, _V_I32)
+    return [_dot_pairs(context, builder, total, number, own) for total, own in zip(sums, codes, strict=True)]
 
 
 def _scaled(
@@ -340,17 +351,78 @@ def _chains(context: Any, n_rows: int) -> int:
     return 2 if n_rows == 8 and not is_amd(context) else CHAINS[n_rows]
 
 
+def _carry_through(
+    builder: Any, count: Any, two: bool, values: list[Any], step: Callable[[int, Any, list[Any]], list[Any]]
+) -> list[Any]:
+    """Take values through ``step(how many, the first, values)`` for ``count`` vectors, 1 or more: two at once, or one."""
+    if not two:
+        loop = _Loop(builder, count, 1, "vector")
+        values = step(1, loop.i, [loop.carry(value) for value in values])
+        loop.turn(values)
+        return values
+    before = builder.block
+    with builder.if_then(builder.icmp_signed(">", count, _number(count, 1))):
+        loop = _Loop(builder, builder.and_(count, _number(count, -2)), 2, "vectors")
+        found = step(2, loop.i, [loop.carry(value) for value in values])
+        loop.turn(found)
+        after = builder.block
+    values, before = _merge_arms(builder, before, values, after, found), builder.block
+    with builder.if_then(builder.trunc(count, ir.IntType(1))):
+        found = step(1, builder.sub(count, _number(count, 1)), values)
+        after = builder.block
+    return _merge_arms(builder, before, values, after, found)
+
+
 def _codes(bits: int) -> Any:
     per_word = 8 if bits == 3 else 16 // bits  # pairs
     words_a_turn = {16: 4, 8: 2, 4: 2}.get(bits, 1)
+
+    def sums_of(
+        context: Any,
+        builder: Any,
+        a_rows: list[Any],
+        vectors: list[tuple[Any, Any]],
+        count: Any,
+        tops_plane: Any,
+        ahead: Any,
+    ) -> list[list[Any]]:
+        """Sums of the products of rows and vectors, int32, a list for each vector; its address, and place in tops_plane."""
+        chains = _chains(context, len(a_rows)) if len(vectors) == 1 else 1
+        loop = _Loop(builder, count, per_word * words_a_turn, "word")
+        sums = [[[loop.carry(_const(_V_I32, 0)) for _ in range(chains)] for _ in a_rows] for _ in vectors]
+        numbers = [builder.add(row, builder.mul(loop.i, _number(row, 4))) for row in a_rows]
+        fields: list[list[Callable[[], Any]]] = [[] for _ in vectors]
+        for (at, first_pair), own in zip(vectors, fields, strict=True):
+            source = builder.add(at, builder.mul(loop.i, _number(at, VECTOR // per_word)))
+            for w in range(words_a_turn):
+                place = builder.add(source, _number(at, VECTOR * w))
+                if bits < 16 and _asks_for_next(context, len(a_rows), bits):  # pairs come from a cache
+                    _ask_for_next(builder, place, ahead)
+                words = _load(builder, place, _V_I32)
+                if bits == 3:
+                    pair = builder.add(first_pair, loop.i)
+                    top = builder.mul(builder.lshr(pair, _number(at, 4)), _number(at, VECTOR))
+                    tops = _load(builder, builder.add(tops_plane, top), _V_I32)
+                    own += _fields3(builder, words, tops, builder.and_(pair, _number(at, 15)))
+                else:
+                    own += _fields(builder, words, bits)
+        for u, same_field in enumerate(zip(*fields, strict=True)):
+            codes = [field() for field in same_field]
+            for r, number in enumerate(numbers):
+                before = [each[r][u % chains] for each in sums]
+                after = _dot_number(context, builder, before, number, 4 * u, codes)
+                for each, value in zip(sums, after, strict=True):
+                    each[r][u % chains] = value
+        loop.turn([value for each in sums for row in each for value in row])
+        return [[reduce(builder.add, row) for row in each] for each in sums]
 
     def body(context: Any, builder: Any, *args: Any) -> None:
         a, a_stride, b, b_stride, tops_plane, first_pair, count, rows, vectors = args[:9]
         targets, column, fresh, factors, offsets, scales, centres, scale_step, largest, ahead = args[9:]
         has_tops, per_lane = (builder.icmp_unsigned("!=", x, _number(x, 0)) for x in (largest, scale_step))
         is_old = builder.icmp_unsigned("==", fresh, _number(fresh, 0))
+        pairs = builder.lshr(b_stride, _number(a, 3))  # of a vector over all of the sum axis, 8 to a word
         for n_rows in _choose(builder, rows, iter(code_rows(context))):
-            chains = _chains(context, n_rows)
             a_rows = [_at(builder, a, (r, a_stride)) for r in range(n_rows)]
             own = []
             for r in range(n_rows):
@@ -362,59 +434,38 @@ def _codes(bits: int) -> Any:
                         _broadcast(builder, _load(builder, builder.add(offsets, four), _F32), _V_F32),
                     )
                 )
+
+            def step(n_vectors: int, first: Any, tops: list[Any], a_rows: Any = a_rows, own: Any = own) -> list[Any]:
+                """Some vectors from the first on; ``tops``: the largest values so far, and then."""
+                places = [_at(builder, first, (v, _number(a, 1))) for v in range(n_vectors)]
+                sources = [
+                    (builder.add(b, builder.mul(nth, b_stride)), builder.add(first_pair, builder.mul(nth, pairs)))
+                    for nth in places
+                ]
+                found = sums_of(context, builder, a_rows, sources, count, tops_plane, ahead)
+                for nth, sums in zip(places, found, strict=True):
+                    totals, scale_at = [builder.sitofp(x, _V_F32) for x in sums], builder.mul(nth, scale_step)
+                    values = _scaled(context, builder, totals, own, per_lane, scale_at, scales, centres)
+                    offset = builder.mul(nth, _number(a, VECTOR))
+                    to = [builder.add(target, offset) for target, _, _ in own]
+                    alone = builder.block
+                    with builder.if_then(is_old):
+                        added = [builder.fadd(_load(builder, at, _V_F32), x) for at, x in zip(to, values, strict=True)]
+                        add = builder.block
+                    values = _merge_arms(builder, alone, values, add, added)
+                    for value, at in zip(values, to, strict=True):
+                        builder.store(value, _pointer(builder, at, _V_F32)).align = 4
+                    tops = [_larger(builder, top, value) for top, value in zip(tops, values, strict=True)]
+                return tops
+
             before = builder.block
             with builder.if_then(has_tops):
                 tops_at = [_load(builder, builder.add(largest, _number(a, 8 * r)), a.type) for r in range(n_rows)]
                 kept = [_load(builder, at, _V_F32) for at in tops_at]
                 loaded = builder.block
             largest_before = _merge_arms(builder, before, [_const(_V_F32, 0.0)] * n_rows, loaded, kept)
-            outer = _Loop(builder, vectors, 1, "vector")
-            tops_so_far = [outer.carry(top) for top in largest_before]
-            at = builder.add(b, builder.mul(outer.i, b_stride))
-            pairs = builder.lshr(b_stride, _number(a, 3))  # of a vector over all of the sum axis, 8 to a word
-            pair = builder.add(first_pair, builder.mul(outer.i, pairs))
-            inner = _Loop(builder, count, per_word * words_a_turn, "word")
-            sums = [inner.carry(_const(_V_I32, 0)) for _ in range(n_rows * chains)]
-            source = builder.add(at, builder.mul(inner.i, _number(a, VECTOR // per_word)))
-            numbers = [builder.add(row, builder.mul(inner.i, _number(a, 4))) for row in a_rows]
-            fields: list[Callable[[], Any]] = []
-            for w in range(words_a_turn):
-                if bits < 16 and _asks_for_next(context, n_rows, bits):  # pairs come from a cache
-                    _ask_for_next(builder, builder.add(source, _number(a, VECTOR * w)), ahead)
-                words = _load(builder, builder.add(source, _number(a, VECTOR * w)), _V_I32)
-                if bits == 3:
-                    place = builder.add(pair, inner.i)
-                    top = builder.mul(builder.lshr(place, _number(a, 4)), _number(a, VECTOR))
-                    tops = _load(builder, builder.add(tops_plane, top), _V_I32)
-                    fields += _fields3(builder, words, tops, builder.and_(place, _number(a, 15)))
-                else:
-                    fields += _fields(builder, words, bits)
-            for u, field in enumerate(fields):
-                codes = field()
-                for r, row in enumerate(numbers):
-                    i = r * chains + u % chains
-                    sums[i] = _dot_number(context, builder, sums[i], row, 4 * u, codes)
-            inner.turn(sums)
-            totals = []
-            for r in range(n_rows):
-                total = sums[r * chains]
-                for more in sums[r * chains + 1 : (r + 1) * chains]:
-                    total = builder.add(total, more)
-                totals.append(builder.sitofp(total, _V_F32))
-            values = _scaled(context, builder, totals, own, per_lane, builder.mul(outer.i, scale_step), scales, centres)
-            offset = builder.mul(outer.i, _number(a, VECTOR))
-            places = [builder.add(target, offset) for target, _, _ in own]
-            alone = builder.block
-            with builder.if_then(is_old):
-                sums_so_far = [
-                    builder.fadd(_load(builder, to, _V_F32), x) for to, x in zip(places, values, strict=True)
-                ]
-                added = builder.block
-            merged = _merge_arms(builder, alone, values, added, sums_so_far)
-            for value, to in zip(merged, places, strict=True):
-                builder.store(value, _pointer(builder, to, _V_F32)).align = 4
-            tops = [_larger(builder, top, value) for top, value in zip(tops_so_far, merged, strict=True)]
-            outer.turn(tops)
+            two = n_rows in TWO_VECTORS and _IS_X86 and cpu_has(context, "avx512vnni")
+            tops = _carry_through(builder, vectors, two, largest_before, step)
             with builder.if_then(has_tops):
                 for r, value in enumerate(tops):
                     at = _load(builder, builder.add(largest, _number(a, 8 * r)), a.type)

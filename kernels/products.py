@@ -16,6 +16,8 @@ what rounding to w cut off, 31 bits together, and multiplied twice. By channel t
 scale first, and p is never multiplied with another one's errors.
 """
 
+from typing import Any
+
 import numpy as np
 from numba import types
 
@@ -56,6 +58,28 @@ def _take_apart(kind, codes, third_bits, pairs, target):  # type: ignore[no-unty
         microkernel.take_apart3(codes, third_bits, pairs // 8, target)
     elif kind == Q2:
         microkernel.take_apart2(codes, 0, pairs // 8, target)
+
+
+def _apart(multiply: Any) -> Any:
+    """A microkernel as a function of its own: together in one, they take registers and time at its top from each other."""
+
+    @inner
+    def apart(  # type: ignore[no-untyped-def]
+        a, a_stride, b, b_stride, tops_plane, first_pair, count, rows, vectors, targets, column, fresh, factors,
+        offsets, scales, centres, scale_step, largest, ahead
+    ):  # fmt: skip
+        simd.never_inline()
+        multiply(
+            a, a_stride, b, b_stride, tops_plane, first_pair, count, rows, vectors, targets, column, fresh, factors,
+            offsets, scales, centres, scale_step, largest, ahead,
+        )  # fmt: skip
+
+    return apart
+
+
+_multiply_codes8, _multiply_codes4 = _apart(microkernel.multiply_codes8), _apart(microkernel.multiply_codes4)
+_multiply_codes3, _multiply_codes2 = _apart(microkernel.multiply_codes3), _apart(microkernel.multiply_codes2)
+_multiply_pairs = _apart(microkernel.multiply_pairs)
 
 
 @standalone(types.void(*[types.int64] * 14))
@@ -107,15 +131,15 @@ def multiply_tiles(  # type: ignore[no-untyped-def]
                     tops + 8 * i if tops else 0, ahead,
                 )  # fmt: skip
                 if kind == Q8:
-                    microkernel.multiply_codes8(at, 2 * length, source, stride, 0, 0, *common)
+                    _multiply_codes8(at, 2 * length, source, stride, 0, 0, *common)
                 elif kind == Q4:
-                    microkernel.multiply_codes4(at, 2 * length, source, stride, 0, 0, *common)
+                    _multiply_codes4(at, 2 * length, source, stride, 0, 0, *common)
                 elif kind == Q3:
-                    microkernel.multiply_codes3(at, 2 * length, source, stride, third_bits, pair, *common)
+                    _multiply_codes3(at, 2 * length, source, stride, third_bits, pair, *common)
                 elif kind == Q2:
-                    microkernel.multiply_codes2(at, 2 * length, source, stride, 0, 0, *common)
+                    _multiply_codes2(at, 2 * length, source, stride, 0, 0, *common)
                 else:
-                    microkernel.multiply_pairs(at, 2 * length, source, stride, 0, 0, *common)
+                    _multiply_pairs(at, 2 * length, source, stride, 0, 0, *common)
                 i += count
             words, factors, offsets = next_part(words, factors, offsets, folded, length)
 

@@ -28,8 +28,9 @@ from .crew import ALL_WORKERS, TASK_NBYTES, attempt, begin_tasks, do_task, have_
 from .dots import GROUP, TILE_ROWS, multiply_bytes4, multiply_bytes4m, multiply_bytes8, next_byte_rows
 from .jit import SHARE, inner, kernel, parallel_kernel, standalone
 from .rotary import rotate_heads
+from .scratch import begin_of, let_go, own_memory
 from .simd import LANES
-from .tables import AHEAD, CALL_TASKS, FOLLOW_KERNEL, begin_of, call_tasks, get, let_go, own_memory
+from .tables import AHEAD, CALL_TASKS, FOLLOW_KERNEL, call_tasks, get
 from .weights import W4, W4M, W8, WBF16, WF16, WF32, row_of
 
 VECTOR = 4 * LANES
@@ -263,7 +264,7 @@ def follow_chain(table, first, links, link_nbytes, addresses, rows, workers):  #
     own_nbytes = none = np.int64(0)
     for i in range(first, links if rows == 1 else first):
         own_nbytes = max(own_nbytes, _prepared_nbytes(table + link_nbytes * i, rows))
-    memory = own_memory(own_nbytes + VECTOR)
+    memory = own_memory(own_nbytes)
     room = begin_of(memory) if rows == 1 else get(addresses, ROOM)
     for i in range(first, links):
         call, task = table + link_nbytes * i, get(addresses, TASKS) + LINK_TASKS * TASK_NBYTES * i

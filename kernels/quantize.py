@@ -27,6 +27,7 @@ from .layout import (
     TileLayout,
 )
 from .memory import Bytes
+from .scratch import begin_of, let_go, own_memory
 from .simd import LANES
 from .tables import (
     CALL_FIELDS,
@@ -39,11 +40,8 @@ from .tables import (
     TILE,
     UNPACK_KERNEL,
     V_SIDE,
-    begin_of,
     get,
-    let_go,
     make_geometry,
-    own_memory,
 )
 from .tiles import VECTOR, is_dense, store_dense, unpack_head
 
@@ -399,8 +397,8 @@ def _quantize_head(unpack, job, is_k, head, head_dim, tile, memory):  # type: ig
     codes += head * get(coded, HEAD)
     params += head * get(coded, HEAD)
     values, lows = memory, memory + 4 * tile * width
-    pairs = lows + 2 * tile * width
-    _unpack(unpack, np.int64(is_k), wide, at, at_params, width, tile, np.int64(0), tile, lows, pairs, values)
+    scales = lows + 2 * tile * width  # of the source, as float32, behind room for its codes
+    _unpack(unpack, np.int64(is_k), wide, at, at_params, width, tile, np.int64(0), tile, lows, scales, values)
     kind = get(coded, KIND)
     if is_dense(kind):
         return _store_dense(values, lanes, steps, kind, get(coded, ROW), codes)

@@ -5,12 +5,13 @@ logarithms throughout. The empty partial is O = 0, M = -inf, S = 0; it is the id
 """
 
 import numpy as np
+from numba import types
 from numpy.typing import NDArray
 
 from . import simd
-from .jit import SHARE, do_share, inner, standalone
+from .jit import do_share, inner, standalone
+from .scratch import begin_of, let_go, own_memory
 from .simd import LANES
-from .tables import begin_of, let_go, own_memory
 from .tiles import VECTOR
 
 Float32 = NDArray[np.float32]
@@ -97,7 +98,7 @@ def merge_rows(outs, M, S, others, other_M, other_S, rows, size, scratch):  # ty
                     simd.store_f32(target + c, simd.fma(simd.load_f32(target + c), share, more))
 
 
-@standalone(SHARE)
+@standalone(types.void(*[types.int64] * 9))
 def merge_parts(outs, states, n_parts, n_queries, n_heads, width, out, state, fresh):  # type: ignore[no-untyped-def]
     """Merge partial attentions ``outs`` (parts, T, H, width), with ``states`` (parts, H, T, 2), in their order.
 

@@ -93,8 +93,10 @@ FIELDS = 15
 # float32 [fields][COLUMNS]: M and S of the current split, of everything so far, and the slope of ALiBi
 SPLIT_M, SPLIT_S, M, S, SLOPE = range(5)
 FLOAT_FIELDS = 5
-# Of a worker's rows, which lie before its room: float32, then int64, then the fields of the room
-ROWS_NBYTES = ((4 * FLOAT_FIELDS + 8 * FIELDS) * COLUMNS + 8 * ROOM_FIELDS + VECTOR - 1) // VECTOR * VECTOR
+# Where, behind the rows' float32, others begin in a worker's memory: the rows' int64, the room's fields, and the room
+TABLE_AT = (4 * FLOAT_FIELDS * COLUMNS + VECTOR - 1) // VECTOR * VECTOR
+FIELDS_AT = TABLE_AT + 8 * FIELDS * COLUMNS
+ROOM_AT = (FIELDS_AT + 8 * ROOM_FIELDS + VECTOR - 1) // VECTOR * VECTOR
 
 
 def make_geometry(tile: int, first_tile: int, width: int, k: Side, v: Side) -> NDArray[np.int64]:
@@ -106,27 +108,6 @@ def make_geometry(tile: int, first_tile: int, width: int, k: Side, v: Side) -> N
 
 # Arrays are handed down as addresses: Numba counts references to an array wherever it is passed or sliced, with atomic
 # operations that took a fifth of the time of a decode step.
-
-
-@inner
-def own_memory(nbytes):  # type: ignore[no-untyped-def]
-    """Memory of a kernel's own, whatever is in it: an array with room for so many bytes from ``begin_of`` on.
-
-    Numba frees an array after its last mention, and addresses in it do not count as one: end with ``let_go``.
-    """
-    return np.empty(nbytes + VECTOR, np.uint8)
-
-
-@inner
-def begin_of(memory):  # type: ignore[no-untyped-def]
-    """The first address in it that is a multiple of 64."""
-    return (np.int64(memory.ctypes.data) + VECTOR - 1) // VECTOR * VECTOR
-
-
-@inner
-def let_go(memory):  # type: ignore[no-untyped-def]
-    """Its last mention."""
-    memory[0] = 0
 
 
 @inner

@@ -363,9 +363,11 @@ def check_retiered(old: LayerBook, new: LayerBook, before: LayerCache, after: La
         for i, tier in enumerate(after.tiers):
             if not tier.first <= t < tier.stop:
                 continue
+            had = [j for j, other in enumerate(before.tiers) if other.first <= t < other.stop]
+            if had and not before.tiers[had[0]].layout.has_codes:
+                had = had[:1]  # of which codes are better made than copied
             sources = [
-                j for j, other in enumerate(before.tiers)
-                if same_tiles and other.first <= t < other.stop and other.layout.same_tiles(tier.layout)
+                j for j in had if same_tiles and before.tiers[j].layout.same_tiles(tier.layout)
                 and (after.sinks >= before.sinks or rows.start >= before.sinks)
                 and not before.recent.first <= t < before.recent.stop
             ]  # fmt: skip

@@ -154,6 +154,23 @@ def test_retier_takes_what_is_still_dense_from_there_and_not_from_codes_made_ear
         assert session.forward([token]).tobytes() == fresh.forward([token]).tobytes()
 
 
+def test_retier_takes_what_a_dense_tier_holds_from_there_and_not_from_codes_made_early() -> None:
+    model = mixkv.load("toy", weights="q8")
+    wanted = CachePolicy(window=64, sinks=0, tile=32, k_bits=2, v_bits=2, scales="fit")
+    tiered = replace(wanted, window=0, k_bits=16, v_bits=16, older=(Tier(64, 2, 2),), scales="range")
+    ids = ids_for(model, 90)
+    session, fresh = Session(model, tiered), Session(model, wanted)
+    session.forward(ids, None)
+    fresh.forward(ids, None)
+    both = [dense.first == 0 < codes.stop for dense, codes in (layer.tiers for layer in session.cache.layers)]
+    assert any(both), "no tile is in both tiers"
+    assert not any(layer.recent.first == 0 for layer in session.cache.layers)
+    session.retier(wanted)
+    assert [layer.old.stop for layer in session.cache.layers] == [layer.old.stop for layer in fresh.cache.layers]
+    for token in ids_for(model, 60):
+        assert session.forward([token]).tobytes() == fresh.forward([token]).tobytes()
+
+
 @pytest.mark.parametrize(
     "policy", [MIXED, replace(MIXED, window=96, older=(Tier(130, 2, 2),)), replace(MIXED, window=0)]
 )
