@@ -32,12 +32,13 @@ from .simd import (
     _pointer,
     cpu_has,
     is_amd,
+    is_zen5,
 )
 
 GROUP = 32  # columns that share a scale, of weights and of activations
 TILE_ROWS = 8  # rows of activations that lie together
 VECTOR = 4 * LANES
-AHEAD = ((12288, 2), (4096, 3))  # (bytes, locality) of prefetches
+AHEAD, AHEAD_ZEN5 = ((12288, 2), (4096, 3)), ((6144, 3),)  # (bytes, locality) of prefetches
 CHAINS = {1: 4, 2: 2}  # sums of a row while there are few rows: a dot product takes four cycles
 
 
@@ -51,10 +52,11 @@ def byte_rows(context: Any) -> tuple[int, ...]:
 def _lines_to_ask_for(context: Any, rows: int, nbytes: int) -> range:
     """The lines of a group, and that before it, which has scales, that are prefetched; none where that does not help.
 
-    Many rows read a block many times. And AMD's processors read so long a run ahead by themselves, and less well beside
-    prefetches; Intel's take 1.75 times as long without.
+    Many rows read a block many times. And Zen 4 reads so long a run ahead by itself, and less well beside prefetches;
+    Intel's processors take 1.75 times as long without, Zen 5 1.15 times.
     """
-    return range(0) if rows > 2 or is_amd(context) else range(-VECTOR, nbytes, VECTOR)
+    unwanted = rows > 2 or (is_amd(context) and not is_zen5(context))
+    return range(0) if unwanted else range(-VECTOR, nbytes, VECTOR)
 
 
 def _bytes_as_pairs(builder: Any, words: Any, signed: bool) -> tuple[Any, Any]:
@@ -124,7 +126,8 @@ def _bytes(bits: int, has_minima: bool) -> Any:
             own = builder.add(unit, builder.mul(within, _number(x, group_nbytes)))
             at = builder.add(own, _number(x, params_nbytes))
             for line in _lines_to_ask_for(context, n_rows, group_nbytes):
-                _ask_ahead(builder, builder.add(at, _number(at, line)), AHEAD)
+                distances = AHEAD_ZEN5 if is_zen5(context) else AHEAD
+                _ask_ahead(builder, builder.add(at, _number(at, line)), distances)
             sums = []
             for r in range(n_rows):
                 first = _const(_V_I32, 0)

@@ -38,12 +38,14 @@ from .simd import (
     _pointer,
     cpu_has,
     is_amd,
+    is_zen5,
 )
 
 VECTOR = 4 * LANES  # bytes of a vector of words
 CHAINS = {1: 4, 2: 2, 3: 2, 4: 2, 8: 1}  # sums of a row, by rows: together at least the cycles that a dot product takes
 TWO_VECTORS = (8,)  # rows that meet two vectors of codes at once, where a dot product is one instruction
-NEAR = 2048  # bytes ahead that codes and numbers are asked for once more, into the first-level cache
+# Bytes ahead that codes and numbers are asked for once more, into the first-level cache; of Zen 5's 8 or 16 bits
+NEAR, NEAR_ZEN5 = 2048, 6144
 PAIRS_FROM = 24  # rows; measured with AVX-512, where 8 rows share the work
 _V_I16_PAIRS = ir.VectorType(_I16, 2 * LANES)
 
@@ -170,10 +172,11 @@ def _ask_ahead(builder: Any, address: Any, distances: tuple[tuple[int, int], ...
         _prefetch(builder, builder.add(address, _number(address, distance)), False, locality)
 
 
-def _ask_for_next(builder: Any, address: Any, ahead: Any) -> None:
+def _ask_for_next(context: Any, builder: Any, address: Any, ahead: Any, bits: int) -> None:
     """Ask for the line ``ahead`` bytes from an address, into the second-level cache, and for one near it into the first."""
+    near = NEAR_ZEN5 if bits >= 8 and is_zen5(context) else NEAR
     _prefetch(builder, builder.add(address, ahead), False, 2)
-    _prefetch(builder, builder.add(address, _number(address, NEAR)), False, 3)
+    _prefetch(builder, builder.add(address, _number(address, near)), False, 3)
 
 
 @_operation(types.void, types.intp, types.int64)
@@ -187,11 +190,11 @@ def ask_for_lines(_: Any, builder: Any, address: Any, count: Any) -> None:
 def _asks_for_next(context: Any, rows: int, bits: int) -> bool:
     """Whether lines are asked for by who multiplies so many rows.
 
-    AMD's processors read runs of memory ahead by themselves, at up to 32 GB/s a core, but fetch no more than 17 GB/s of
-    what they are asked for (measured on an EPYC). One row of 8 or 16 bits is faster than that. Numbers of 32 bits are
-    mostly those of an unpacked tile, whose codes are read before and would be asked for by nobody.
+    Zen 4 reads runs of memory ahead by itself, at up to 32 GB/s a core, but fetches no more than 17 GB/s of what it is
+    asked for. One row of 8 or 16 bits is faster than that. Numbers of 32 bits are mostly those of an unpacked tile, whose
+    codes are read before and would be asked for by nobody.
     """
-    return not (is_amd(context) and rows == 1 and bits in (8, 16))
+    return not (is_amd(context) and not is_zen5(context) and rows == 1 and bits in (8, 16))
 
 
 def _ask_to_write(builder: Any, address: Any) -> None:
@@ -236,7 +239,7 @@ def _dense(kind: str) -> Any:
             offset, place = builder.mul(loop.i, step), builder.mul(loop.i, _number(a, 4))
             columns = [_load_dense(context, builder, builder.add(at, offset), kind) for at in b_vectors]
             for at in b_vectors[:: 32 // bits] if _asks_for_next(context, n_rows, bits) else ():
-                _ask_for_next(builder, builder.add(at, offset), ahead)
+                _ask_for_next(context, builder, builder.add(at, offset), ahead, bits)
             for r, row in enumerate(a_rows):
                 number = _broadcast(builder, _load(builder, builder.add(row, place), _F32), _V_F32)
                 for v, column in enumerate(columns, r * n_vectors):
@@ -397,7 +400,7 @@ def _codes(bits: int) -> Any:
             for w in range(words_a_turn):
                 place = builder.add(source, _number(at, VECTOR * w))
                 if bits < 16 and _asks_for_next(context, len(a_rows), bits):  # pairs come from a cache
-                    _ask_for_next(builder, place, ahead)
+                    _ask_for_next(context, builder, place, ahead, bits)
                 words = _load(builder, place, _V_I32)
                 if bits == 3:
                     pair = builder.add(first_pair, loop.i)

@@ -67,6 +67,11 @@ def is_amd(context: Any) -> bool:
     return _IS_X86 and cpu_has(context, "sse4a")
 
 
+def is_zen5(context: Any) -> bool:
+    """Whether it is AMD's of Zen 5 or later: AVX-VNNI, beside AVX-512, tells them from those before."""
+    return is_amd(context) and cpu_has(context, "avxvnni")
+
+
 def _const(llvm: ir.VectorType, value: Any) -> ir.Constant:
     return ir.Constant(llvm, [value] * llvm.count)
 
