@@ -370,7 +370,7 @@ def test_ctrl_c_in_decode_keeps_the_text_and_exits_130(as_json: bool) -> None:
     process = start("generate", "hello", "-m", "toy", "-n", "16000", *options)
     assert process.stdout is not None and process.stderr is not None
     if as_json:
-        _wait_for_generation(process)
+        _wait_for_work(process, 2.0)  # compiled kernels load; then 16,000 tokens take seven seconds and more
         head = b""
     else:
         head = process.stdout.read(20)
@@ -392,20 +392,20 @@ def test_ctrl_c_while_the_prompt_is_read_exits_130(tmp_path: Path) -> None:
     file = tmp_path / "long.txt"
     file.write_text("x" * 16_000)
     process = start("generate", "--file", str(file), "-m", "toy", "-n", "1000")
-    _wait_for_generation(process)
+    _wait_for_work(process, 0.4)  # reading takes a second and more
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == shell.INTERRUPTED
     assert b"Traceback" not in err
 
 
-def _wait_for_generation(process: subprocess.Popen[bytes]) -> None:
-    """Until a process has imported Numba and used some CPU time beyond it: then it is past its start."""
+def _wait_for_work(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Until so long after a process has begun to use the kernels' threads: then it is past its start."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         maps = Path(f"/proc/{process.pid}/maps").read_text()
         if "omppool" in maps or "workqueue" in maps:
-            time.sleep(2.0)  # compiled kernels load; then 16,000 tokens take ten seconds and more
+            time.sleep(seconds)
             return
         time.sleep(0.02)
     raise AssertionError("the process did not start to compute")

@@ -326,7 +326,7 @@ def test_fewer_bits_cost_the_default_model_more(default_model: Model) -> None:
 @pytest.mark.parametrize("first", [0, 1, 37, 64, 100, 148])
 def test_what_is_predicted_before_a_position_is_read_but_not_compared(first: int) -> None:
     """The numbers are those of the tokens behind it alone, and both sessions hold the whole text."""
-    model, ids = mixkv.load("toy"), np.random.default_rng(5).integers(0, 256, 150)
+    model, ids = mixkv.load("toy", weights="q8"), np.random.default_rng(5).integers(0, 256, 150)
     policy = CachePolicy(window=20, tile=32, k_bits=2, v_bits=2)
     sessions = Session(model, CachePolicy.full()), Session(model, policy)
     found = evaluate(*sessions, ids, first=first, chunk=50)
