@@ -581,11 +581,12 @@ class LayerCache:
         return found
 
     def worth_copying(self, t: int) -> list[TileStore]:
-        """The tiers whose forms of tile t are better copied than made anew; none that something dense lies above."""
-        stores = [store for store in (self.recent, *self.tiers) if store.first <= t < store.stop]
-        if stores and not stores[0].layout.has_codes:
-            stores = stores[:1]
-        return [store for store in stores if store is not self.recent]
+        """The tiers whose forms of tile t are better copied than made anew: no codes that something dense lies above."""
+        if self.recent.first <= t < self.recent.stop:
+            return []
+        held = [tier for tier in self.tiers if tier.first <= t < tier.stop]
+        coded = not held or held[0].layout.has_codes
+        return [tier for tier in held if coded or not tier.layout.has_codes]
 
     def _enter(self, t: int, position: int, sources: list[TileStore]) -> str:
         """Take tile t, the last of the recent segment, through the tiers that it has reached.

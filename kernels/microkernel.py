@@ -174,7 +174,7 @@ def _ask_ahead(builder: Any, address: Any, distances: tuple[tuple[int, int], ...
 
 def _ask_for_next(context: Any, builder: Any, address: Any, ahead: Any, bits: int) -> None:
     """Ask for the line ``ahead`` bytes from an address, into the second-level cache, and for one near it into the first."""
-    near = NEAR_ZEN5 if bits >= 8 and is_zen5(context) else NEAR
+    near = NEAR_ZEN5 if bits in (8, 16) and is_zen5(context) else NEAR
     _prefetch(builder, builder.add(address, ahead), False, 2)
     _prefetch(builder, builder.add(address, _number(address, near)), False, 3)
 

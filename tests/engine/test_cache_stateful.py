@@ -364,8 +364,8 @@ def check_retiered(old: LayerBook, new: LayerBook, before: LayerCache, after: La
             if not tier.first <= t < tier.stop:
                 continue
             had = [j for j, other in enumerate(before.tiers) if other.first <= t < other.stop]
-            if had and not before.tiers[had[0]].layout.has_codes:
-                had = had[:1]  # of which codes are better made than copied
+            if had and not before.tiers[had[0]].layout.has_codes:  # codes are better made of that than copied
+                had = [j for j in had if not before.tiers[j].layout.has_codes]
             sources = [
                 j for j in had if same_tiles and before.tiers[j].layout.same_tiles(tier.layout)
                 and (after.sinks >= before.sinks or rows.start >= before.sinks)
