@@ -568,10 +568,9 @@ class LayerCache:
                 rows = min(stop, self.sinks) - start
                 if rows > 0:
                     kept[start : start + rows, :, : self.head_dim] = x[:rows]
-            sources = []
             # What was a sink has nothing worth having in its tile
-            if alike and (self.sinks >= other.sinks or t * tile >= other.sinks):
-                sources = other.worth_copying(t)
+            alive = alike and (self.sinks >= other.sinks or t * tile >= other.sinks)
+            sources = other.worth_copying(t) if alive else []
             kept_as = self._enter(t, position, sources)
             dead = min(self._dead(t), stop - start)
             n_coded = int(coded[dead:].sum())

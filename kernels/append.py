@@ -34,6 +34,7 @@ from .tables import (
     V_BLOCK,
     V_SIDE,
     get,
+    put,
     tile_address,
 )
 from .tiles import store_dense
@@ -166,7 +167,7 @@ def store_share(call, worker, workers, _, x, _1, _2, _3, _4):  # type: ignore[no
         at = x + 4 * width * (get(call, N_HEADS) + (0 if is_k else heads))
         rest = _store_tokens(call, is_k, at, first, stop, scratch, rest)
     if simd.sum_lanes(rest) != 0:
-        simd.store_integer(call + 8 * LOST, np.int64(1))
+        put(call, LOST, np.int64(1))
     let_go(memory)
 
 

@@ -31,7 +31,7 @@ from .simd import (
     _operation,
     _pointer,
     cpu_has,
-    is_amd,
+    follows_runs,
     is_zen5,
 )
 
@@ -55,8 +55,7 @@ def _lines_to_ask_for(context: Any, rows: int, nbytes: int) -> range:
     Many rows read a block many times. And Zen 4 reads so long a run ahead by itself, and less well beside prefetches;
     Intel's processors take 1.75 times as long without, Zen 5 1.15 times.
     """
-    unwanted = rows > 2 or (is_amd(context) and not is_zen5(context))
-    return range(0) if unwanted else range(-VECTOR, nbytes, VECTOR)
+    return range(0) if rows > 2 or follows_runs(context) else range(-VECTOR, nbytes, VECTOR)
 
 
 def _bytes_as_pairs(builder: Any, words: Any, signed: bool) -> tuple[Any, Any]:

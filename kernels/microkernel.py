@@ -37,6 +37,7 @@ from .simd import (
     _operation,
     _pointer,
     cpu_has,
+    follows_runs,
     is_amd,
     is_zen5,
 )
@@ -194,7 +195,7 @@ def _asks_for_next(context: Any, rows: int, bits: int) -> bool:
     asked for. One row of 8 or 16 bits is faster than that. Numbers of 32 bits are mostly those of an unpacked tile, whose
     codes are read before and would be asked for by nobody.
     """
-    return not (is_amd(context) and not is_zen5(context) and rows == 1 and bits in (8, 16))
+    return not (follows_runs(context) and rows == 1 and bits in (8, 16))
 
 
 def _ask_to_write(builder: Any, address: Any) -> None:

@@ -42,6 +42,7 @@ from .tables import (
     V_SIDE,
     get,
     make_geometry,
+    put,
 )
 from .tiles import VECTOR, is_dense, store_dense, unpack_head
 
@@ -436,5 +437,5 @@ def quantize_share(call, worker, workers, nth_round, _, _1, _2, _3, _4):  # type
         job, side = jobs + 8 * JOB_FIELDS * (unit // (2 * heads)), unit // heads % 2
         found = _quantize_head(unpack, job, side == 0, unit % heads, head_dim, tile, room)
         if found != FINE:
-            simd.store_integer(job + 8 * ((TOO_WIDE_AT if found == TOO_WIDE else IMPOSSIBLE_AT) + side), np.int64(1))
+            put(job, (TOO_WIDE_AT if found == TOO_WIDE else IMPOSSIBLE_AT) + side, np.int64(1))
     let_go(memory)

@@ -72,6 +72,11 @@ def is_zen5(context: Any) -> bool:
     return is_amd(context) and cpu_has(context, "avxvnni")
 
 
+def follows_runs(context: Any) -> bool:
+    """Whether it reads runs of memory ahead by itself, and less well beside requests: AMD's before Zen 5."""
+    return is_amd(context) and not is_zen5(context)
+
+
 def _const(llvm: ir.VectorType, value: Any) -> ir.Constant:
     return ir.Constant(llvm, [value] * llvm.count)
 
