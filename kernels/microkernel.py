@@ -45,8 +45,8 @@ from .simd import (
 VECTOR = 4 * LANES  # bytes of a vector of words
 CHAINS = {1: 4, 2: 2, 3: 2, 4: 2, 8: 1}  # sums of a row, by rows: together at least the cycles that a dot product takes
 TWO_VECTORS = (8,)  # rows that meet two vectors of codes at once, where a dot product is one instruction
-# Bytes ahead that codes and numbers are asked for once more, into the first-level cache; of Zen 5's 8 or 16 bits
-NEAR, NEAR_ZEN5 = 2048, 6144
+NEAR = 2048  # bytes ahead that codes and numbers are asked for once more, into the first-level cache
+AHEAD_ONCE = 6144  # bytes ahead that they are asked for where that is all (``_asks_once``)
 PAIRS_FROM = 24  # rows; measured with AVX-512, where 8 rows share the work
 _V_I16_PAIRS = ir.VectorType(_I16, 2 * LANES)
 
@@ -173,11 +173,29 @@ def _ask_ahead(builder: Any, address: Any, distances: tuple[tuple[int, int], ...
         _prefetch(builder, builder.add(address, _number(address, distance)), False, locality)
 
 
+def _asks_once(context: Any) -> bool:
+    """Whether codes and numbers of 8 and 16 bits are asked for once, not twice, and past the second-level cache.
+
+    On Zen 5 whoever asks more often than it must is slower: by an eighth, from memory and from the last-level cache.
+    """
+    return is_zen5(context)
+
+
 def _ask_for_next(context: Any, builder: Any, address: Any, ahead: Any, bits: int) -> None:
     """Ask for the line ``ahead`` bytes from an address, into the second-level cache, and for one near it into the first."""
-    near = NEAR_ZEN5 if bits in (8, 16) and is_zen5(context) else NEAR
+    if bits in (8, 16) and _asks_once(context):
+        _prefetch(builder, builder.add(address, _number(address, AHEAD_ONCE)), False, 0)
+        return
     _prefetch(builder, builder.add(address, ahead), False, 2)
-    _prefetch(builder, builder.add(address, _number(address, near)), False, 3)
+    _prefetch(builder, builder.add(address, _number(address, NEAR)), False, 3)
+
+
+@_operation(types.boolean, types.int64)
+def asks_at_once(context: Any, builder: Any, bits: Any) -> Any:
+    """Whether the first lines of a run of codes, or numbers, of so many bits are asked for before it is read."""
+    if not _asks_once(context):
+        return ir.Constant(ir.IntType(1), 1)
+    return builder.and_(*(builder.icmp_signed("!=", bits, _number(bits, width)) for width in (8, 16)))
 
 
 @_operation(types.void, types.intp, types.int64)

@@ -20,7 +20,7 @@ from .layout import (
     Side,
     side_numbers,
 )
-from .microkernel import ask_for_lines
+from .microkernel import ask_for_lines, asks_at_once
 from .simd import LANES
 from .tiles import VECTOR, is_dense
 
@@ -182,7 +182,7 @@ def lines_ahead(room, address, side, count):  # type: ignore[no-untyped-def]
 def ask_from(room, addresses, geometry, first, stop, head, which):  # type: ignore[no-untyped-def]
     """Let K (``which`` is K_SIDE) or V of one head of some tiles be what is asked for, if it lies in one run.
 
-    Its first lines (AT_ONCE) are asked for here: they come while nobody reads.
+    Its first lines (AT_ONCE) are asked for here, if that is of use (``asks_at_once``): they come while nobody reads.
     """
     side, codes = geometry + 8 * which, K_CODES if which == K_SIDE else V_CODES
     first_part = codes if is_dense(get(side, KIND)) else codes + 1  # scales lie before codes
@@ -191,7 +191,7 @@ def ask_from(room, addresses, geometry, first, stop, head, which):  # type: igno
     end += _nbytes(side, get(geometry, TILE) * get(geometry, WIDTH))
     if get(side, TOKEN) or not begin < end <= begin + get(side, HEAD):
         begin = end  # not in one run
-    at_once = min(AT_ONCE, end - begin) // VECTOR
+    at_once = min(AT_ONCE, end - begin) // VECTOR if asks_at_once(KIND_BITS[get(side, KIND)]) else 0
     if at_once > 0:
         ask_for_lines(begin, at_once)
     put(room, ASK, begin + at_once * VECTOR)
