@@ -1,8 +1,8 @@
 """Other libraries at the same shape, on the same keys, in the same run. Each may be missing.
 
 Everything is one decode step of one layer: one query on all keys, in as many copies of the keys as it takes to come from
-memory. Nobody repeats K and V for the heads that share them. torch is imported before anything of ours, which would tell
-its OpenMP threads how long to spin.
+memory, or, in a near contest, in one. Nobody repeats K and V for the heads that share them. torch is imported before
+anything of ours, which would tell its OpenMP threads how long to spin.
 """
 
 import importlib
@@ -52,23 +52,23 @@ def versions() -> str:
     return ", ".join(f"{name} {module.__version__ if module else 'not installed'}" for name, module in found.items())
 
 
-def _copies(make: Callable[[], Any], nbytes: int) -> Iterable[Any]:
-    return itertools.cycle([make() for _ in range(max(2, math.ceil(COLD_BYTES / nbytes)))])
+def _copies(make: Callable[[], Any], nbytes: int, near: bool) -> Iterable[Any]:
+    return itertools.cycle([make() for _ in range(1 if near else max(2, math.ceil(COLD_BYTES / nbytes)))])
 
 
-def _ours(case: Case, q: Any, k: Any, v: Any) -> Contender:
+def _ours(case: Case, q: Any, k: Any, v: Any, near: bool) -> Contender:
     segment = quantize_as(case, k, v)
     nbytes = keys_nbytes(case)
-    copies, call = _copies(lambda: copy_segment(case, segment), nbytes), attention_call(case, q)
+    copies, call = _copies(lambda: copy_segment(case, segment), nbytes, near), attention_call(case, q)
     return Contender(f"mixkv {case.name}", nbytes, lambda: call(next(copies)), lambda out: out[0])
 
 
-def _numpy(q: Any, k: Any, v: Any) -> Contender:
+def _numpy(q: Any, k: Any, v: Any, near: bool) -> Contender:
     """Two einsums, whose products ``optimize`` hands to BLAS; the keys are float32 before the clock starts."""
     n, heads, d = k.shape
     rows = (q[0] * d**-0.5).reshape(heads, -1, d)
     nbytes = k.nbytes + v.nbytes
-    copies = _copies(lambda: [np.ascontiguousarray(x.swapaxes(0, 1)) for x in (k, v)], nbytes)
+    copies = _copies(lambda: [np.ascontiguousarray(x.swapaxes(0, 1)) for x in (k, v)], nbytes, near)
 
     def run() -> Any:
         keys, values = next(copies)
@@ -81,12 +81,12 @@ def _numpy(q: Any, k: Any, v: Any) -> Contender:
     return Contender("numpy float32, einsum", nbytes, run, lambda out: out.reshape(-1, d))
 
 
-def _torch(q: Any, k: Any, v: Any, dtype: Any, threads: int) -> Contender:
+def _torch(q: Any, k: Any, v: Any, near: bool, dtype: Any, threads: int) -> Contender:
     torch.set_num_threads(threads)
     query = torch.from_numpy(q).swapaxes(0, 1)[None].to(dtype)  # 1, H, T, D
     own = [torch.from_numpy(np.ascontiguousarray(x.swapaxes(0, 1)))[None].to(dtype) for x in (k, v)]
     nbytes = sum(x.numel() * x.element_size() for x in own)
-    copies = _copies(lambda: [x.clone() for x in own], nbytes)
+    copies = _copies(lambda: [x.clone() for x in own], nbytes, near)
 
     def run() -> Any:
         with torch.inference_mode():
@@ -137,7 +137,7 @@ def _graph(q_heads: int, kv_heads: int, d: int, bits: int) -> bytes:
     return model.SerializeToString()
 
 
-def _onnxruntime(q: Any, k: Any, v: Any, bits: int, threads: int) -> Contender:
+def _onnxruntime(q: Any, k: Any, v: Any, near: bool, bits: int, threads: int) -> Contender:
     n, heads, d = k.shape
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
@@ -162,7 +162,7 @@ def _onnxruntime(q: Any, k: Any, v: Any, bits: int, threads: int) -> Contender:
         binding.bind_output("out")
         return binding
 
-    copies = _copies(make, nbytes)
+    copies = _copies(make, nbytes, near)
 
     def run() -> Any:
         binding = next(copies)
@@ -178,15 +178,16 @@ def _onnxruntime(q: Any, k: Any, v: Any, bits: int, threads: int) -> Contender:
 def _contenders(contest: Contest, q: Any, k: Any, v: Any, threads: int) -> tuple[list[Contender], list[str]]:
     """Who takes part, ours first, and who would if it were installed."""
     by_name = {case.name: case for case in CASES}
-    found, missing = [_ours(by_name[name], q, k, v) for name in contest.ours], []
+    keys = q, k, v, contest.near
+    found, missing = [_ours(by_name[name], *keys) for name in contest.ours], []
     for name in contest.peers:
         library, kind = name.split("-")
         if library == "numpy":
-            found.append(_numpy(q, k, v))
+            found.append(_numpy(*keys))
         elif library == "torch" and torch:
-            found.append(_torch(q, k, v, {"f32": torch.float32, "bf16": torch.bfloat16}[kind], threads))
+            found.append(_torch(*keys, {"f32": torch.float32, "bf16": torch.bfloat16}[kind], threads))
         elif library == "onnxruntime" and onnxruntime and onnx:
-            found.append(_onnxruntime(q, k, v, {"f32": 32, "int8": 8, "int4": 4}[kind], threads))
+            found.append(_onnxruntime(*keys, {"f32": 32, "int8": 8, "int4": 4}[kind], threads))
         else:
             missing.append(name)
     return found, missing
@@ -222,6 +223,7 @@ def run(contest: Contest, threads: int) -> dict[str, Any]:
         row = {"name": contender.name, "seconds": statistics.median(mine), "bytes_read": contender.nbytes}
         rows.append({**row, "ratios": ratios, "error": error})
     shape = f"{case.q_heads} query heads, {case.kv_heads} KV heads, head_dim {case.head_dim}, {case.keys} keys, 1 query"
+    shape += ", the same keys in each call" if contest.near else ""
     return {"shape": shape, "ours": contest.ours, "rows": rows, "missing": missing}
 
 
