@@ -109,7 +109,7 @@ def main() -> int:
     say(
         f"Keys (and tiles and weights that are read once) lie in several copies, {COLD_BYTES / 1e6:.0f} MB or more\n"
         "of each format, read in turn: they come from memory, as in a decode step, where other layers are read in\n"
-        "between. The cases of one table take turns."
+        "between, unless a table says otherwise. The cases of one table take turns."
     )
     if not options.only_peers:
         meter = Meter(threads)

@@ -178,16 +178,16 @@ def _onnxruntime(q: Any, k: Any, v: Any, near: bool, bits: int, threads: int) ->
 def _contenders(contest: Contest, q: Any, k: Any, v: Any, threads: int) -> tuple[list[Contender], list[str]]:
     """Who takes part, ours first, and who would if it were installed."""
     by_name = {case.name: case for case in CASES}
-    keys = q, k, v, contest.near
-    found, missing = [_ours(by_name[name], *keys) for name in contest.ours], []
+    common = q, k, v, contest.near
+    found, missing = [_ours(by_name[name], *common) for name in contest.ours], []
     for name in contest.peers:
         library, kind = name.split("-")
         if library == "numpy":
-            found.append(_numpy(*keys))
+            found.append(_numpy(*common))
         elif library == "torch" and torch:
-            found.append(_torch(*keys, {"f32": torch.float32, "bf16": torch.bfloat16}[kind], threads))
+            found.append(_torch(*common, {"f32": torch.float32, "bf16": torch.bfloat16}[kind], threads))
         elif library == "onnxruntime" and onnxruntime and onnx:
-            found.append(_onnxruntime(*keys, {"f32": 32, "int8": 8, "int4": 4}[kind], threads))
+            found.append(_onnxruntime(*common, {"f32": 32, "int8": 8, "int4": 4}[kind], threads))
         else:
             missing.append(name)
     return found, missing
@@ -224,7 +224,7 @@ def run(contest: Contest, threads: int) -> dict[str, Any]:
         rows.append({**row, "ratios": ratios, "error": error})
     shape = f"{case.q_heads} query heads, {case.kv_heads} KV heads, head_dim {case.head_dim}, {case.keys} keys, 1 query"
     shape += ", the same keys in each call" if contest.near else ""
-    return {"shape": shape, "ours": contest.ours, "rows": rows, "missing": missing}
+    return {"shape": shape, "near": contest.near, "ours": contest.ours, "rows": rows, "missing": missing}
 
 
 def table(found: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from .layout import KIND_BITS
 from .simd import (
     _F32,
     _I16,
@@ -46,7 +47,7 @@ VECTOR = 4 * LANES  # bytes of a vector of words
 CHAINS = {1: 4, 2: 2, 3: 2, 4: 2, 8: 1}  # sums of a row, by rows: together at least the cycles that a dot product takes
 TWO_VECTORS = (8,)  # rows that meet two vectors of codes at once, where a dot product is one instruction
 NEAR = 2048  # bytes ahead that codes and numbers are asked for once more, into the first-level cache
-AHEAD_ONCE = 6144  # bytes ahead that they are asked for where that is all (``_asks_once``)
+AHEAD_ONCE = 6144  # bytes ahead that they are asked for where that is done once (``_asks_once``)
 PAIRS_FROM = 24  # rows; measured with AVX-512, where 8 rows share the work
 _V_I16_PAIRS = ir.VectorType(_I16, 2 * LANES)
 
@@ -173,17 +174,21 @@ def _ask_ahead(builder: Any, address: Any, distances: tuple[tuple[int, int], ...
         _prefetch(builder, builder.add(address, _number(address, distance)), False, locality)
 
 
-def _asks_once(context: Any) -> bool:
-    """Whether codes and numbers of 8 and 16 bits are asked for once, not twice, and past the second-level cache.
+def _asks_once(context: Any, bits: int) -> bool:
+    """Whether a line of codes, or numbers, of so many bits is asked for by one request, past the second-level cache.
 
-    On Zen 5 whoever asks more often than it must is slower: by an eighth, from memory and from the last-level cache.
+    On Zen 5 a second one costs up to an eighth of the time with 8 and 16 bits. Fewer bits take longer to multiply, and gain
+    by both.
     """
-    return is_zen5(context)
+    return bits in (8, 16) and is_zen5(context)
 
 
 def _ask_for_next(context: Any, builder: Any, address: Any, ahead: Any, bits: int) -> None:
-    """Ask for the line ``ahead`` bytes from an address, into the second-level cache, and for one near it into the first."""
-    if bits in (8, 16) and _asks_once(context):
+    """Ask for the line ``ahead`` bytes from an address, into the second-level cache, and for one near it into the first.
+
+    Where ``_asks_once``, for one line only, AHEAD_ONCE bytes from the address.
+    """
+    if _asks_once(context, bits):
         _prefetch(builder, builder.add(address, _number(address, AHEAD_ONCE)), False, 0)
         return
     _prefetch(builder, builder.add(address, ahead), False, 2)
@@ -191,11 +196,13 @@ def _ask_for_next(context: Any, builder: Any, address: Any, ahead: Any, bits: in
 
 
 @_operation(types.boolean, types.int64)
-def asks_at_once(context: Any, builder: Any, bits: Any) -> Any:
+def asks_before_run(context: Any, builder: Any, bits: Any) -> Any:
     """Whether the first lines of a run of codes, or numbers, of so many bits are asked for before it is read."""
-    if not _asks_once(context):
-        return ir.Constant(ir.IntType(1), 1)
-    return builder.and_(*(builder.icmp_signed("!=", bits, _number(bits, width)) for width in (8, 16)))
+    asks = ir.Constant(ir.IntType(1), 1)
+    for width in sorted(set(KIND_BITS)):
+        if _asks_once(context, width):
+            asks = builder.and_(asks, builder.icmp_signed("!=", bits, _number(bits, width)))
+    return asks
 
 
 @_operation(types.void, types.intp, types.int64)
@@ -271,8 +278,8 @@ def _dense(kind: str) -> Any:
     body.__doc__ = f"""target[r][v] += sum of a[r][i] * b[v][i], a float32 and b {kind}.
 
     Arguments: a, its row stride, b, the strides of its steps and of its vectors, count, rows, vectors, target, its row and
-    vector strides, how far ahead of b cache lines are asked for, all in bytes. Sums run in the order of steps, from what is
-    in the target: bits do not depend on the block that a row is computed in, nor on where a sum is cut.
+    vector strides, how far ahead of b cache lines are asked for (``_ask_for_next``), all in bytes. Sums run in the order of
+    steps, from what is in the target: bits do not depend on the block that a row is computed in, nor on where a sum is cut.
     """
     return _operation(types.void, *[types.intp] * 12)(body)
 
@@ -502,7 +509,7 @@ def _codes(bits: int) -> Any:
     (pairs), rows, vectors, the addresses of the rows' targets (int64), an offset of all targets, whether they are fresh (1:
     they count as 0), factors, offsets (float32, one a row), scales, centres (vectors), the step from one to the next (0:
     all are 1), the addresses of vectors that keep the largest values (int64, one a row; 0 for none), how far ahead of b
-    cache lines are asked for.
+    cache lines are asked for (see ``_ask_for_next``).
     """
     return _operation(types.void, *[types.intp] * 19)(body)
 

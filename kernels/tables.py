@@ -20,7 +20,7 @@ from .layout import (
     Side,
     side_numbers,
 )
-from .microkernel import ask_for_lines, asks_at_once
+from .microkernel import ask_for_lines, asks_before_run
 from .simd import LANES
 from .tiles import VECTOR, is_dense
 
@@ -76,7 +76,7 @@ CALL = 11  # the call, which has the addresses of the kernels
 ROOM_ROWS = 12  # how many rows there is room for
 # Cache lines are asked for while others are read: those of a split's V with its K, those of the next K with V. ASK is where
 # those begin that nobody has asked for yet, ASK_STOP where they end; NEXT_.. what this worker turns to after the split:
-# tiles of the segment, from the first to one past the last, and a head
+# tiles of the segment, from the first to one past the last, and a head. Some widths do without (microkernel._asks_once)
 ASK, ASK_STOP, NEXT_TILE, NEXT_STOP, NEXT_HEAD = range(13, 18)
 ROOM_FIELDS = 18
 AT_ONCE = np.int64(2048)  # bytes of a run that are asked for in one go, before it is read
@@ -182,7 +182,7 @@ def lines_ahead(room, address, side, count):  # type: ignore[no-untyped-def]
 def ask_from(room, addresses, geometry, first, stop, head, which):  # type: ignore[no-untyped-def]
     """Let K (``which`` is K_SIDE) or V of one head of some tiles be what is asked for, if it lies in one run.
 
-    Its first lines (AT_ONCE) are asked for here, if that is of use (``asks_at_once``): they come while nobody reads.
+    Its first lines (AT_ONCE) are asked for here, where ``asks_before_run``: they come while nobody reads.
     """
     side, codes = geometry + 8 * which, K_CODES if which == K_SIDE else V_CODES
     first_part = codes if is_dense(get(side, KIND)) else codes + 1  # scales lie before codes
@@ -191,7 +191,7 @@ def ask_from(room, addresses, geometry, first, stop, head, which):  # type: igno
     end += _nbytes(side, get(geometry, TILE) * get(geometry, WIDTH))
     if get(side, TOKEN) or not begin < end <= begin + get(side, HEAD):
         begin = end  # not in one run
-    at_once = min(AT_ONCE, end - begin) // VECTOR if asks_at_once(KIND_BITS[get(side, KIND)]) else 0
+    at_once = min(AT_ONCE, end - begin) // VECTOR if asks_before_run(KIND_BITS[get(side, KIND)]) else 0
     if at_once > 0:
         ask_for_lines(begin, at_once)
     put(room, ASK, begin + at_once * VECTOR)

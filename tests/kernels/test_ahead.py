@@ -1,5 +1,6 @@
 """Which cache lines are asked for while others are read."""
 
+import llvmlite.binding
 import numpy as np
 import pytest
 
@@ -25,8 +26,8 @@ def _lines_ahead(room, address, side, count):
 
 
 @kernel
-def _asks_at_once(bits):
-    return microkernel.asks_at_once(bits)
+def _asks_before_run(bits):
+    return microkernel.asks_before_run(bits)
 
 
 def asked(addresses: tuple[int, int], first: int, stop: int, head: int, which: int) -> np.ndarray:
@@ -54,7 +55,7 @@ def test_a_run_goes_from_the_first_scale_of_some_tiles_to_their_last_code(kinds:
             end = base + part_offsets(kinds, TILE, D, PAGE_TILES, head, stop - 1 - page)[codes]
             end += part_sizes(kinds, TILE, D)[codes]
             room = asked(store.addresses(), first, stop, head, which)
-            at_once = min(tables.AT_ONCE, end - begin) // 64 * 64 if _asks_at_once(bits) else 0
+            at_once = min(tables.AT_ONCE, end - begin) // 64 * 64 if _asks_before_run(bits) else 0
             assert (room[ASK], room[ASK_STOP]) == (begin + at_once, end)
         room = asked(store.addresses(), 2, 6, head, which)  # of two pages
         assert room[ASK] >= room[ASK_STOP] or room[ASK_STOP] - room[ASK] <= store.layout.nbytes * PAGE_TILES // HEADS
@@ -79,3 +80,10 @@ def test_a_line_is_asked_for_with_each_line_until_the_run_ends() -> None:
     assert ahead(1_128, 256) == 9_000 and room[ASK] == 10_256
     assert ahead(20_000, 256) == 10_256 - 20_000 and room[ASK] == room[ASK_STOP]  # not beyond the run
     assert ahead(1_384, 256) == tables.AHEAD and room[ASK] == room[ASK_STOP]
+
+
+def test_only_8_and_16_bits_on_zen_5_are_not_asked_for_before_their_run() -> None:
+    features = llvmlite.binding.get_host_cpu_features()
+    zen5 = bool(features.get("sse4a")) and bool(features.get("avxvnni"))
+    found = {bits for bits in KIND_BITS if not _asks_before_run(bits)}
+    assert found == ({8, 16} if zen5 else set())
